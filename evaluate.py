@@ -1,0 +1,160 @@
+"""Exact metrics and figures of a trained model on a labelled split.
+
+    accelerate launch evaluate.py runs/NAME                              # the run's own data, split val
+    accelerate launch evaluate.py runs/NAME --data photos/ --split test  # other photos, labels matched by class name
+    accelerate launch evaluate.py best.pt --data photos/                 # a bare state_dict, classes as in the folder
+
+Every photo counts once, on any number of processes. `--json FILE` is for programs, the table for people.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines import figures
+from pipelines.config import Config, parse_config
+from pipelines.dataset import Dataset, Split, check_dataset, map_labels
+from pipelines.errors import UserError
+from pipelines.evaluation import Scores, predict, score
+from pipelines.loader import choose_engine, eval_loader
+from pipelines.model import Weights, read_run_weights, read_state_dict, restore_model
+from pipelines.plan import EvalPlan
+from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
+from pipelines.runs import replacing
+from pipelines.torch_engine import view_of
+
+_SHOWN_PREDICTIONS = 24
+_SHOWN_CLASSES = 40  # rows of the table; --json has all
+
+
+def main(arguments: list[str]) -> None:
+    """One evaluation. Raises UserError or MachineError."""
+    options = _parse(arguments)
+    config = _read_config(options)
+    state = start_processes()
+    dataset = open_dataset(state, config.data, config.val_fraction)
+    main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(options.split,)))
+    split = dataset.splits[options.split]
+    weights = _read_weights(options.model, config.arch, dataset, split)
+    classes = weights.classes or ()
+    labels = map_labels(split, classes)
+    accelerator = start_accelerator(config, state, trackers=None)
+
+    engine, reason = choose_engine(config.loader, accelerator.device)
+    accelerator.print(f"{weights.source} on {dataset.root}, split {options.split}: {len(split)} photos")
+    accelerator.print(
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}; loader: {engine} ({reason})"
+    )
+    loader = eval_loader(config, split, labels, state, engine)
+    try:
+        model = restore_model(config.arch, weights).to(accelerator.device)
+        records = predict(model, loader, accelerator)
+    finally:
+        loader.close()
+    if not accelerator.is_main_process:
+        return
+
+    scores = score(records, classes)
+    folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    matrix, grid = folder / f"confusion_matrix_{options.split}.png", folder / f"predictions_{options.split}.png"
+    figures.save_confusion_matrix(matrix, scores.confusion_matrix, classes)
+    _save_predictions(grid, records, split, classes, config)
+    if options.json:
+        facts = {"split": options.split, "world_size": accelerator.num_processes, "classes": list(classes)}
+        _write_json(options.json, facts | {"dataset_fingerprint": dataset.fingerprint} | asdict(scores))
+    _print_scores(scores, classes)
+    print(f"confusion matrix: {matrix}\npredictions:      {grid}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a state_dict file")
+    parser.add_argument("--data", help="folder or CSV; default: the run's own")
+    parser.add_argument("--split", default="val", help="which split (default: val)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores there")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="where pictures go (default: the run's figures/)")
+    parser.add_argument("--arch", help="of a bare state_dict (default: resnet18)")
+    parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
+    parser.add_argument("--resize", help="shorter side before the central crop (default: the run's, or 256)")
+    parser.add_argument("--loader", default="auto", help="auto, dali or torch (default: auto)")
+    parser.add_argument("--eval-batch-per-device", help="photos of a batch on one device (default: 64)")
+    parser.add_argument("--skip-bad-files", action="store_const", const=True, help="leave out unreadable photos")
+    parser.error = _raise  # type: ignore[assignment, method-assign]
+    return parser.parse_args(arguments)
+
+
+def _raise(message: str) -> None:
+    raise UserError(f"{message} (evaluate.py --help lists what there is)")
+
+
+def _read_config(options: argparse.Namespace) -> Config:
+    """The run's own settings, or the defaults for a bare state_dict, under the flags that were given."""
+    recipe = options.model / "config.yaml"
+    keys = ("data", "arch", "image_size", "resize", "loader", "eval_batch_per_device", "skip_bad_files")
+    given = [f"--{key}={value}" for key in keys if (value := getattr(options, key)) is not None]
+    config, _ = parse_config([f"--config={recipe}", *given] if recipe.exists() else given)
+    return config
+
+
+def _read_weights(model: Path, arch: str, dataset: Dataset, split: Split) -> Weights:
+    """The weights with their classes: a run folder names them; a bare file has those of the data, in sorted order."""
+    if model.is_dir():
+        return read_run_weights(model, arch, "model")
+    state = read_state_dict(model, arch, "model")
+    classes = dataset.splits.get("train", split).classes
+    if len(state["fc.bias"]) != len(classes):
+        raise UserError(
+            f"{model} tells {len(state['fc.bias'])} classes apart, and the data has {len(classes)}: "
+            "give the run folder instead, whose model.json names its classes"
+        )
+    return Weights(state, str(model), classes)
+
+
+def _save_predictions(path: Path, records: np.ndarray, split: Split, classes: tuple[str, ...], config: Config) -> None:
+    """The worst mistakes first, then the right answers that were closest to being wrong."""
+    right = records["predicted"] == records["label"]
+    shown = records[np.lexsort((-records["loss"], right))][:_SHOWN_PREDICTIONS]
+    views = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize).views(0, shown["index"])
+    places = zip(views.indices, views.windows, views.resized, views.anchors, strict=True)
+    images = [
+        np.asarray(view_of(split.path_bytes(int(index)), window, resized, anchor, config.image_size))
+        for index, window, resized, anchor in places
+    ]
+    predicted, true = ([classes[label] for label in shown[name]] for name in ("predicted", "label"))
+    figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in content.items()}
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _print_scores(scores: Scores, classes: tuple[str, ...]) -> None:
+    low, high = scores.interval
+    print(f"loss               {scores.loss:.4f}")
+    print(
+        f"top-1              {scores.top1:.4f}   {scores.correct} of {scores.count}, 95 % interval {low:.3f} to {high:.3f}"
+    )
+    for k, accuracy in sorted(scores.topk.items()):
+        if k < len(classes):
+            print(f"top-{k:<15}{accuracy:.4f}")
+    print(f"calibration error  {scores.ece:.4f}   15 bins")
+    width = max(len("class"), *(len(name) for name in classes[:_SHOWN_CLASSES]))
+    print(f"\n{'class':<{width}}  precision  recall      f1   photos")
+    for name, row in list(zip(classes, scores.per_class, strict=True))[:_SHOWN_CLASSES]:
+        print(f"{name:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:7}")
+    if len(classes) > _SHOWN_CLASSES:
+        print(f"... and {len(classes) - _SHOWN_CLASSES} more classes: --json FILE has them all")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

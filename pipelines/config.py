@@ -1,0 +1,355 @@
+"""The settings of a run: one frozen `Config`, made of defaults < YAML recipe (`--config`) < flags.
+
+A setting stands once, as a field of `Config`: its type, range, default and help text. The flags, `--help`, the README's
+tables and the error messages are derived from there.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from pipelines.errors import UserError
+
+DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "finetune.yaml"
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Contradiction(ValueError):
+    """Settings, named by `keys`, that are possible one by one but not together."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True))
+class Config:
+    """Every setting of a run. Building one from impossible values raises pydantic's `ValidationError`.
+
+    The text below a field is its help text.
+    """
+
+    # pydantic's regular expressions are Rust's: $ is the very end, and a final newline does not pass.
+    run: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")] = None
+    """name of the run's folder; null: RECIPE-TIME-4 letters"""
+    runs: Text = "runs"
+    """the folder that holds all runs"""
+    overwrite: bool = False
+    """start anew where a run of this name exists"""
+    # 32 bits, so that a seed with something added to it still fits every generator's 64.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """decides order, crops, flips and the head's first weights"""
+    deterministic: bool = False
+    """ask PyTorch for the same bits every time, at some cost in speed"""
+
+    data: Text | None = None
+    """the photos: a folder ROOT/SPLIT/CLASS/*, a CSV path,label[,split] or `shapes`, a folder that is drawn here; null:
+    DALITUNE_DATA, or else the ants-and-bees photos, downloaded once"""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """share set aside for validation; used only where there is no val split"""
+    skip_bad_files: bool = False
+    """leave out files that cannot be read, instead of stopping"""
+
+    image_size: Annotated[int, Field(ge=64, le=1024)] = 224
+    """side of the square that the model sees, in pixels"""
+    resize: Annotated[int, Field(ge=64, le=4096)] = 256
+    """shorter side of a validation photo before its centre is cut out, in pixels"""
+    crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """smallest share of the photo that a training crop may have"""
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """chance that a training photo is mirrored"""
+
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """the engine that decodes; auto: DALI where it runs"""
+    loader_threads: Annotated[int | None, Field(ge=1)] = None
+    """decoding threads of a process; null: chosen from the cores"""
+    prefetch: Annotated[int, Field(ge=1, le=64)] = 2
+    """micro-batches kept ready"""
+
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """torchvision's network"""
+    weights: Literal["imagenet", "none"] | Text | None = None
+    """first weights: `imagenet` through torchvision, `none` (random), a state_dict's file or a finished run's folder;
+    null: DALITUNE_WEIGHTS, or else imagenet"""
+    mode: Literal["finetune", "feature_extract"] = "finetune"
+    """finetune trains body and head, feature_extract only the head"""
+    freeze: Literal["none", "stem", "layer1", "layer2", "layer3"] = "none"
+    """freeze the body up to and including this stage"""
+    batchnorm: Literal["auto", "frozen", "train", "sync"] = "auto"
+    """BatchNorm's statistics; auto: frozen with pretrained weights, train from scratch"""
+    channels_last: bool = True
+    """keep tensors in channels-last memory"""
+    compile: bool = False
+    """run the model through torch.compile"""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """how often every training photo is seen"""
+    max_steps: Annotated[int | None, Field(ge=1)] = None
+    """end the run after this many steps, in the regular way"""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """photos of a step, over all processes together"""
+    max_batch_per_device: Annotated[int | None, Field(ge=1)] = None
+    """a process's larger share of a step is split into micro-batches of this size"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of the target that is spread over all classes"""
+    clip_grad_norm: Annotated[float | None, Field(gt=0)] = None
+    """largest norm that the gradient may have; null: any"""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """turns gradients into steps"""
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    """learning rate of the head"""
+    lr_body: Annotated[float | None, Field(gt=0)] = None
+    """learning rate of the body; null: that of the head"""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's momentum"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """how strongly weights are drawn towards zero"""
+    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    """course of the learning rate after the warm-up"""
+    step_epochs: Annotated[int, Field(ge=1)] = 5
+    """schedule step: epochs from one drop to the next"""
+    step_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """schedule step: what a drop multiplies the learning rate by"""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """epochs over which the learning rate rises to its full value"""
+
+    eval_batch_per_device: Annotated[int, Field(ge=1)] = 64
+    """photos of a validation batch on one device"""
+
+    log_every: Annotated[int, Field(ge=1)] = 50
+    """steps per training row"""
+    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
+    """where metrics go besides metrics.jsonl"""
+    project: Text = "dalitune"
+    """the tracker's project"""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        if self.resize < self.image_size:
+            raise Contradiction("resize must be at least image_size", "resize", "image_size")
+        if self.warmup_epochs > self.epochs:
+            raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
+        if self.mode == "feature_extract" and self.freeze != "none":
+            raise Contradiction("feature_extract freezes the whole body, leave freeze at none", "mode", "freeze")
+        frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze != "none")]
+        for key, is_frozen in [*frozen, ("batchnorm", self.batchnorm == "frozen")]:
+            if is_frozen and self.weights == "none":
+                raise Contradiction(
+                    "a frozen random network learns nothing: give weights, or freeze nothing", "weights", key
+                )
+        return self
+
+
+SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["properties"]
+
+GROUPS = {
+    "Run": ["run", "runs", "overwrite", "seed", "deterministic"],
+    "Data": ["data", "val_fraction", "skip_bad_files"],
+    "Images": ["image_size", "resize", "crop_scale_min", "flip_probability"],
+    "Loader": ["loader", "loader_threads", "prefetch"],
+    "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "channels_last", "compile"],
+    "Training": ["epochs", "max_steps", "batch_size", "max_batch_per_device", "label_smoothing", "clip_grad_norm"],
+    "Optimizer": [
+        "optimizer",
+        "lr",
+        "lr_body",
+        "momentum",
+        "weight_decay",
+        "schedule",
+        "step_epochs",
+        "step_gamma",
+        "warmup_epochs",
+    ],
+    "Evaluation": ["eval_batch_per_device"],
+    "Logging": ["log_every", "tracker", "project"],
+}
+
+
+def parse_config(argv: list[str]) -> tuple[Config, str]:
+    """Reads the command line and the recipe that it names.
+
+    `argv` is what follows the script's name. Without `--config` the recipe is `configs/finetune.yaml` beside
+    `train.py`, or the plain defaults where that is not there, as in an installed package.
+    Returns the config and the recipe's name, its file's name without the ending. Anything wrong is a `UserError` of one
+    line. `--help` prints the flags and exits with 0, as argparse does.
+    """
+    flags = _read_flags(argv)
+    given = flags.pop("config", None)
+    path = DEFAULT_RECIPE if given is None else Path(given)
+    recipe = {} if given is None and not path.is_file() else _read_recipe(path)
+    origins = dict.fromkeys(recipe, str(path))
+    # Before the flags cover it: a fault of the recipe that shows up only without some flag is hard to find.
+    _check_fields(recipe, origins)
+    origins |= {key: f"--{key}" for key in flags}
+    _check_fields(flags, origins)
+    values = recipe | flags
+    try:
+        return Config(**values), path.stem
+    except ValidationError as error:
+        contradiction = error.errors()[0]["ctx"]["error"]
+        settings = [
+            f"{key} {_spelled(values.get(key, SCHEMA[key]['default']))} ({origins.get(key, 'the default')})"
+            for key in contradiction.keys
+        ]
+        raise UserError(f"{' and '.join(settings)} do not go together: {contradiction}") from None
+
+
+def dump_yaml(config: Config) -> str:
+    """All settings, in the order of the fields, as YAML that `--config` reads back to an equal `Config`."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def flags_table() -> str:
+    """The flags in Markdown: for each group a heading and a table of flag, default, meaning."""
+    tables = []
+    for group, keys in GROUPS.items():
+        rows = [f"| `--{key}` | `{_spelled(SCHEMA[key]['default'])}` | {_meaning(key)} |" for key in keys]
+        tables.append("\n".join([f"### {group}", "", "| flag | default | meaning |", "|---|---|---|", *rows]))
+    return "\n\n".join(tables) + "\n"
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML whose plain values are text or null. As on the command line, the field's type decides how a text is read.
+
+    YAML's own types would take `lr: 1e-3` for a string, `run: 010` for 8 and `epochs: true` for a boolean.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
+        letter: [pair for pair in pairs if pair[0] == "tag:yaml.org,2002:null"]
+        for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            values = yaml.load(file, _RecipeLoader)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a YAML file") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not a recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a recipe: it must hold lines of the form `key: value`")
+    for key in values:
+        if key not in SCHEMA:
+            raise UserError(f"{path}: unknown key {_shown(key)}; {_nearest(str(key))}--help lists all")
+    return values
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        hint = "write --KEY VALUE, or --KEY=VALUE where the value begins with '-'"
+        raise UserError(f"{message.removeprefix('argument ')}; {hint}")
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
+        epilog="Flags win over the recipe, the recipe over the defaults. A recipe holds the same keys, `KEY: VALUE`. "
+        "A flag may be written --KEY=VALUE too, and with - for _; a yes-or-no flag without a value means true.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="the recipe (default configs/finetune.yaml)")
+    for group, keys in GROUPS.items():
+        section = parser.add_argument_group(group)
+        for key in keys:
+            bare: dict[str, Any] = {"nargs": "?", "const": "true"} if SCHEMA[key].get("type") == "boolean" else {}
+            text = f"{_meaning(key)} (default {_spelled(SCHEMA[key]['default'])})"
+            section.add_argument(f"--{key}", metavar="VALUE", help=text, **bare)
+    return parser
+
+
+def _read_flags(argv: list[str]) -> dict[str, Any]:
+    argv = [_with_underscores(argument) for argument in argv]
+    given, rest = _build_parser().parse_known_args(argv)
+    if rest and rest[0].startswith("-"):
+        flag = rest[0].partition("=")[0]
+        raise UserError(f"unknown flag {_shown(flag)}; {_nearest(flag, dashes='--')}--help lists all")
+    if rest:
+        raise UserError(f"{_shown(rest[0])}: belongs to no flag; a value follows its flag, as in --epochs 5")
+    names = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{name}: given more than once; give it once")
+    return {key: None if _means_null(key, value) else value for key, value in vars(given).items()}
+
+
+def _with_underscores(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    key = flag[2:].replace("-", "_")
+    return f"--{key}{equals}{value}" if flag.startswith("--") and key in SCHEMA else argument
+
+
+def _means_null(key: str, value: str) -> bool:
+    parts = SCHEMA.get(key, {}).get("anyOf", [])
+    words = {"", "~", "null", "none"}.difference(*(part.get("enum", []) for part in parts))
+    return {"type": "null"} in parts and value.lower() in words
+
+
+def _check_fields(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Raises for the first value that is wrong by itself. Contradictions are left for when all values are together."""
+    try:
+        Config(**values)
+    except ValidationError as error:
+        key = next((str(fault["loc"][0]) for fault in error.errors() if fault["loc"]), None)
+        if key is not None:
+            shown = _shown(values[key])
+            raise UserError(f"{origins[key]}: {key} cannot be {shown}; possible: {_possible(key)}") from None
+
+
+def _nearest(name: str, dashes: str = "") -> str:
+    """Words that offer the key most like an unknown one; none where no key is like it."""
+    names = [*SCHEMA, "config"] if dashes else [*SCHEMA]
+    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), names, n=1)
+    return f"the nearest is {dashes}{near[0]}; " if near else ""
+
+
+def _meaning(key: str) -> str:
+    return f"{SCHEMA[key]['description']} [{_possible(key)}]".replace("\n", " ")
+
+
+def _possible(key: str) -> str:
+    """The values that a key may have, in words."""
+    kinds = {"integer": "an integer", "number": "a finite number", "boolean": "true or false", "string": "text"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    words = []
+    for part in SCHEMA[key].get("anyOf", [SCHEMA[key]]):
+        limits = [f"{sign} {part[limit]:.10g}" for limit, sign in signs.items() if limit in part]
+        if "enum" in part:
+            words += part["enum"]
+        elif "pattern" in part:
+            words.append("a name of at most 100 letters, digits, '.', '_', '-' that begins with no '.' or '-'")
+        else:
+            words.append(" ".join([kinds.get(part["type"], "null"), " and ".join(limits)]).strip())
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _shown(value: Any) -> str:
+    """A wrong value on one line."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a mapping"
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _spelled(value: Any) -> str:
+    """A value as a recipe spells it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,177 @@
+"""The DALI engine: one pipeline definition for the CPU and the GPU, the device a parameter.
+
+The crop is known before the photo is read, so the decoder skips the rest of the picture. DALI's own random operators,
+readers and samplers are not used: paths, windows and flips are fed in from the plan, one micro-batch at a time.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
+
+from pipelines.dataset import Split
+from pipelines.errors import MachineError
+from pipelines.loader import Pixels
+from pipelines.plan import Views
+
+
+@pipeline_def
+def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Paths and views in, float32 [n, image_size, image_size, 3] out. device: "cpu" or "gpu"."""
+    paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
+    window_start = fn.external_source(name="window_start", dtype=types.INT32, ndim=1)
+    window_shape = fn.external_source(name="window_shape", dtype=types.INT32, ndim=1)
+    resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
+    anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
+    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+    images = fn.decoders.image_slice(
+        fn.io.file.read(paths),
+        start=window_start,
+        shape=window_shape,
+        axis_names="HW",
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+        # On a GPU the default is false, unlike on the CPU and in Pillow.
+        jpeg_fancy_upsampling=True,
+    )
+    images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
+    images = fn.slice(images, start=anchor, shape=[image_size, image_size], axis_names="HW")
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=flip,
+        dtype=types.FLOAT,
+        output_layout="HWC",  # dense rows of RGB are channels-last memory for PyTorch
+        mean=[255 * value for value in mean],
+        std=[255 * value for value in std],
+    )
+
+
+class DaliEngine:
+    """See `loader.Engine`. micro_batch: the most views of one `submit`; threads: DALI's CPU threads."""
+
+    name = "dali"
+
+    def __init__(
+        self,
+        split: Split,
+        image_size: int,
+        micro_batch: int,
+        device: torch.device,
+        threads: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._split = split
+        self._device = device
+        self._image_size = image_size
+        self._settings = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "num_threads": threads}
+        self._micro_batch = micro_batch
+        self._pipeline = self._build(micro_batch)
+        self._submitted: deque[tuple[Views, dict[int, str]]] = deque()
+
+    def submit(self, views: Views) -> None:
+        self._submitted.append((views, {}))
+        self._schedule(self._pipeline, views)
+
+    def fetch(self) -> Pixels:
+        views, failed = self._submitted[0]
+        kept = len(views) - len(failed)
+        try:
+            images = self._outputs(self._pipeline) if kept else self._empty()
+        except RuntimeError as error:
+            self._rebuild_without_bad_photos(error)
+            return self.fetch()
+        self._submitted.popleft()
+        return Pixels(images.permute(0, 3, 1, 2), failed)
+
+    def cancel(self) -> None:
+        # Pipeline.reset() in mid-epoch is silently ignored, so what was started is taken out and dropped.
+        try:
+            while self._submitted:
+                views, failed = self._submitted.popleft()
+                if len(views) > len(failed):
+                    self._pipeline.share_outputs()
+                    self._pipeline.release_outputs()
+        except RuntimeError:
+            self._submitted.clear()
+            self._pipeline = self._build(self._micro_batch)
+
+    def close(self) -> None:
+        self.cancel()
+        del self._pipeline
+
+    def _build(self, batch_size: int) -> Pipeline:
+        gpu = self._device.type == "cuda"
+        pipeline = image_pipeline(
+            **self._settings,
+            device="gpu" if gpu else "cpu",
+            batch_size=batch_size,
+            device_id=(self._device.index or 0) if gpu else None,
+            # The first schedule_run would otherwise ask for several batches at once, and an epoch may have one.
+            prefetch_queue_depth=1,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _schedule(self, pipeline: Pipeline, views: Views) -> None:
+        paths = [np.frombuffer(self._split.path_bytes(int(index)), np.uint8) for index in views.indices]
+        pipeline.feed_input("paths", paths)
+        pipeline.feed_input("window_start", np.ascontiguousarray(views.windows[:, :2]))
+        pipeline.feed_input("window_shape", np.ascontiguousarray(views.windows[:, 2:]))
+        pipeline.feed_input("resized", views.resized.astype(np.float32))
+        pipeline.feed_input("anchor", views.anchors)
+        pipeline.feed_input("flip", views.flips.astype(np.int32))
+        pipeline.schedule_run()
+
+    def _outputs(self, pipeline: Pipeline) -> torch.Tensor:
+        (outputs,) = pipeline.share_outputs()
+        dense = outputs.as_tensor()
+        images = torch.empty(dense.shape(), dtype=torch.float32, device=self._device)
+        if self._device.type == "cuda":
+            feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(self._device))
+        else:
+            feed_ndarray(dense, images)
+        pipeline.release_outputs()
+        return images
+
+    def _empty(self) -> torch.Tensor:
+        return torch.empty((0, self._image_size, self._image_size, 3), device=self._device)
+
+    def _rebuild_without_bad_photos(self, error: RuntimeError) -> None:
+        """A pipeline is dead after an exception that does not name the photo: try the submitted ones one by one."""
+        known = sum(len(failed) for _, failed in self._submitted)
+        for views, failed in self._submitted:
+            failed.update(self._failures(views))
+        if sum(len(failed) for _, failed in self._submitted) == known:
+            raise MachineError(
+                f"DALI failed, and not because of a photo: {_reason(error)}; try --loader torch"
+            ) from error
+        self._pipeline = self._build(self._micro_batch)
+        for views, failed in self._submitted:
+            kept = np.ones(len(views), bool)
+            kept[list(failed)] = False
+            if kept.any():
+                self._schedule(self._pipeline, views.select(kept))
+
+    def _failures(self, views: Views) -> dict[int, str]:
+        failed = {}
+        probe = self._build(1)
+        for position in range(len(views)):
+            try:
+                self._schedule(probe, views.select(np.array([position])))
+                self._outputs(probe)
+            except RuntimeError as error:
+                failed[position] = _reason(error)
+                probe = self._build(1)
+        return failed
+
+
+def _reason(error: RuntimeError) -> str:
+    """The one line of DALI's message that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = lines.index("encountered:") + 1 if "encountered:" in lines else len(lines)
+    return lines[after] if after < len(lines) else lines[0]

@@ -1,0 +1,546 @@
+"""The index: a folder or a CSV file of labelled photos becomes arrays, by one scan of the headers, which is cached.
+
+ROOT/<split>/<class>/* is read as torchvision.datasets.ImageFolder reads it. The scan is the only judge of a file for
+both engines: format, size, sound end. It decodes nothing, and a later scan opens only new and changed files.
+"""
+
+import csv
+import filecmp
+import json
+import os
+import re
+import stat
+import sys
+import tempfile
+import time
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from tqdm import tqdm
+
+from pipelines.errors import MachineError, UserError
+
+EXTENSIONS: tuple[str, ...] = IMG_EXTENSIONS
+FAULTS: tuple[str, ...] = (
+    *("", "missing", "cannot be read", "not a regular file", "empty file", "not an image of a known format"),
+    *("broken header", "truncated", "too many pixels"),
+)
+MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
+_LAYOUT = [1, *FAULTS]  # an index of another layout, or with other faults, is made anew
+_WANTED = "give a folder with train/CLASS/* or CLASS/* in it, or a CSV file path,label[,split]"
+_EDGE = 4096  # bytes read at a file's start and at its end
+_MAGIC = re.compile(  # the groups carry Pillow's names of the formats
+    rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<BMP>BM)"
+    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)",
+    re.DOTALL,
+)
+_FACTS = ("sizes", "faults", "byte_sizes", "mtimes", "signatures")  # the columns that come out of the files themselves
+Table = dict[str, np.ndarray]  # columns by name, one row per photo, split after split
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The N labelled photos of one split, in their fixed order. The arrays are read-only views of the index file.
+
+    labels: int32 [N], positions in `classes` (sorted names).
+    sizes: int32 [N, 2], height and width in pixels after EXIF rotation; 0, 0 for a faulty file.
+    faults: uint8 [N], positions in FAULTS; 0 is a sound file.
+    path_blob: uint8, path_offsets: uint64 [N + 1]: the path of photo i below `root`, in the file system's own bytes,
+    is path_blob[path_offsets[i]:path_offsets[i + 1]].
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    sizes: np.ndarray
+    faults: np.ndarray
+    root: bytes
+    path_blob: np.ndarray
+    path_offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        """The absolute path of a photo, 0 <= index < N."""
+        return os.fsdecode(self.path_bytes(index))
+
+    def path_bytes(self, index: int) -> bytes:
+        """The same in the file system's own bytes."""
+        return os.path.join(self.root, _path_at(self.path_blob, self.path_offsets, index))
+
+    def class_counts(self) -> dict[str, int]:
+        """How many sound photos each class has."""
+        counts = np.bincount(self.labels[self.faults == 0], minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def faulty_files(self) -> list[str]:
+        """One line per faulty file: the path below `root`, the reason."""
+        rows = np.flatnonzero(self.faults).tolist()
+        paths = [os.fsdecode(_path_at(self.path_blob, self.path_offsets, row)) for row in rows]
+        return [f"{_printable(path)} ({FAULTS[self.faults[row]]})" for path, row in zip(paths, rows, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A whole data set.
+
+    splits: by name, "train" and "val" first.
+    fingerprint: hex, of the paths below `root`, labels, class names and byte sizes; not of times, place or machine.
+    duplicates: (train path, val path) below `root`, the same bytes; a val photo stands here once at most.
+    val_fraction: the share of "train" that was set aside as "val"; None where the data has a "val" of its own.
+    """
+
+    root: Path
+    splits: dict[str, Split]
+    fingerprint: str
+    duplicates: list[tuple[str, str]]
+    val_fraction: float | None
+
+    def report(self) -> list[str]:
+        """What a person should know of the data before a run, in lines."""
+        lines = [f"data: {_printable(self.root)} (fingerprint {self.fingerprint})"]
+        for split in self.splits.values():
+            counts = split.class_counts()
+            each = ", ".join(f"{_printable(name)} {count}" for name, count in counts.items())
+            if len(counts) > 10:
+                each = f"{min(counts.values())} to {max(counts.values())} photos in a class"
+            lines.append(f"{_printable(split.name)}: {sum(counts.values())} photos, {len(counts)} classes: {each}")
+        if self.val_fraction is not None:
+            lines.append(f"val was taken from train: {self.val_fraction:g} of each class, chosen by a hash of the path")
+        pairs = [f"{_printable(train)} = {_printable(val)}" for train, val in self.duplicates]
+        faulty = [line for split in self.splits.values() for line in split.faulty_files()]
+        for title, items in (("photos of val are in train too", pairs), ("files cannot be used", faulty)):
+            more = [f"  and {len(items) - 10} more"] if len(items) > 10 else []
+            lines += [f"{len(items)} {title}:", *(f"  {item}" for item in items[:10]), *more] if items else []
+        return lines
+
+
+def scan_dataset(data: Path, cache: Path, val_fraction: float) -> Path:
+    """Reads the headers of the photos of a folder or a CSV file; returns the index file, for `load_dataset`.
+
+    The index is kept in cache/scan. Only files that are new to it, or of another byte size or time, are opened; where
+    nothing has changed it is left as it is. Where there is "train" and no "val", `val_fraction` of each class of
+    "train" becomes "val". Raises UserError where `data` is not made of labelled photos, MachineError where `cache`
+    cannot be written.
+    """
+    data = Path(os.path.abspath(data.expanduser()))
+    is_folder = os.path.isdir(data)
+    root = os.fsencode(data if is_folder else data.parent)
+    try:
+        table, splits, divided = _collect(_list_folder(data) if is_folder else _list_csv(data), val_fraction)
+    except OSError as error:
+        raise UserError(f"{_printable(data)}: cannot be read ({error.strerror}); {_WANTED}") from None
+    if not splits:
+        raise UserError(f"{_printable(data)}: no photos in it; {_WANTED}")
+
+    name = blake2b(os.fsencode(data) + repr(val_fraction).encode(), digest_size=16).hexdigest()
+    index_file = cache / "scan" / f"{name}.safetensors"
+    known_header, known = {}, {}
+    with suppress(SafetensorError, OSError, KeyError, ValueError):
+        known_header, known = _read_index(index_file)
+        _take_over(table, known)
+    _scan(root, table)
+    header = {
+        "layout": _LAYOUT,
+        "root": os.fsdecode(root),
+        "splits": splits,
+        "val_fraction": val_fraction if divided else None,
+        "fingerprint": _fingerprint(table, splits),
+    }
+    if header != known_header or not all(np.array_equal(column, known[name]) for name, column in table.items()):
+        table["duplicates"] = _duplicates(root, table, {name: count for name, _, count in splits})
+        _write_index(index_file, table, header)
+    return index_file
+
+
+def load_dataset(index_file: Path) -> Dataset:
+    """The data set of an index file, memory-mapped: the processes of a machine share one copy.
+
+    Raises MachineError where the file is not a whole index.
+    """
+    try:
+        header, table = _read_index(index_file)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise MachineError(f"{index_file}: not a readable index ({_printable(error)}); scan the data again") from None
+    blob, offsets = table["path_blob"], table["path_offsets"]
+    splits, start = {}, 0
+    for name, classes, count in header["splits"]:
+        labels, sizes, faults = (table[column][start : start + count] for column in ("labels", "sizes", "faults"))
+        bounds = offsets[start : start + count + 1]
+        splits[name] = Split(name, tuple(classes), labels, sizes, faults, os.fsencode(header["root"]), blob, bounds)
+        start += count
+    paths = [os.fsdecode(_path_at(blob, offsets, row)) for row in table["duplicates"].ravel()]
+    duplicates = list(zip(paths[::2], paths[1::2], strict=True))
+    return Dataset(Path(header["root"]), splits, header["fingerprint"], duplicates, header["val_fraction"])
+
+
+def map_labels(split: Split, classes: Sequence[str]) -> np.ndarray:
+    """int64 [N]: the labels of the split's photos as positions in a model's `classes`, matched by name.
+
+    Raises UserError where photos have a class that the model lacks.
+    """
+    position = {name: index for index, name in enumerate(classes)}
+    lookup = np.array([position.get(name, -1) for name in split.classes], np.int64)
+    if unknown := [split.classes[label] for label in np.unique(split.labels) if lookup[label] < 0]:
+        known = _listed(classes)
+        raise UserError(f"split {split.name!r} has classes that the model lacks: {_listed(unknown)}; it knows {known}")
+    return lookup[split.labels]
+
+
+def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[str] = ("train", "val")) -> None:
+    """Raises UserError where the data does not do for a run that needs `splits`.
+
+    That is: one of them is missing or has no sound photo; faulty files, unless `skip_bad_files`; photos of fewer than
+    two classes in "train"; a class with photos in another of the splits and none in "train".
+    """
+    root = _printable(dataset.root)
+    for name in splits:
+        if name not in dataset.splits:
+            raise UserError(f"{root}: no split {name!r}; it has {_listed(list(dataset.splits))}")
+    bad = [line for name in splits for line in dataset.splits[name].faulty_files()]
+    if bad and not skip_bad_files:
+        first = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+        raise UserError(f"{root}: {len(bad)} files cannot be used: {first}. Mend them, or add --skip-bad-files")
+    counts = {name: dataset.splits[name].class_counts() for name in splits}
+    present = {name: {label for label, count in counts[name].items() if count} for name in splits}
+    train = present.get("train")
+    for name in splits:
+        if not present[name]:
+            raise UserError(f"{root}: split {name!r} has no photo that can be used")
+        if train and (absent := present[name] - train):
+            raise UserError(f"{root}: {name!r} has classes without a photo in 'train': {_listed(sorted(absent))}")
+    if train and len(train) < 2:
+        raise UserError(f"{root}: 'train' has photos of one class only, {_listed(list(train))}; two are needed")
+
+
+def exif_orientation(photo: Image.Image) -> int:
+    """How an opened photo's pixels are to be turned, 1 to 8 (EXIF 2.32, tag 0x0112); 1 where the EXIF data is broken.
+
+    EXIF only, as DALI reads it: Pillow's `getexif` also believes XMP. Pillow turns a TIFF itself when it loads it, and
+    reads what stands behind the pixels of a PNG only then: with pixels, call this after `photo.load()`.
+    """
+    try:
+        if isinstance(photo, TiffImageFile):
+            orientation = photo.tag_v2.get(0x0112)
+        else:
+            exif = Image.Exif()
+            exif.load(photo.info.get("exif", b""))
+            orientation = exif.get(0x0112)
+    except Exception:  # Pillow's parsers raise many kinds of error on broken data
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Split, class and path below `root` of each photo."""
+    folders = _subfolders(root)
+    below_root = len(os.path.join(root, ""))
+    for split in folders if {"train", "val", "test"} & set(folders) else [""]:
+        folder = root / split
+        classes = _subfolders(folder)
+        strict = split in ("", "train", "val")  # any other folder beside the splits may hold anything
+        if strict and not classes:
+            raise UserError(f"{_printable(folder)}: no class folders in it; {_WANTED}")
+        for name in classes:
+            photos = make_dataset(folder, {name: 0}, EXTENSIONS, allow_empty=True)
+            if strict and not photos:
+                raise UserError(
+                    f"{_printable(folder / name)}: no photos in this class; they end in {_listed(EXTENSIONS)}"
+                )
+            for path, _ in photos:
+                yield split or "train", name, os.fsencode(path[below_root:])
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def _list_csv(file: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Split, class and path below the file's folder of each row."""
+    below_folder = os.path.join(file.parent, "")
+    seen: set[bytes] = set()
+    with open(file, newline="", encoding="utf-8-sig") as text:
+        try:
+            reader = csv.DictReader(text, skipinitialspace=True)
+            columns = reader.fieldnames or []
+            if missing := {"path", "label"} - set(columns):
+                raise UserError(f"{_printable(file)}, line 1: no column {_listed(sorted(missing))}; {_WANTED}")
+            for row in reader:
+                where = f"{_printable(file)}, line {reader.line_num}"
+                for column in ("path", "label", "split"):
+                    if column in columns and not (row[column] or "").strip():
+                        raise UserError(f"{where}: the {column} is empty")
+                full = os.path.normpath(os.path.join(below_folder, row["path"]))
+                path = os.fsencode(full[len(below_folder) :])
+                if not full.startswith(below_folder):
+                    raise UserError(f"{where}: {_printable(row['path'])} is not in the folder of the CSV file")
+                if path in seen:
+                    raise UserError(f"{where}: {_printable(row['path'])} stands in an earlier line too")
+                seen.add(path)
+                yield row.get("split", "train").strip(), row["label"].strip(), path
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{_printable(file)}: not a CSV file in UTF-8 ({_printable(error)})") from None
+
+
+def _collect(photos: Iterable[tuple[str, str, bytes]], val_fraction: float) -> tuple[Table, list[list[Any]], bool]:
+    """The table of all photos, split after split; [name, classes, number of photos] of each split; whether "val" was
+    taken from "train". No Python object per photo is kept, since there may be millions."""
+    numbers: dict[tuple[str, str], int] = {}  # of (split, class), as they come
+    number_of, blob, offsets = array("i"), bytearray(), array("Q", [0])
+    for split, label, path in photos:
+        number_of.append(numbers.setdefault((split, label), len(numbers)))
+        blob += path
+        offsets.append(len(blob))
+    classes: dict[str, list[str]] = {}
+    for split, label in sorted(numbers):
+        classes.setdefault(split, []).append(label)
+    divided = "train" in classes and "val" not in classes
+    if divided:
+        classes["val"] = classes["train"]
+    names = sorted(classes, key=lambda name: (name != "train", name != "val", name))
+    places = {(split, label): (names.index(split), at) for split in names for at, label in enumerate(classes[split])}
+    split_of, labels = np.array([places[key] for key in numbers], np.int32).reshape(-1, 2)[number_of].T
+    if divided:
+        split_of[_choose_val(labels, split_of == 0, _path_hashes(blob, offsets), val_fraction)] = 1
+    order = np.argsort(split_of, kind="stable")
+    lengths = np.diff(np.array(offsets, np.int64))[order]
+    table = {
+        "path_blob": np.frombuffer(b"".join(_path_at(blob, offsets, row) for row in order), np.uint8),
+        "path_offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64),
+        "labels": labels[order],
+        "sizes": np.zeros((len(order), 2), np.int32),
+        "faults": np.zeros(len(order), np.uint8),
+        "byte_sizes": np.full(len(order), -1, np.int64),  # -1: not looked at so far
+        "mtimes": np.zeros(len(order), np.int64),  # nanoseconds
+        "signatures": np.zeros(len(order), np.uint64),  # of byte size and edges; 0: faulty
+    }
+    counts = np.bincount(split_of, minlength=len(names)).tolist()
+    return table, [[name, classes[name], count] for name, count in zip(names, counts, strict=True)], divided
+
+
+def _choose_val(labels: np.ndarray, in_train: np.ndarray, hashes: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Which rows of "train" become "val": of each class those that hash lowest, one of two at least, never all."""
+    rows = np.flatnonzero(in_train)
+    rows = rows[np.lexsort((hashes[rows], labels[rows]))]
+    counts = np.bincount(labels[rows])
+    shares = np.minimum(np.maximum(np.round(val_fraction * counts), 1), counts - 1)
+    rank_in_class = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rows[rank_in_class < np.repeat(shares, counts)]
+
+
+def _take_over(table: Table, known: Table) -> None:
+    """Fills in what an earlier scan found out about the same paths."""
+    rows = known_rows = np.arange(len(table["labels"]))
+    if not all(np.array_equal(table[name], known[name]) for name in ("path_blob", "path_offsets")):
+        new, old = (_path_hashes(index["path_blob"], index["path_offsets"]) for index in (table, known))
+        _, rows, known_rows = np.intersect1d(new, old, return_indices=True)
+    for name in _FACTS:
+        table[name][rows] = known[name][known_rows]
+
+
+def _scan(root: bytes, table: Table) -> None:
+    """Judges each file whose byte size or time is not the table's."""
+
+    def look(row: int) -> None:
+        path = os.path.join(root, _path_at(table["path_blob"], table["path_offsets"], row))
+        try:
+            state = os.stat(path)
+            byte_size, mtime, regular = state.st_size, state.st_mtime_ns, stat.S_ISREG(state.st_mode)
+        except (OSError, ValueError):
+            byte_size, mtime, regular = 0, 0, True  # opening it will tell why
+        unchanged = table["byte_sizes"][row] == byte_size and table["mtimes"][row] == mtime
+        # That a file may be read again shows neither in its size nor in its time.
+        if unchanged and FAULTS[table["faults"][row]] != "cannot be read":
+            return
+        # Opening a pipe would wait for ever.
+        fault, size, signature = _judge(path) if regular else ("not a regular file", (0, 0), 0)
+        for name, fact in zip(_FACTS, (size, FAULTS.index(fault), byte_size, mtime, signature), strict=True):
+            table[name][row] = fact
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and large photos
+        _in_threads(look, len(table["labels"]), f"scan of {_printable(os.fsdecode(root))}")
+
+
+def _in_threads(look: Callable[[int], None], total: int, title: str) -> None:
+    """Calls `look` for each row. Shows a bar on a terminal, elsewhere a line at start and end, if it takes its time."""
+    start, announced = time.monotonic(), False
+    chunks = [range(at, min(at + 64, total)) for at in range(0, total, 64)]
+    pool = ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
+    try:
+        with tqdm(total=total, desc=title, unit="photo", disable=None, leave=False) as bar:
+            for done in pool.map(lambda chunk: sum(1 for _ in map(look, chunk)), chunks):
+                bar.update(done)
+                if bar.disable and not announced and time.monotonic() - start > 2:
+                    announced = True
+                    print(f"{title}: {total} photos ...", file=sys.stderr, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if announced:
+        print(f"{title}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _judge(path: bytes) -> tuple[str, tuple[int, int], int]:
+    """Fault, height and width, signature of a file."""
+    try:
+        with open(path, "rb") as file:
+            byte_size = file.seek(0, os.SEEK_END)
+            file.seek(max(byte_size - _EDGE, 0))
+            tail = file.read()
+            file.seek(0)
+            head = file.read(_EDGE)
+            fault, size = _judge_content(file, head, tail, byte_size)
+    except Image.DecompressionBombError:
+        fault = "too many pixels"
+    except FileNotFoundError:
+        fault = "missing"
+    except Exception as error:
+        # Pillow's parsers raise many kinds of error on broken data; OSError, too, but then without a number.
+        fault = "cannot be read" if isinstance(error, OSError) and error.errno else "broken header"
+    if fault:
+        return fault, (0, 0), 0
+    digest = blake2b(byte_size.to_bytes(8, "little") + head + tail, digest_size=8).digest()
+    return "", size, int.from_bytes(digest, "little")
+
+
+def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> tuple[str, tuple[int, int]]:
+    """Fault, height and width of an open file."""
+    if not byte_size:
+        return "empty file", (0, 0)
+    match = _MAGIC.match(head)
+    if not match:
+        return "not an image of a known format", (0, 0)
+    kind = str(match.lastgroup)
+    if kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 > byte_size:
+        return "truncated", (0, 0)
+    # Image.open would go on to the further pictures of a phone's JPEG, past the place that _is_whole starts from.
+    file.seek(0)
+    photo = JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
+    width, height = photo.size
+    if isinstance(photo, TiffImageFile):  # the stored size: photo.size may be the turned one
+        width, height = photo.tag_v2[256], photo.tag_v2[257]
+    if width * height > MAX_PIXELS:
+        return "too many pixels", (0, 0)
+    if not _is_whole(file, kind, photo, tail, byte_size):
+        return "truncated", (0, 0)
+    if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
+        photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
+    return "", (width, height) if exif_orientation(photo) >= 5 else (height, width)
+
+
+def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> bool:
+    """Whether the file reaches the end of its picture; bytes behind that do no harm."""
+    tile = photo.tile[0] if photo.tile else None
+    end = 0
+    if kind == "JPEG":
+        # From the start of scan, where Pillow stopped: a thumbnail before it has an end marker of its own.
+        return tile is not None and _holds(file, b"\xff\xd9", tail, byte_size)
+    if kind == "PNG":
+        return _holds(file, b"IEND\xaeB`\x82", tail, byte_size)
+    if isinstance(photo, TiffImageFile):
+        for offsets, lengths in ((273, 279), (324, 325)):  # of strips, of tiles
+            pairs = zip(photo.tag_v2.get(offsets, ()), photo.tag_v2.get(lengths, ()), strict=False)
+            end = max([end, *(offset + length for offset, length in pairs)])
+    elif tile and tile[0] == "raw":  # BMP or PPM, not compressed
+        stride = tile[3][1] if isinstance(tile[3], tuple) else 0
+        bits = {"1": 1, "RGB": 24}.get(photo.mode, 8)
+        end = tile[2] + photo.height * (stride or (photo.width * bits + 7) // 8)
+    return end <= byte_size
+
+
+def _holds(file: BinaryIO, marker: bytes, tail: bytes, byte_size: int) -> bool:
+    """Whether the marker stands behind the file's position: most often in the tail, else anywhere."""
+    at = tail.rfind(marker)
+    if at >= 0 and byte_size - len(tail) + at >= file.tell():
+        return True
+    rest = b""
+    while block := file.read(1 << 20):
+        if marker in rest + block:
+            return True
+        rest = block[1 - len(marker) :]
+    return False
+
+
+def _duplicates(root: bytes, table: Table, counts: dict[str, int]) -> np.ndarray:
+    """int64 [any, 2]: rows of a train and a val photo of the same bytes; whole files are read where the edges agree."""
+    train_end = counts.get("train", 0)
+    signatures, twins = np.unique(table["signatures"][:train_end], return_index=True)
+    val = table["signatures"][train_end : train_end + counts.get("val", 0)]
+    rows = np.flatnonzero(np.isin(val, signatures) & (val != 0))
+    pairs = np.stack([twins[np.searchsorted(signatures, val[rows])], train_end + rows], axis=1)
+
+    def path(row: int) -> bytes:
+        return os.path.join(root, _path_at(table["path_blob"], table["path_offsets"], row))
+
+    same = np.zeros(len(pairs), bool)
+    for at, (train_row, val_row) in enumerate(pairs):
+        with suppress(OSError):
+            same[at] = filecmp.cmp(path(train_row), path(val_row), shallow=False)
+    return pairs[same].astype(np.int64)
+
+
+def _read_index(index_file: Path) -> tuple[dict[str, Any], Table]:
+    """Header and arrays, memory-mapped: safetensors maps a file for PyTorch, for numpy it copies."""
+    with safe_open(index_file, framework="pt") as file:
+        header = json.loads((file.metadata() or {})["header"])
+        if header["layout"] != _LAYOUT:
+            raise ValueError("an index of another version")
+        names = ("path_blob", "path_offsets", "labels", *_FACTS, "duplicates")
+        table = {name: file.get_tensor(name).numpy() for name in names}
+    for column in table.values():
+        column.flags.writeable = False
+    return header, table
+
+
+def _write_index(index_file: Path, table: Table, header: dict[str, Any]) -> None:
+    try:
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=index_file.parent) as folder:
+            # JSON keeps names that are not valid Unicode, which safetensors refuses.
+            save_file(table, Path(folder) / "index", {"header": json.dumps(header)})
+            os.replace(Path(folder) / "index", index_file)
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{index_file.parent}: the index cannot be written there: {_printable(error)}") from None
+
+
+def _fingerprint(table: Table, splits: list[list[Any]]) -> str:
+    digest = blake2b(json.dumps(splits).encode(), digest_size=16)
+    for name in ("path_blob", "path_offsets", "labels", "byte_sizes"):
+        digest.update(np.ascontiguousarray(table[name]).data)
+    return digest.hexdigest()
+
+
+def _path_at(blob: np.ndarray | bytearray, offsets: np.ndarray | array, row: int) -> bytes:
+    return bytes(blob[offsets[row] : offsets[row + 1]])
+
+
+def _path_hashes(blob: np.ndarray | bytearray, offsets: np.ndarray | array) -> np.ndarray:
+    """uint64 [N]: the same in every process and on every machine, unlike Python's own hash."""
+    paths = (_path_at(blob, offsets, row) for row in range(len(offsets) - 1))
+    hashes = (int.from_bytes(blake2b(path, digest_size=8).digest(), "little") for path in paths)
+    return np.fromiter(hashes, np.uint64, len(offsets) - 1)
+
+
+def _printable(text: object) -> str:
+    """On one line, in characters that every terminal takes: a file name may hold anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(_printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,22 @@
+"""The two ways in which a run ends badly, each with its exit code."""
+
+
+class _Ending(Exception):
+    exit_code: int
+
+    def __init__(self, line: str, *, on_one_process: bool = False) -> None:
+        """line: one line, what is wrong, where, what to do. on_one_process: the other processes do not raise it."""
+        super().__init__(" ".join(line.split()))
+        self.on_one_process = on_one_process
+
+
+class UserError(_Ending):
+    """Something that the person who started the run can put right."""
+
+    exit_code = 2
+
+
+class MachineError(_Ending):
+    """A failure of the machine or of something that it reaches: disk, network, another process."""
+
+    exit_code = 3

@@ -1,0 +1,169 @@
+"""Exact evaluation: every photo counts once, on any number of processes."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.nn import functional
+from tqdm import tqdm
+
+from pipelines.loader import Loader
+from pipelines.model import TransferModel
+
+# One record per photo: what every score is computed from.
+_RECORD = np.dtype(
+    [
+        ("index", np.int64),  # position in the split
+        ("label", np.int64),
+        ("predicted", np.int64),
+        ("rank", np.int64),  # how many classes scored above the true one
+        ("confidence", np.float32),  # softmax probability of the predicted class
+        ("loss", np.float32),  # cross-entropy, without label smoothing
+    ]
+)
+
+
+@dataclass
+class FeatureCache:
+    """What a fixed backbone made of each micro-batch of this process's share, so that it is computed once a run."""
+
+    features: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation says.
+
+    top1, topk[k], precision, recall and f1 are fractions. interval: 95 % Wilson interval of top1. ece: expected
+    calibration error in 15 bins (Guo et al. 2017). confusion_matrix: int64 [C, C], rows truth, columns prediction.
+    per_class: one dict per class with precision, recall, f1, count.
+    """
+
+    loss: float
+    top1: float
+    correct: int
+    count: int
+    interval: tuple[float, float]
+    topk: dict[int, float]
+    ece: float
+    confusion_matrix: np.ndarray
+    per_class: list[dict[str, float]]
+
+
+def predict(
+    model: TransferModel, loader: Loader, accelerator: Accelerator, cache: FeatureCache | None = None
+) -> np.ndarray:
+    """Records (see _RECORD) of every readable photo of the loader's split, by index; the same array on all processes.
+
+    model: unwrapped; it is left in eval mode. cache: given for a model with a fixed backbone, filled on the first call.
+    """
+    model.eval()
+    columns: list[tuple[torch.Tensor, ...]] = []
+    with torch.inference_mode():
+        for hidden, labels, indices in _hidden(model, loader, accelerator, cache):
+            with accelerator.autocast():
+                logits = model(hidden)
+            columns.append((indices, labels, *_outcomes(logits.float(), labels)))
+    gathered = np.concatenate(gather_object([_records(columns)]))
+    gathered = gathered[np.argsort(gathered["index"], kind="stable")]
+    bad = {index for rank_bad in gather_object([set(loader.bad)]) for index in rank_bad}
+    expected = np.setdiff1d(np.flatnonzero(loader.split.faults == 0), sorted(bad))
+    if not np.array_equal(gathered["index"], expected):
+        raise AssertionError(f"evaluated {len(gathered)} photos, not the {len(expected)} that there are, each once")
+    return gathered
+
+
+def loss_and_top1(records: np.ndarray) -> tuple[float, float, int]:
+    """Mean loss, top-1 accuracy as a fraction, and the number of correct photos."""
+    correct = int((records["predicted"] == records["label"]).sum())
+    count = max(1, len(records))
+    return float(records["loss"].sum(dtype=np.float64) / count), correct / count, correct
+
+
+def score(records: np.ndarray, classes: Sequence[str], ks: Sequence[int] = (5,)) -> Scores:
+    """All scores of `records`, through torchmetrics. k of top-k is clamped to the number of classes."""
+    from torchmetrics.functional import classification as tm  # slow to import, and training does without it
+
+    predicted, labels = torch.from_numpy(records["predicted"].copy()), torch.from_numpy(records["label"].copy())
+    each = {"num_classes": len(classes), "average": "none"}
+    per_class = zip(
+        tm.multiclass_precision(predicted, labels, **each).tolist(),
+        tm.multiclass_recall(predicted, labels, **each).tolist(),
+        tm.multiclass_f1_score(predicted, labels, **each).tolist(),
+        np.bincount(records["label"], minlength=len(classes)).tolist(),
+        strict=True,
+    )
+    loss, top1, correct = loss_and_top1(records)
+    # The multi-class error is the binary one of "the prediction is right" against its confidence.
+    ece = tm.binary_calibration_error(torch.from_numpy(records["confidence"].copy()), (predicted == labels).int(), 15)
+    return Scores(
+        loss=loss,
+        top1=top1,
+        correct=correct,
+        count=len(records),
+        interval=wilson_interval(correct, len(records)),
+        topk={k: float((records["rank"] < k).mean()) for k in {min(k, len(classes)) for k in ks}},
+        ece=float(ece),
+        confusion_matrix=tm.multiclass_confusion_matrix(predicted, labels, len(classes)).numpy(),
+        per_class=[dict(zip(("precision", "recall", "f1", "count"), values, strict=True)) for values in per_class],
+    )
+
+
+def wilson_interval(correct: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """The confidence interval of a proportion (Wilson 1927): honest near 0 and 1 and for few photos, within [0, 1]."""
+    if not count:
+        return 0.0, 1.0
+    z, p = NormalDist().inv_cdf((1 + level) / 2), correct / count
+    centre = p + z * z / (2 * count)
+    half = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _hidden(
+    model: TransferModel, loader: Loader, accelerator: Accelerator, cache: FeatureCache | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    if cache is not None and cache.complete:
+        yield from cache.features
+        return
+    steps = tqdm(
+        loader.epoch(0),
+        total=loader.steps_per_epoch,
+        desc="evaluation",
+        leave=False,
+        disable=not accelerator.is_main_process or not sys.stderr.isatty(),
+    )
+    for step in steps:
+        for batch in step.batches:
+            if not len(batch):
+                continue
+            with accelerator.autocast():
+                hidden = model.frozen_part(batch.images)
+            if cache is not None:
+                cache.features.append((hidden, batch.labels, batch.indices))
+            yield hidden, batch.labels, batch.indices
+    if cache is not None:
+        cache.complete = True
+
+
+def _outcomes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Prediction, rank of the truth, confidence and loss of each photo, left on the device: no wait per batch."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    rank = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
+    # Of equal logits the prediction comes first, so that rank 0 and a right prediction are one and the same.
+    rank = torch.where(predicted == labels, 0, rank.clamp(min=1))
+    return predicted, rank, confidence, functional.cross_entropy(logits, labels, reduction="none")
+
+
+def _records(columns: list[tuple[torch.Tensor, ...]]) -> np.ndarray:
+    records = np.empty(sum(len(column[0]) for column in columns), _RECORD)
+    if columns:
+        for name, parts in zip(_RECORD.names or (), zip(*columns, strict=True), strict=True):
+            records[name] = torch.cat(parts).cpu().numpy()
+    return records

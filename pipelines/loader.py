@@ -1,0 +1,289 @@
+"""The loader: walks through a plan in global steps and hands this process its share, as normalised images.
+
+Two engines stand behind one contract: DALI (`dali_engine`) and PyTorch with Pillow (`torch_engine`). An engine is given
+`Views` and returns pixels; order, sharding and the short ends of an epoch are decided here, for both.
+"""
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from pipelines.config import Config
+from pipelines.dataset import Split
+from pipelines.errors import UserError
+from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, share
+from pipelines.processes import cpu_cores, local_world_size
+
+# ImageNet's channel means and standard deviations of pixels in [0, 1], which torchvision's weights were trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of this process.
+
+    images: float32 [n, 3, H, W], normalised, on the device, in channels-last memory.
+    labels: int64 [n], on the device.
+    indices: int64 [n], on the CPU: positions in the dataset's split.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One global batch: `places` places of the plan over all processes, and this process's micro-batches (maybe none).
+
+    The micro-batches are made ready in the background and must be taken in order, before the next step.
+    """
+
+    places: int
+    micro_batches: int
+    batches: Iterator[Batch]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What an engine made of some views.
+
+    images: float32 [k, 3, H, W] of the k photos that could be decoded, in order.
+    failed: position among the views -> reason, of the photos that could not.
+    """
+
+    images: torch.Tensor
+    failed: dict[int, str]
+
+
+class Engine(Protocol):
+    """Decodes, crops, resizes, flips and normalises; first in, first out. It draws nothing and orders nothing."""
+
+    name: str
+
+    def submit(self, views: Views) -> None:
+        """Starts work on `views` (1 to the engine's largest micro-batch of them) in the background."""
+        ...
+
+    def fetch(self) -> Pixels:
+        """Waits for the oldest submitted views."""
+        ...
+
+    def cancel(self) -> None:
+        """Forgets everything that was submitted and not fetched."""
+        ...
+
+    def close(self) -> None:
+        """Ends its threads and frees its memory."""
+        ...
+
+
+class Loader:
+    """Executes `plan` on the photos of `split` through `engine`.
+
+    labels: int64 [N], the model's class of each photo. batch_size: places of a global step. micro_batch: the most
+    photos of one `Batch`. prefetch: how many micro-batches are kept in the making. skip_bad_files: leave out a photo
+    that cannot be decoded, its place staying empty, instead of ending with a UserError that names it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        split: Split,
+        labels: np.ndarray,
+        engine: Engine,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        prefetch: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        skip_bad_files: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.split = split
+        self.engine = engine
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-plan.length // batch_size)
+        self.wait_seconds = 0.0  # how long the loop has waited for photos, all in all
+        self.bad: dict[int, str] = {}  # photos left out so far by this process: index -> reason
+        self._labels = labels
+        self._micro_batch = micro_batch
+        self._prefetch = prefetch
+        self._device = device
+        self._rank, self._world_size = rank, world_size
+        self._skip_bad_files = skip_bad_files
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
+        """The steps of `epoch` (0 is the first) from `start_step` on. May be abandoned anywhere for another epoch."""
+        self.engine.cancel()
+        ahead = self._submitted(epoch, start_step)
+        pending: list[Views] = []
+        for step in range(start_step, self.steps_per_epoch):
+            places, mine = self._my_places(step)
+            count = -(-len(mine) // self._micro_batch)
+            yield Step(places, count, (self._next_batch(ahead, pending) for _ in range(count)))
+
+    def empty_batch(self) -> Batch:
+        """A batch of no photos, for a process without a share in a step: it takes part in forward and backward."""
+        size = self.plan.image_size
+        images = torch.empty((0, 3, size, size), device=self._device, memory_format=torch.channels_last)
+        return Batch(images, torch.empty(0, dtype=torch.int64, device=self._device), torch.empty(0, dtype=torch.int64))
+
+    def close(self) -> None:
+        """Ends the engine. The loader cannot be used any more."""
+        self.engine.close()
+
+    def _my_places(self, step: int) -> tuple[int, range]:
+        first = step * self.batch_size
+        places = min(self.batch_size, self.plan.length - first)
+        start, stop = share(places, self._rank, self._world_size)
+        return places, range(first + start, first + stop)
+
+    def _submitted(self, epoch: int, start_step: int) -> Iterator[Views]:
+        """Gives the engine one micro-batch after another; each is yielded as soon as it is in the making."""
+        for step in range(start_step, self.steps_per_epoch):
+            _, mine = self._my_places(step)
+            for first in range(mine.start, mine.stop, self._micro_batch):
+                views = self.plan.views(epoch, np.arange(first, min(first + self._micro_batch, mine.stop)))
+                views = views.select(self._readable(views))
+                if len(views):
+                    self.engine.submit(views)
+                yield views
+
+    def _readable(self, views: Views) -> np.ndarray:
+        sound = self.split.faults[views.indices] == 0
+        return sound & ~np.isin(views.indices, list(self.bad)) if self.bad else sound
+
+    def _next_batch(self, ahead: Iterator[Views], pending: list[Views]) -> Batch:
+        while len(pending) <= self._prefetch and (views := next(ahead, None)) is not None:
+            pending.append(views)
+        views = pending.pop(0)
+        if not len(views):
+            return self.empty_batch()
+        started = time.perf_counter()
+        pixels = self.engine.fetch()
+        self.wait_seconds += time.perf_counter() - started
+        if pixels.failed:
+            views = self._without_failed(views, pixels.failed)
+        labels = torch.from_numpy(self._labels[views.indices])
+        if self._device.type == "cuda":
+            labels = labels.pin_memory()
+        return Batch(pixels.images, labels.to(self._device, non_blocking=True), torch.from_numpy(views.indices))
+
+    def _without_failed(self, views: Views, failed: dict[int, str]) -> Views:
+        for position, reason in failed.items():
+            index = int(views.indices[position])
+            line = f"{self.split.path(index)}: cannot be decoded ({reason})"
+            if not self._skip_bad_files:
+                raise UserError(
+                    f"{line}: repair or remove it, or leave such photos out with --skip-bad-files", on_one_process=True
+                )
+            if index not in self.bad:
+                print(f"left out: {line}", file=sys.stderr, flush=True)
+            self.bad[index] = reason
+        kept = np.ones(len(views), bool)
+        kept[list(failed)] = False
+        return views.select(kept)
+
+
+def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
+    """Which engine runs on `device` for the setting `loader` (auto, dali or torch), and why: ("dali", "...").
+
+    Raises UserError where DALI is asked for and is not installed.
+    """
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if wanted == "dali" and not installed:
+        raise UserError(
+            "loader: dali is not installed here (its wheels exist for Linux on x86-64 and aarch64): "
+            "install nvidia-dali-cuda130, or use --loader torch"
+        )
+    if wanted != "auto":
+        return wanted, "as asked"
+    if device.type != "cuda":
+        return "torch", "no GPU; measured as fast as DALI's CPU operators here, with less to start"
+    if not installed:
+        return "torch", "a GPU, but DALI is not installed"
+    return "dali", "a GPU, and DALI is installed"
+
+
+def train_loader(config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str) -> Loader:
+    """Planned random crops and flips of `split`, `config.batch_size` places a step over all processes."""
+    plan = TrainPlan(
+        split.sizes,
+        seed=config.seed,
+        image_size=config.image_size,
+        crop_scale_min=config.crop_scale_min,
+        flip_probability=config.flip_probability,
+    )
+    largest_share = -(-config.batch_size // state.num_processes)
+    micro_batch = min(largest_share, config.max_batch_per_device or largest_share)
+    return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch)
+
+
+def eval_loader(config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str) -> Loader:
+    """The central view of every photo of `split`, `config.eval_batch_per_device` at a time on each process."""
+    plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize)
+    micro_batch = config.eval_batch_per_device
+    return _loader(config, plan, split, labels, state, engine, micro_batch * state.num_processes, micro_batch)
+
+
+def _loader(
+    config: Config,
+    plan: Plan,
+    split: Split,
+    labels: np.ndarray,
+    state: PartialState,
+    engine: str,
+    batch_size: int,
+    micro_batch: int,
+) -> Loader:
+    threads = config.loader_threads or max(1, cpu_cores() // local_world_size())
+    return Loader(
+        plan,
+        split,
+        labels,
+        make_engine(
+            engine, split, image_size=plan.image_size, micro_batch=micro_batch, device=state.device, threads=threads
+        ),
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        prefetch=config.prefetch,
+        device=state.device,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        skip_bad_files=config.skip_bad_files,
+    )
+
+
+def make_engine(
+    name: str,
+    split: Split,
+    *,
+    image_size: int,
+    micro_batch: int,
+    device: torch.device,
+    threads: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Engine:
+    """The engine `name` ("dali" or "torch") for the photos of a split, with `threads` threads on the CPU."""
+    if name == "dali":
+        from pipelines.dali_engine import DaliEngine
+
+        return DaliEngine(split, image_size, micro_batch, device, threads, mean, std)
+    from pipelines.torch_engine import TorchEngine
+
+    return TorchEngine(split, image_size, device, threads, mean, std)

@@ -1,0 +1,246 @@
+"""The model: a torchvision ResNet with a head for the data's classes, cut into a frozen and a trained part."""
+
+import json
+import os
+import urllib.error
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import models
+
+from pipelines.config import Config
+from pipelines.errors import MachineError, UserError
+from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
+
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a network starts from.
+
+    state: a torchvision ResNet's state_dict on the CPU, or None for random weights.
+    source: what to call it. classes: of its head, in order, where a run folder tells them.
+    """
+
+    state: Mapping[str, torch.Tensor] | None
+    source: str
+    classes: tuple[str, ...] | None = None
+
+
+class TransferModel(nn.Module):
+    """A ResNet whose first stages may be frozen: `frozen_part` runs them without autograd, `forward` the rest.
+
+    network: the torchvision ResNet; its state_dict is what is saved. frozen_stages: how many of STAGES are frozen.
+    batchnorm: "frozen" (statistics stay as they are, everywhere), or "train" or "sync" (they follow the batches, in
+    the frozen part too).
+    """
+
+    def __init__(self, network: models.ResNet, *, frozen_stages: int, batchnorm: str) -> None:
+        super().__init__()
+        self.network = network
+        self.batchnorm = batchnorm
+        self._frozen_stages = frozen_stages
+        for stage in STAGES[:frozen_stages]:
+            for part in self._modules_of(stage):
+                part.requires_grad_(False)
+
+    @property
+    def backbone_is_fixed(self) -> bool:
+        """Whether the same view always gives the same features, so that they need to be computed only once."""
+        return self._frozen_stages == len(STAGES) and self.batchnorm == "frozen"
+
+    def train(self, mode: bool = True) -> "TransferModel":
+        super().train(mode)
+        if self.batchnorm == "frozen":
+            for module in batchnorms(self):
+                module.eval()
+        return self
+
+    def frozen_part(self, images: torch.Tensor) -> torch.Tensor:
+        """float [n, 3, H, W] -> what `forward` takes: the images themselves, feature maps, or float [n, features]."""
+        if not self._frozen_stages:
+            return images
+        with torch.no_grad(), _WithoutStatisticsOfNothing(self, images):
+            hidden = self._run(STAGES[: self._frozen_stages], images)
+            return self._pool(hidden) if self._frozen_stages == len(STAGES) else hidden
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of `frozen_part` -> logits float [n, classes]."""
+        with _WithoutStatisticsOfNothing(self, hidden):
+            if self._frozen_stages < len(STAGES):
+                hidden = self._pool(self._run(STAGES[self._frozen_stages :], hidden))
+            return self.network.fc(hidden)
+
+    def _modules_of(self, stage: str) -> list[nn.Module]:
+        net = self.network
+        return [net.conv1, net.bn1, net.relu, net.maxpool] if stage == "stem" else [getattr(net, stage)]
+
+    def _run(self, stages: Sequence[str], hidden: torch.Tensor) -> torch.Tensor:
+        for stage in stages:
+            for module in self._modules_of(stage):
+                hidden = module(hidden)
+        return hidden
+
+    def _pool(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.flatten(self.network.avgpool(hidden), 1)
+
+
+class _WithoutStatisticsOfNothing:
+    """BatchNorm in train mode would take the mean of no photo at all, NaN, into its statistics."""
+
+    def __init__(self, model: nn.Module, batch: torch.Tensor) -> None:
+        training = [] if len(batch) else [module for module in batchnorms(model) if module.training]
+        self._paused = training
+
+    def __enter__(self) -> None:
+        for module in self._paused:
+            module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._paused:
+            module.train()
+
+
+def batchnorms(model: nn.Module) -> list[Any]:
+    """The model's BatchNorm layers, synchronised ones included."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def read_weights(config: Config) -> Weights:
+    """What the setting `weights` means: ImageNet's through torchvision, none, a state_dict file, or a run folder.
+
+    Without the setting, the file DALITUNE_WEIGHTS stands in for torchvision's download of a ResNet-18.
+    """
+    wanted, named = config.weights, "weights"
+    if wanted is None and config.arch == "resnet18" and os.environ.get("DALITUNE_WEIGHTS"):
+        wanted, named = os.environ["DALITUNE_WEIGHTS"], "DALITUNE_WEIGHTS"
+    if wanted == "none":
+        return Weights(None, "random")
+    if wanted in (None, "imagenet"):
+        return _imagenet_weights(config.arch)
+    path = Path(str(wanted)).expanduser()
+    if path.is_dir():
+        return read_run_weights(path, config.arch, named)
+    return Weights(read_state_dict(path, config.arch, named), str(path))
+
+
+def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, torch.Tensor]:
+    """The tensors of a plain state_dict file for `arch`, on the CPU. UserError where it is not one.
+
+    Read with weights_only=True: a file that would run code is refused, not run.
+    """
+    if not path.exists():
+        raise UserError(f"{named}: {path} does not exist: give imagenet, none, a state_dict file or a run folder")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{named}: {path} cannot be loaded safely as tensors ({detail[:160]})") from None
+    with torch.device("meta"):
+        expected = models.get_model(arch, weights=None).state_dict()
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{named}: {path} does not hold a plain state_dict (names -> tensors) of a {arch}")
+    body = {name for name in expected if not name.startswith("fc.")}
+    wrong = [name for name in body if name not in state or state[name].shape != expected[name].shape]
+    unknown = [name for name in state if name not in expected]
+    if wrong or unknown or "fc.weight" not in state or "fc.bias" not in state:
+        example = sorted(wrong or unknown or ["fc.weight"])[0]
+        raise UserError(f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {example})")
+    return state
+
+
+def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> TransferModel:
+    """The model that `config` describes, on the CPU, with `weights` and a head for `classes`.
+
+    The head is the weights' own where they come from a run with the same classes; otherwise new, drawn from the seed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # for random weights; pretrained ones overwrite what is drawn here
+        network = models.get_model(config.arch, weights=None, num_classes=len(classes))
+    if weights.state is not None:
+        keep_head = weights.classes == tuple(classes)
+        state = {name: value for name, value in weights.state.items() if keep_head or not name.startswith("fc.")}
+        network.load_state_dict(state, strict=keep_head)
+    if weights.classes != tuple(classes):
+        _draw_head(network.fc, config.seed)
+    batchnorm = resolve_batchnorm(config, weights)
+    if batchnorm == "sync":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    model = TransferModel(network, frozen_stages=_frozen_stages(config), batchnorm=batchnorm)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def restore_model(arch: str, weights: Weights) -> TransferModel:
+    """A trained model as it was saved, head and all, for evaluation only; `weights` has state and classes."""
+    network = models.get_model(arch, weights=None, num_classes=len(weights.classes or ()))
+    network.load_state_dict(weights.state or {})
+    return TransferModel(network, frozen_stages=0, batchnorm="frozen").to(memory_format=torch.channels_last)
+
+
+def resolve_batchnorm(config: Config, weights: Weights) -> str:
+    """The setting `batchnorm` with `auto` resolved: frozen with pretrained weights, train from scratch."""
+    if config.batchnorm != "auto":
+        return config.batchnorm
+    return "train" if weights.state is None else "frozen"
+
+
+def average_batchnorm_statistics(model: nn.Module, world_size: int) -> None:
+    """Makes the running statistics one and the same on all processes, each of which has seen photos of its own."""
+    if world_size == 1:
+        return
+    for module in batchnorms(model):
+        for buffer in (module.running_mean, module.running_var):
+            torch.distributed.all_reduce(buffer)
+            buffer /= world_size
+        torch.distributed.all_reduce(module.num_batches_tracked, torch.distributed.ReduceOp.MAX)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _frozen_stages(config: Config) -> int:
+    if config.mode == "feature_extract":
+        return len(STAGES)
+    return 0 if config.freeze == "none" else STAGES.index(config.freeze) + 1
+
+
+def _draw_head(head: nn.Linear, seed: int) -> None:
+    """PyTorch's default, uniform in +-1/sqrt(features), from the plan's bits: the same on every machine and version."""
+    values = uniform(random_bits(seed, HEAD_WEIGHTS, np.arange(head.weight.numel() + head.bias.numel())))
+    drawn = torch.from_numpy((2 * values - 1) / np.sqrt(head.in_features)).float()
+    with torch.no_grad():
+        head.weight.copy_(drawn[: head.weight.numel()].view_as(head.weight))
+        head.bias.copy_(drawn[head.weight.numel() :])
+
+
+def _imagenet_weights(arch: str) -> Weights:
+    default = models.get_model_weights(arch).DEFAULT
+    try:
+        state = default.get_state_dict(progress=True, check_hash=True)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise MachineError(
+            f"weights: cannot fetch the ImageNet weights of {arch} from {default.url} ({reason}): "
+            "give a state_dict file with --weights FILE or the variable DALITUNE_WEIGHTS, or --weights none"
+        ) from None
+    return Weights(state, f"imagenet ({default.url.rsplit('/', 1)[-1]})")
+
+
+def read_run_weights(run: Path, arch: str, named: str) -> Weights:
+    """The best weights of a run folder, with its classes. UserError where it holds none, or another architecture."""
+    best, description = run / "best.pt", run / "model.json"
+    if not best.exists() or not description.exists():
+        raise UserError(f"{named}: {run} is not a run folder with best.pt and model.json")
+    model = json.loads(description.read_text(encoding="utf-8"))
+    if model["arch"] != arch:
+        raise UserError(f"{named}: {run} holds a {model['arch']}, not a {arch}: add --arch {model['arch']}")
+    return Weights(read_state_dict(best, arch, named), str(run), tuple(model["classes"]))

@@ -1,0 +1,182 @@
+"""The plan: which photo stands at which place of an epoch, and what is done to it.
+
+Everything here is a pure function of `(seed, epoch, place)` and of the photos' number and sizes. No global random
+state, no rank, no batch size, no history: any process can ask for any places, in any order, after any restart, and
+gets the same answer. Engines execute what the plan says and draw nothing themselves.
+
+The random bits come from a counter-based hash (the SplitMix64 finaliser, Steele et al. 2014, absorbed coordinate by
+coordinate) because numpy does not promise that its generators give the same stream in the next version. Beyond it only
+`+ - * / sqrt` and comparisons are used, which IEEE 754 rounds the same way on every machine; `np.exp` is not one.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten as well
+_RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
+_LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
+
+# What a draw is for. Streams of different purpose never share a bit.
+_SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Views:
+    """What to do with n photos, in order: decode `windows`, resize to `resized`, cut at `anchors`, flip.
+
+    indices: int64 [n], positions in the dataset's split.
+    windows: int32 [n, 4], top, left, height, width in the upright photo (after EXIF rotation), in pixels.
+    resized: int32 [n, 2], height, width that the window is resized to.
+    anchors: int32 [n, 2], top, left of the image_size x image_size square that is kept of the resized window.
+    flips: bool [n], whether the square is mirrored left to right.
+    """
+
+    indices: np.ndarray
+    windows: np.ndarray
+    resized: np.ndarray
+    anchors: np.ndarray
+    flips: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def select(self, chosen: np.ndarray) -> "Views":
+        """The views that `chosen` (bool [n] or positions) names, in the same order."""
+        return Views(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+class Plan(Protocol):
+    """`length` places an epoch; `views` says what stands at some of them."""
+
+    length: int
+    image_size: int
+
+    def views(self, epoch: int, places: np.ndarray) -> Views:
+        """The views at `places` (int64 [n], each in 0..length-1) of `epoch` (0 is the first)."""
+        ...
+
+
+class TrainPlan:
+    """A new order every epoch, a random resized crop and a random flip for every place.
+
+    The crop follows torchvision's RandomResizedCrop (Szegedy et al. 2014): an area share uniform in
+    [crop_scale_min, 1], an aspect ratio log-uniform in [3/4, 4/3], ten attempts, then the largest central window.
+
+    sizes: int32 [N, 2], height and width of each upright photo in pixels; (0, 0) for a photo that cannot be read,
+    which keeps its place.
+    """
+
+    def __init__(
+        self, sizes: np.ndarray, *, seed: int, image_size: int, crop_scale_min: float, flip_probability: float
+    ) -> None:
+        self.length = len(sizes)
+        self.image_size = image_size
+        self._sizes = sizes
+        self._seed = seed
+        self._crop_scale_min = crop_scale_min
+        self._flip_probability = flip_probability
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [N]: the photo at each place, a uniformly random permutation. The last epoch asked for is kept."""
+        if self._order[0] != epoch:
+            keys = random_bits(self._seed, _SHUFFLE, epoch, np.arange(self.length))
+            self._order = (epoch, np.argsort(keys, kind="stable"))
+        return self._order[1]
+
+    def views(self, epoch: int, places: np.ndarray) -> Views:
+        places = np.asarray(places, np.int64)
+        indices = self.order(epoch)[places]
+        coordinates = np.arange(_ATTEMPTS * 4)
+        draws = uniform(random_bits(self._seed, _CROP, epoch, places[:, None], coordinates[None, :]))
+        windows = random_resized_crop(
+            self._sizes[indices], draws.reshape(-1, _ATTEMPTS, 4), scale_min=self._crop_scale_min
+        )
+        flips = uniform(random_bits(self._seed, _FLIP, epoch, places)) < self._flip_probability
+        resized = np.full((len(places), 2), self.image_size, np.int32)
+        return Views(indices, windows, resized, np.zeros((len(places), 2), np.int32), flips)
+
+
+class EvalPlan:
+    """Every photo once, in the dataset's order: shorter side to `resize`, then the central square.
+
+    Integer for integer what torchvision's `Resize(resize)` and `CenterCrop(image_size)` compute.
+    """
+
+    def __init__(self, sizes: np.ndarray, *, image_size: int, resize: int) -> None:
+        self.length = len(sizes)
+        self.image_size = image_size
+        self._sizes = sizes
+        self._resize = resize
+
+    def views(self, epoch: int, places: np.ndarray) -> Views:
+        indices = np.asarray(places, np.int64)
+        sizes = np.maximum(self._sizes[indices], 1).astype(np.int64)
+        shorter = sizes.min(axis=1, keepdims=True)
+        # torchvision: int(resize * long / short), a float division cut off; exact here as the operands fit a double.
+        resized = np.floor(self._resize * sizes / shorter).astype(np.int64)
+        anchors = np.rint((resized - self.image_size) / 2.0).astype(np.int32)  # round half to even, as Python's round
+        windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
+        return Views(indices, windows, resized.astype(np.int32), anchors, np.zeros(len(indices), bool))
+
+
+def share(places: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The slice [start, stop) of a global batch of `places` that process `rank` reads; shares differ by at most 1."""
+    each, extra = divmod(places, world_size)
+    start = rank * each + min(rank, extra)
+    return start, start + each + (rank < extra)
+
+
+def random_bits(*coordinates: int | np.ndarray) -> np.ndarray:
+    """uint64, of the coordinates' broadcast shape: 64 random bits for each combination of integer coordinates >= 0."""
+    state = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):
+        for coordinate in coordinates:
+            state = _mix((state + _GOLDEN) ^ _mix(np.asarray(coordinate).astype(np.uint64) + _GOLDEN))
+    return state
+
+
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) from the upper 53 of 64 random bits."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def random_resized_crop(sizes: np.ndarray, draws: np.ndarray, *, scale_min: float) -> np.ndarray:
+    """int32 [n, 4]: top, left, height, width of a window in each photo.
+
+    sizes: int [n, 2], height and width in pixels. draws: float64 [n, attempts, 4] in [0, 1), for area, aspect ratio,
+    top and left. scale_min: the smallest share of the photo's area.
+    """
+    height, width = (np.maximum(sizes[:, axis, None], 1).astype(np.float64) for axis in (0, 1))
+    area = height * width * (scale_min + (1 - scale_min) * draws[..., 0])
+    ratio = _exp((2 * draws[..., 1] - 1) * _LOG_RATIO_MAX)
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = np.argmax(fits, axis=1)[:, None]
+    w, h, u, v = (np.take_along_axis(a, first, axis=1) for a in (w, h, draws[..., 2], draws[..., 3]))
+    top, left = np.floor(u * (height - h + 1)), np.floor(v * (width - w + 1))
+
+    wide, narrow = width / height > _RATIO_MAX, width / height < _RATIO_MIN
+    central_w = np.where(wide, np.rint(height * _RATIO_MAX), width)
+    central_h = np.where(narrow, np.rint(width / _RATIO_MIN), height)
+    central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
+    found = fits.any(axis=1, keepdims=True)
+    chosen = [np.where(found, *pair) for pair in zip([top, left, h, w], central, strict=True)]
+    return np.concatenate(chosen, axis=1).astype(np.int32)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _exp(x: np.ndarray) -> np.ndarray:
+    """e**x for |x| < 0.3 to double precision by Taylor's series: np.exp differs in the last bit between processors."""
+    result = np.ones_like(x)
+    for k in range(14, 0, -1):
+        result = 1 + result * x / k
+    return result

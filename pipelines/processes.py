@@ -1,0 +1,155 @@
+"""What several processes of one run must agree on before any of them trains."""
+
+import errno
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from pipelines.config import Config
+from pipelines.dataset import Dataset, load_dataset, scan_dataset
+from pipelines.errors import MachineError, UserError
+from pipelines.photos import cache_folder, locate
+
+_POLL_SECONDS = 0.2
+_keys = itertools.count()  # every process asks for the same tasks in the same order
+
+
+def speaks() -> bool:
+    """Whether this process prints for all. Known from the launcher's environment, before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_processes() -> PartialState:
+    """Joins the process group that the launcher describes (a single process without one) and picks the device."""
+    group = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    # Accelerator() asks for the CPU by the same variable; the group that is opened here is the one it finds.
+    state = PartialState(cpu=_cpu_is_asked_for(), **(group.to_kwargs() if "RANK" in os.environ else {}))
+    if state.device.type == "cpu":
+        # The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves all other cores idle.
+        torch.set_num_threads(max(1, cpu_cores() // local_world_size()))
+    return state
+
+
+def local_world_size() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def main_first(state: PartialState, task: Callable[[], Any]) -> Any:
+    """Runs `task` on the main process and gives its result, which JSON must be able to carry, to all.
+
+    The others wait outside any collective, since a scan of millions of photos outlasts every collective's timeout. An
+    error of the main process ends the others silently, with the same exit code: one process speaks.
+    """
+    if state.num_processes == 1:
+        return task()
+    store, key = dist.distributed_c10d._get_default_store(), f"dalitune/{next(_keys)}"
+    if state.is_main_process:
+        try:
+            result = task()
+        except (UserError, MachineError) as error:
+            store.set(key, json.dumps({"exit": error.exit_code}))
+            raise
+        except BaseException:
+            store.set(key, json.dumps({"exit": MachineError.exit_code}))
+            raise
+        store.set(key, json.dumps({"result": result}))
+        return result
+    while not store.check([key]):
+        time.sleep(_POLL_SECONDS)
+    answer = json.loads(store.get(key))
+    if "exit" in answer:
+        raise SystemExit(answer["exit"])
+    return answer["result"]
+
+
+def open_dataset(state: PartialState, data: str | None, val_fraction: float) -> Dataset:
+    """The photos that the setting `data` means, found and scanned by the main process, once for all."""
+    cache = cache_folder()
+    index = Path(main_first(state, lambda: str(scan_dataset(locate(data, cache), cache, val_fraction))))
+    share_file(state, index)
+    return load_dataset(index)
+
+
+def share_file(state: PartialState, path: Path) -> None:
+    """Gives every node the main process's file `path` under the same name, where it is not on a shared file system."""
+    if state.num_processes == 1:
+        return
+    digest = [blake2b(path.read_bytes()).digest()] if state.is_main_process else [b""]
+    dist.broadcast_object_list(digest, src=0)
+    missing = state.is_local_main_process and not (path.exists() and blake2b(path.read_bytes()).digest() == digest[0])
+    anywhere: list[bool] = [False] * state.num_processes
+    dist.all_gather_object(anywhere, missing)
+    if any(anywhere):
+        content = [path.read_bytes() if state.is_main_process else b""]
+        dist.broadcast_object_list(content, src=0)
+        if missing:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            partial.write_bytes(content[0])
+            os.replace(partial, path)
+        dist.barrier()
+
+
+def start_accelerator(config: Config, state: PartialState, trackers: str | None) -> Accelerator:
+    """Accelerate with the launcher's precision and devices. UserError where the two do not go together."""
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16" and state.device.type == "cpu":
+        raise UserError("mixed precision fp16 needs a GPU: start with accelerate launch --mixed_precision bf16, or no")
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif state.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return Accelerator(
+        cpu=_cpu_is_asked_for(),
+        gradient_accumulation_steps=1,  # micro-batches are the loop's own; a launcher's setting would scale twice
+        log_with=trackers,
+        project_dir=config.runs,
+        # BatchNorm's statistics are made equal before each evaluation; DDP need not send them at every step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Runs a script's main function and turns its errors into one line on stderr and the exit code of the design."""
+    try:
+        script(arguments)
+    except (UserError, MachineError) as error:
+        if speaks() or error.on_one_process:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if speaks():
+            print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr, flush=True)
+        return MachineError.exit_code
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _cpu_is_asked_for() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")

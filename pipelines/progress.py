@@ -1,0 +1,133 @@
+"""What a person sees of a training: the table of epochs, a progress bar, and the sums that both are made of."""
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+from tqdm import tqdm
+
+from pipelines.errors import UserError
+
+_HEADER = "epoch        lr  train loss  train top1    val loss    val top1  images/s  data wait    best"
+_DIVERGED_AFTER = 3  # losses in a row that are not finite; fp16's search for a scale gives single ones
+
+
+class Interval:
+    """Sums over the photos since the last row: loss, correct answers, photos, steps, seconds, waiting.
+
+    Everything stays on the device until `row` is asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Apple's GPUs have no float64.
+        self._sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self._started, self._waited_before = time.perf_counter(), 0.0
+
+    def start(self, wait_seconds: float) -> None:
+        """Begins a new interval now. wait_seconds: how long the loader has waited so far, all in all."""
+        self._sums.zero_()
+        self._started, self._waited_before = time.perf_counter(), wait_seconds
+
+    def add(self, sums: torch.Tensor) -> None:
+        """sums: float [3], of one step over all processes: summed loss, correct answers, photos."""
+        self._sums += sums
+
+    def row(self, wait_seconds: float) -> dict[str, float]:
+        """The interval's means and rates, under the names of metrics.jsonl."""
+        loss, correct, photos = self._sums.tolist()
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        return {
+            "train/loss": loss / max(1, photos),
+            "train/top1": correct / max(1, photos),
+            "perf/images_per_s": photos / seconds,
+            "perf/data_wait": min(1.0, (wait_seconds - self._waited_before) / seconds),
+        }
+
+
+class DivergenceWatch:
+    """Ends a run whose loss is not finite for three updates in a row, without waiting for the GPU at each step.
+
+    Each step's loss is copied to the CPU in the background and looked at a step later.
+    """
+
+    def __init__(self) -> None:
+        self._copies: deque[tuple[torch.Tensor, torch.cuda.Event | None, Callable[[], str]]] = deque()
+        self._in_a_row = 0
+
+    def add(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
+        """sums: as for `Interval.add`, the same on all processes. where: names step, lr and photos, for the message."""
+        if sums.device.type == "cuda":
+            copy, event = torch.empty_like(sums, device="cpu", pin_memory=True), torch.cuda.Event()
+            copy.copy_(sums, non_blocking=True)
+            event.record()
+            self._copies.append((copy, event, where))
+        else:
+            self._copies.append((sums.cpu(), None, where))
+        self.check(keep=1 if sums.device.type == "cuda" else 0)
+
+    def check(self, keep: int = 0) -> None:
+        """Looks at all steps but the last `keep`. Raises UserError once three losses in a row are not finite."""
+        while len(self._copies) > keep:
+            copy, event, where = self._copies.popleft()
+            if event is not None:
+                event.synchronize()
+            self._in_a_row = 0 if math.isfinite(float(copy[0])) else self._in_a_row + 1
+            if self._in_a_row == _DIVERGED_AFTER:
+                raise UserError(
+                    f"the loss was not finite in {_DIVERGED_AFTER} updates in a row, last at {where()}: lower --lr, "
+                    "add --warmup-epochs or --clip-grad-norm; the best weights so far are kept"
+                )
+
+
+class EpochTable:
+    """One aligned row per epoch on stdout, under a header that is printed once; a progress bar while an epoch runs."""
+
+    def __init__(self, *, visible: bool, epochs: int, steps_per_epoch: int) -> None:
+        self._visible = visible
+        self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
+        self._bar: tqdm | None = None
+        if visible:
+            print(_HEADER, flush=True)
+
+    def start_epoch(self, epoch: int) -> None:
+        """epoch: 1 is the first. Shows a bar where there is a terminal."""
+        self._bar = tqdm(
+            total=self._steps_per_epoch,
+            desc=f"epoch {epoch}/{self._epochs}",
+            unit="step",
+            leave=False,
+            disable=not self._visible or not sys.stderr.isatty(),
+        )
+
+    def step(self) -> None:
+        """One global step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def training_row(self, row: Mapping[str, float], *, epoch_ends: bool) -> None:
+        """A row of metrics: beside the bar, or a plain line where there is no terminal and the epoch goes on."""
+        if not self._visible or self._bar is None:
+            return
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {row['train/loss']:.3f}, {row['perf/images_per_s']:.0f} images/s")
+        elif not epoch_ends:
+            print(
+                f"step {row['global_step']}: loss {row['train/loss']:.4f}, top1 {row['train/top1']:.4f}, "
+                f"{row['perf/images_per_s']:.1f} images/s",
+                flush=True,
+            )
+
+    def end_epoch(self, epoch: int, row: Mapping[str, float], *, best: float) -> None:
+        """row: the epoch's means (`train/*`, `perf/*`), `val/*` and `lr/head`. best: highest val/top1 so far."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._visible:
+            print(
+                f"{f'{epoch}/{self._epochs}':>5}  {row['lr/head']:8.2e}  {row['train/loss']:10.4f}  "
+                f"{row['train/top1']:10.4f}  {row['val/loss']:10.4f}  {row['val/top1']:10.4f}  "
+                f"{row['perf/images_per_s']:8.1f}  {row['perf/data_wait']:9.1%}  {best:6.4f}",
+                flush=True,
+            )

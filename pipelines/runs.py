@@ -1,0 +1,150 @@
+"""The run folder `runs/<name>/`: what a run leaves, written by the main process only, each file whole or not at all."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import string
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.config import Config, dump_yaml
+from pipelines.dataset import Dataset
+from pipelines.errors import UserError
+from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
+
+_LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow")
+
+
+def new_run_name(recipe: str) -> str:
+    """A name for a run without one: of the W&B agent's run, the Slurm job, or the time and four random letters."""
+    recipe = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe)[:60].lstrip(".-") or "run"
+    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+        return os.environ["WANDB_RUN_ID"]
+    if os.environ.get("SLURM_JOB_ID"):
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        return f"{recipe}-{array}-{task}" if array and task else f"{recipe}-{os.environ['SLURM_JOB_ID']}"
+    letters = "".join(secrets.choice(string.ascii_lowercase) for _ in range(4))
+    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{letters}"
+
+
+class RunFolder:
+    """One run's files under `folder`. Only the main process `writes`; on the others, what would write does nothing."""
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self.folder = folder
+        self._writes = writes
+        self.best = folder / "best.pt"
+        self.figures = folder / "figures"
+        self.metrics = folder / "metrics.jsonl"
+
+    def status(self) -> dict[str, Any]:
+        """The content of status.json; {} where the run never started."""
+        path = self.folder / "status.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def is_finished(self, *, overwrite: bool) -> bool:
+        """True if the run is finished already. UserError where an unfinished run has the name."""
+        state = self.status().get("state")
+        if overwrite or not self.folder.exists():
+            return False
+        if state == "finished":
+            return True
+        raise UserError(
+            f"run: {self.folder} is there and not finished ({state or 'no status.json'}); resuming is not built yet: "
+            "give another --run name, or start it anew with --overwrite"
+        )
+
+    def create(self, config: Config, *, overwrite: bool) -> None:
+        """Makes the folder, with config.yaml and the status `running`. UserError where it cannot be made."""
+        if not self._writes:
+            return
+        if overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        try:
+            self.figures.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"runs: cannot make the folder {self.folder} ({error.strerror}): give --runs DIR") from None
+        self._write("config.yaml", dump_yaml(config))
+        self.write_status("running")
+
+    def write_status(
+        self, state: str, reason: str = "", exit_code: int | None = None, epoch: int = 0, global_step: int = 0
+    ) -> None:
+        """status.json, which programs read: state is running, stopped, finished or failed."""
+        self._write_json(
+            "status.json",
+            {"state": state, "reason": reason, "exit_code": exit_code, "epoch": epoch, "global_step": global_step},
+        )
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """One line more in metrics.jsonl."""
+        if not self._writes:
+            return
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def save_best(self, network: torch.nn.Module, description: Mapping[str, Any]) -> None:
+        """best.pt, a plain state_dict on the CPU that torchvision's ResNet loads, and model.json beside it."""
+        if not self._writes:
+            return
+        state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+        with replacing(self.best) as partial:
+            torch.save(state, partial)
+        self._write_json("model.json", description)
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if not self._writes:
+            return
+        with replacing(self.folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def describe_model(
+    config: Config, dataset: Dataset, scores: Mapping[str, Any]
+) -> dict[str, Any]:
+    """model.json: what a reader of best.pt needs to use it as it was trained, and to know where it comes from."""
+    return {
+        "arch": config.arch,
+        "classes": list(dataset.splits["train"].classes),
+        "image_size": config.image_size,
+        "resize": config.resize,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "scores": dict(scores),
+        "data": str(dataset.data),
+        "dataset_fingerprint": dataset.fingerprint,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that a run's numbers depend on."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to, and puts it in place at the end: whole or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""The PyTorch engine: Pillow in threads on the CPU, normalisation on the device. Runs everywhere.
+
+Threads, not worker processes: Pillow lets go of Python's lock while it decodes and resizes, so threads use all cores,
+start at once, share the memory and die with their process.
+"""
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.dataset import Split, exif_orientation
+from pipelines.loader import Pixels
+from pipelines.plan import Views
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF 2.32, tag 0x0112: what turns the stored picture upright
+
+
+class TorchEngine:
+    """See `loader.Engine`. `threads` photos are decoded at a time."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        split: Split,
+        image_size: int,
+        device: torch.device,
+        threads: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._split = split
+        self._image_size = image_size
+        self._device = device
+        # One multiplication and one addition per pixel: (x / 255 - mean) / std == x * scale + shift.
+        self._scale = (1 / (255 * torch.tensor(std))).to(device)
+        self._shift = (-torch.tensor(mean) / torch.tensor(std)).to(device)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._submitted: deque[tuple[torch.Tensor, list[Future[str | None]]]] = deque()
+
+    def submit(self, views: Views) -> None:
+        size = self._image_size
+        pixels = torch.empty((len(views), size, size, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        target = pixels.numpy()
+        jobs = [self._pool.submit(self._execute, views, position, target) for position in range(len(views))]
+        self._submitted.append((pixels, jobs))
+
+    def fetch(self) -> Pixels:
+        pixels, jobs = self._submitted.popleft()
+        failed = {position: reason for position, job in enumerate(jobs) if (reason := job.result())}
+        if failed:
+            kept = [position for position in range(len(jobs)) if position not in failed]
+            pixels = pixels[kept]
+        images = pixels.to(self._device, non_blocking=True).float().mul_(self._scale).add_(self._shift)
+        return Pixels(images.permute(0, 3, 1, 2), failed)
+
+    def cancel(self) -> None:
+        for _, jobs in self._submitted:
+            for job in jobs:
+                job.cancel()
+        self._submitted.clear()
+
+    def close(self) -> None:
+        self.cancel()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _execute(self, views: Views, position: int, target: np.ndarray) -> str | None:
+        """Puts one view's pixels in its place; returns a reason where the photo cannot be decoded."""
+        path = self._split.path_bytes(int(views.indices[position]))
+        try:
+            window, resized, anchor = views.windows[position], views.resized[position], views.anchors[position]
+            pixels = np.asarray(view_of(path, window, resized, anchor, self._image_size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        target[position] = pixels[:, ::-1] if views.flips[position] else pixels
+        return None
+
+
+def view_of(
+    path: str | bytes | os.PathLike, window: np.ndarray, resized: np.ndarray, anchor: np.ndarray, image_size: int
+) -> Image.Image:
+    """The RGB picture, image_size x image_size, of one view of `plan.Views` (not flipped).
+
+    Only the window is converted, turned and resized, and of a larger resized window only the square that is kept.
+    Raises OSError, ValueError or SyntaxError where Pillow cannot read the photo.
+    """
+    with Image.open(os.fsdecode(path)) as photo:
+        orientation = exif_orientation(photo)
+        picture = _to_rgb(photo.crop(_stored_box(window, orientation, photo.size)))
+    if orientation in _UPRIGHT:
+        picture = picture.transpose(_UPRIGHT[orientation])
+    # resize(box=...) computes exactly the pixels that resizing the whole window and cutting out would give.
+    scale_y, scale_x = picture.height / resized[0], picture.width / resized[1]
+    top, left = anchor
+    box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
+    return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+
+
+def _stored_box(window: np.ndarray, orientation: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in the stored picture of a window that is given in the upright one."""
+    top, left, height, width = (int(value) for value in window)
+    if orientation in (5, 6, 7, 8):
+        top, left, height, width = left, top, width, height
+    if orientation in (2, 3, 7, 8):
+        left = size[0] - left - width
+    if orientation in (3, 4, 6, 7):
+        top = size[1] - top - height
+    return left, top, left + width, top + height
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion cuts off at 255 instead of scaling
+        picture = Image.fromarray((np.asarray(picture).astype(np.float32) * (255 / 65535)).round().astype(np.uint8))
+    return picture.convert("RGB")

@@ -1,0 +1,222 @@
+"""The pictures: valid PNG files of a sane size whatever the names and numbers, and nothing left behind by a failure."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backend_bases import RendererBase
+from PIL import Image
+
+from pipelines import figures
+from pipelines.errors import MachineError
+from pipelines.figures import save_confusion_matrix, save_curves, save_predictions, save_train_batch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NAMES = ["$5_note^2$", "_", "", "\\alpha {", "蚂蚁", "Ζουζούνι", "\udcff\n\t", "n01440764_" + "very_long_name" * 18]
+VERMILION = (213, 93, 0)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def pixels(path: Path) -> np.ndarray:
+    """The picture, int [H, W, 3], once it is known to be a sound PNG, alone in its folder."""
+    assert os.listdir(path.parent) == [path.name]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        array = np.asarray(picture.convert("RGB")).astype(int)
+    assert 100 <= min(array.shape[:2]) <= max(array.shape[:2]) <= 1800
+    return array
+
+
+def share_of(color: tuple[int, int, int], picture: np.ndarray) -> float:
+    return float((np.abs(picture - color).max(axis=2) < 12).mean())
+
+
+def training_row(step: int, **values: float | None) -> dict[str, float | None]:
+    row = {"epoch": step / 4, "global_step": step, "train/loss": 1 / step, "train/top1": 1 - 1 / (step + 1)}
+    return row | {"lr/head": 0.01, "lr/body": 0.001} | values
+
+
+def evaluation_row(step: int, top1: float) -> dict[str, float | None]:
+    return {"epoch": step / 4, "global_step": step, "val/loss": 1 - top1, "val/top1": top1}
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Fills with every text that is drawn, and its width in pixels."""
+    drawn: list[tuple[str, float]] = []
+    draw = matplotlib.text.Text.draw
+
+    def record(self: matplotlib.text.Text, renderer: RendererBase) -> None:
+        if self.get_visible():
+            drawn.append((self.get_text(), self.get_window_extent(renderer).width))
+        draw(self, renderer)
+
+    monkeypatch.setattr(matplotlib.text.Text, "draw", record)
+    return drawn
+
+
+def test_train_batch_undoes_the_normalisation(tmp_path: Path) -> None:
+    color = np.array([0.2, 0.6, 0.8])
+    images = np.ones((2, 3, 32, 32)) * ((color - MEAN) / STD)[:, None, None]
+    images[1] = 1e9  # clipped to white
+    save_train_batch(tmp_path / "batch.png", images.astype(np.float32), ["ants", "bees"], mean=MEAN, std=STD)
+    assert 0.3 < share_of((51, 153, 204), pixels(tmp_path / "batch.png")) < 0.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 17])
+def test_train_batch_of_any_length(tmp_path: Path, count: int) -> None:
+    images = np.random.default_rng(0).normal(size=(count, 3, 24, 40)).astype(np.float32)
+    images[:1] = np.nan
+    save_train_batch(tmp_path / "batch.png", images, (NAMES * 3)[:count], mean=MEAN, std=STD)
+    pixels(tmp_path / "batch.png")
+
+
+def test_grid_of_real_photos_is_a_small_file(tmp_path: Path) -> None:
+    folder = os.environ.get("DALITUNE_DATA")
+    if not folder:
+        pytest.skip("DALITUNE_DATA is not set: it names the folder that holds the ants-and-bees photos")
+    files = sorted(Path(folder).glob("train/*/*.jpg"))[:160:10]
+    photos = np.stack([np.asarray(Image.open(file).convert("RGB").resize((224, 224))) for file in files])
+    save_predictions(tmp_path / "p.png", photos, ["ants"] * 16, ["bees"] * 16, [0.9] * 16)
+    pixels(tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size < 640_000
+
+
+def test_wrong_predictions_stand_out_in_colour_and_in_words(tmp_path: Path, texts: list[tuple[str, float]]) -> None:
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    save_predictions(tmp_path / "p.png", images, ["ants", "bees"], ["bees", "bees"], [0.97, 0.5])
+    captions = [text for text, _ in texts if text]
+    assert captions == [
+        "pred: ants | true: bees\n✗ wrong, confidence 0.97",
+        "pred: bees | true: bees\n✓ right, confidence 0.50",
+    ]
+    picture = pixels(tmp_path / "p.png")
+    left, right = np.array_split(picture, 2, axis=1)
+    assert share_of(VERMILION, left) > 0.03
+    assert share_of(VERMILION, right) == 0
+
+
+def test_hostile_names(tmp_path: Path, texts: list[tuple[str, float]]) -> None:
+    save_predictions(tmp_path / "p.png", np.zeros((8, 9, 9, 3), np.uint8), NAMES, NAMES[::-1], [0.5] * 8)
+    pixels(tmp_path / "p.png")
+    assert any(text.startswith("pred: $5_note^2$\ntrue: n01440764_") for text, _ in texts)
+    assert max(width for _, width in texts) <= figures.TILE * 100 / 72
+
+
+def test_names_are_cut_in_the_middle() -> None:
+    short = figures._shortened("class_of_insects_number_0001", 100)
+    assert short.startswith("class_")
+    assert short.endswith("0001")
+    assert "…" in short
+    assert 80 < figures._width(short) <= 100
+    assert figures._shortened("ants", 100) == "ants"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [training_row(1)],
+        [evaluation_row(4, 0.5)],
+        [{}],
+        [training_row(step, **{"train/loss": float("nan"), "lr/body": None}) for step in (1, 2)],
+        [training_row(1, **{"train/loss": float("inf")}), evaluation_row(4, float("nan"))],
+        [training_row(step) for step in range(1, 3000)],
+    ],
+    ids=["none", "one", "one evaluation", "empty row", "NaN and None", "inf", "many"],
+)
+def test_curves_of_any_rows(tmp_path: Path, rows: list[dict[str, float | None]]) -> None:
+    save_curves(tmp_path / "curves.png", rows, title="$a_run$")
+    pixels(tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(("whole_epochs", "where"), [(False, "epoch 2"), (True, "step 8")])
+def test_curves_mark_the_earlier_best(
+    tmp_path: Path, texts: list[tuple[str, float]], whole_epochs: bool, where: str
+) -> None:
+    rows = [training_row(step) for step in range(1, 13)]
+    rows += [evaluation_row(4, 0.5), evaluation_row(8, 0.75), evaluation_row(12, 0.75)]
+    if whole_epochs:  # then several training rows share one epoch, and only the steps tell them apart
+        rows = [row | {"epoch": (row["global_step"] or 0) // 4} for row in rows]
+    save_curves(tmp_path / "curves.png", rows, title="run")
+    pixels(tmp_path / "curves.png")
+    shown = {text for text, _ in texts}
+    assert {f"top-1 accuracy: best 0.750 at {where}", where.split()[0]} <= shown
+
+
+@pytest.mark.parametrize("count", [1, 2, 25, 26, 1000])
+def test_confusion_matrix_of_any_size(tmp_path: Path, texts: list[tuple[str, float]], count: int) -> None:
+    matrix = np.eye(count, dtype=np.int64) * 4321
+    matrix[0, -1] = 87
+    matrix[count // 2] = 0  # a class without photos
+    classes = [f"class {place}" for place in range(count)]
+    save_confusion_matrix(tmp_path / "matrix.png", matrix, classes)
+    pixels(tmp_path / "matrix.png")
+    shown = [text for text, _ in texts]
+    names = sum(text in classes for text in shown)
+    assert names == 2 * count if count <= 26 else 50 <= names <= 100
+    assert ("4321" in shown) == (1 < count <= 25)
+    assert any(f"87   class 0 → class {count - 1}" in text for text in shown) == (count > 25)
+
+
+def test_confusion_matrix_takes_any_names(tmp_path: Path) -> None:
+    save_confusion_matrix(tmp_path / "matrix.png", np.zeros((8, 8), np.int64), NAMES)
+    pixels(tmp_path / "matrix.png")
+
+
+def test_one_confusion_among_a_thousand_classes_is_seen(tmp_path: Path) -> None:
+    matrix = np.eye(1000, dtype=np.int64)
+    save_confusion_matrix(tmp_path / "matrix.png", matrix, ["ant"] * 1000)
+    before = pixels(tmp_path / "matrix.png")
+    matrix[200] = np.eye(1000, dtype=np.int64)[801]
+    save_confusion_matrix(tmp_path / "matrix.png", matrix, ["ant"] * 1000)
+    matrix_area = np.s_[:, : before.shape[1] // 2]
+    assert (np.abs(pixels(tmp_path / "matrix.png") - before).max(axis=2)[matrix_area] > 100).sum() >= 4
+
+
+def test_a_failure_while_drawing_leaves_the_old_picture(tmp_path: Path) -> None:
+    path = tmp_path / "p.png"
+    images = np.zeros((1, 9, 9, 3), np.uint8)
+    save_predictions(path, images, ["ants"], ["ants"], [1.0])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="zip"):
+        save_predictions(path, images, ["ants"], ["ants"], [])
+    assert os.listdir(tmp_path) == ["p.png"]
+    assert path.read_bytes() == before
+
+
+def test_a_failure_while_writing_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(MachineError, match=r"curves\.png: cannot write") as failure:
+        save_curves(tmp_path / "curves.png", [], title="run")
+    assert "\n" not in str(failure.value)
+    assert os.listdir(tmp_path) == ["curves.png"]
+    with pytest.raises(MachineError, match="cannot write"):
+        save_curves(tmp_path / "missing" / "curves.png", [], title="run")
+
+
+def test_the_settings_of_the_machine_neither_change_nor_matter(tmp_path: Path) -> None:
+    save_curves(tmp_path / "curves.png", [training_row(1)], title="run")
+    before = pixels(tmp_path / "curves.png")
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "text.usetex": True, "figure.dpi": 10}):
+        settings = dict(matplotlib.rcParams)
+        save_curves(tmp_path / "curves.png", [training_row(1)], title="run")
+        assert dict(matplotlib.rcParams) == settings
+    np.testing.assert_array_equal(pixels(tmp_path / "curves.png"), before)
+
+
+def test_pyplot_is_never_imported() -> None:
+    code = "import sys, pipelines.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(figures.__file__).parents[1])
