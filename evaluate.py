@@ -96,7 +96,9 @@ def _raise(message: str) -> None:
 
 def _read_config(options: argparse.Namespace) -> Config:
     """The run's own settings, or the defaults for a bare state_dict, under the flags that were given."""
-    recipe = options.model / "config.yaml"
+    recipe, description = options.model / "config.yaml", options.model / "model.json"
+    if options.data is None and description.exists():
+        options.data = json.loads(description.read_text(encoding="utf-8")).get("data")
     keys = ("data", "arch", "image_size", "resize", "loader", "eval_batch_per_device", "skip_bad_files")
     given = [f"--{key}={value}" for key in keys if (value := getattr(options, key)) is not None]
     config, _ = parse_config([f"--config={recipe}", *given] if recipe.exists() else given)

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     model = torch.compile(model) if config.compile else model
     engine, reason = choose_engine(config.loader, accelerator.device)
-    photos, labels = dataset.splits, {name: map_labels(split, classes) for name, split in dataset.splits.items()}
+    photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
     training = train_loader(config, photos["train"], labels["train"], state, engine)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
     features = FeatureCache() if network.backbone_is_fixed else None

@@ -38,8 +38,28 @@ def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: 
         # On a GPU the default is false, unlike on the CPU and in Pillow.
         jpeg_fancy_upsampling=True,
     )
-    images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
+    # At the window's edge DALI's filter repeats the last pixel; Pillow's and torchvision's leaves the outside out. So
+    # the outside is made black, and the edge brightened by what is then missing.
+    margin = fn.external_source(name="margin", dtype=types.INT32, ndim=1)
+    edge_gain = [fn.external_source(name=f"edge_gain_{axis}", dtype=types.FLOAT, ndim=3) for axis in "yx"]
+    bordered = fn.slice(
+        images,
+        start=-margin,
+        shape=window_shape + 2 * margin,
+        axis_names="HW",
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+    roi = {
+        "roi_start": fn.cast(margin, dtype=types.FLOAT),
+        "roi_end": fn.cast(margin + window_shape, dtype=types.FLOAT),
+    }
+    images = fn.resize(
+        bordered, **roi, size=resized, interp_type=types.INTERP_LINEAR, antialias=True, dtype=types.FLOAT
+    )
     images = fn.slice(images, start=anchor, shape=[image_size, image_size], axis_names="HW")
+    gain_y, gain_x = (gain.gpu() for gain in edge_gain) if device == "gpu" else edge_gain
+    images = fn.cast(images * gain_y * gain_x, dtype=types.UINT8)  # rounds, as Pillow does
     return fn.crop_mirror_normalize(
         images,
         mirror=flip,
@@ -124,6 +144,10 @@ class DaliEngine:
         pipeline.feed_input("window_shape", np.ascontiguousarray(views.windows[:, 2:]))
         pipeline.feed_input("resized", views.resized.astype(np.float32))
         pipeline.feed_input("anchor", views.anchors)
+        margin, gain_y, gain_x = edge_correction(views, self._image_size)
+        pipeline.feed_input("margin", margin)
+        pipeline.feed_input("edge_gain_y", gain_y[:, :, None, None])
+        pipeline.feed_input("edge_gain_x", gain_x[:, None, :, None])
         pipeline.feed_input("flip", views.flips.astype(np.int32))
         pipeline.schedule_run()
 
@@ -168,6 +192,28 @@ class DaliEngine:
                 failed[position] = _reason(error)
                 probe = self._build(1)
         return failed
+
+
+def edge_correction(views: Views, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What makes up for DALI's treatment of a window's edge, where the window is made smaller.
+
+    Returns int32 [n, 2], the black pixels to put around each window, above and below, left and right; and, for rows and
+    for columns, float32 [n, image_size], what to multiply them by. Only the first and the last row or column of a
+    resized window reach over its edge: their centre is half a resized pixel from it, and the triangle is one wide.
+    """
+    scale = views.windows[:, 2:] / views.resized  # [n, 2]
+    support = np.maximum(scale, 1)
+    taps = np.arange(-int(np.ceil(support.max())) - 1, int(np.ceil(2 * support.max())) + 1)
+    weights = np.maximum(0, 1 - np.abs(taps + 0.5 - scale[..., None] / 2) / support[..., None])  # [n, 2, taps]
+    inside = weights[..., taps >= 0].sum(axis=-1) / weights.sum(axis=-1)
+    margin = np.where(scale > 1, np.ceil(support), 0).astype(np.int32)
+    gain = np.ones((2, len(views), image_size), np.float32)
+    for axis in (0, 1):
+        for edge in (0, views.resized[:, axis] - 1):
+            at = edge - views.anchors[:, axis]
+            kept = np.flatnonzero((at >= 0) & (at < image_size) & (scale[:, axis] > 1))
+            gain[axis, kept, at[kept]] = 1 / inside[kept, axis]
+    return margin, gain[0], gain[1]
 
 
 def _reason(error: RuntimeError) -> str:

@@ -1,14 +1,13 @@
 """The index: a folder or a CSV file of labelled photos becomes arrays, by one scan of the headers, which is cached.
 
 ROOT/<split>/<class>/* is read as torchvision.datasets.ImageFolder reads it. The scan is the only judge of a file for
-both engines: format, size, sound end. It decodes nothing, and a later scan opens only new and changed files.
+both engines (`headers`), and a later scan opens only new and changed files.
 """
 
 import csv
 import filecmp
 import json
 import os
-import re
 import stat
 import sys
 import tempfile
@@ -21,33 +20,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.TiffImagePlugin import TiffImageFile
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 
 from pipelines.errors import MachineError, UserError
+from pipelines.headers import FAULTS, judge
 
 EXTENSIONS: tuple[str, ...] = IMG_EXTENSIONS
-FAULTS: tuple[str, ...] = (
-    *("", "missing", "cannot be read", "not a regular file", "empty file", "not an image of a known format"),
-    *("broken header", "truncated", "too many pixels"),
-)
-MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
 _LAYOUT = [1, *FAULTS]  # an index of another layout, or with other faults, is made anew
 _WANTED = "give a folder with train/CLASS/* or CLASS/* in it, or a CSV file path,label[,split]"
-_EDGE = 4096  # bytes read at a file's start and at its end
-_MAGIC = re.compile(  # the groups carry Pillow's names of the formats
-    rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<BMP>BM)"
-    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)",
-    re.DOTALL,
-)
 _FACTS = ("sizes", "faults", "byte_sizes", "mtimes", "signatures")  # the columns that come out of the files themselves
 Table = dict[str, np.ndarray]  # columns by name, one row per photo, split after split
 
@@ -99,12 +85,14 @@ class Split:
 class Dataset:
     """A whole data set.
 
+    data: the folder or the CSV file. root: the folder that paths are given below.
     splits: by name, "train" and "val" first.
     fingerprint: hex, of the paths below `root`, labels, class names and byte sizes; not of times, place or machine.
     duplicates: (train path, val path) below `root`, the same bytes; a val photo stands here once at most.
     val_fraction: the share of "train" that was set aside as "val"; None where the data has a "val" of its own.
     """
 
+    data: Path
     root: Path
     splits: dict[str, Split]
     fingerprint: str
@@ -138,7 +126,7 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float) -> Path:
     "train" becomes "val". Raises UserError where `data` is not made of labelled photos, MachineError where `cache`
     cannot be written.
     """
-    data = Path(os.path.abspath(data.expanduser()))
+    data = Path(os.path.abspath(os.path.expanduser(data)))
     is_folder = os.path.isdir(data)
     root = os.fsencode(data if is_folder else data.parent)
     try:
@@ -150,13 +138,14 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float) -> Path:
 
     name = blake2b(os.fsencode(data) + repr(val_fraction).encode(), digest_size=16).hexdigest()
     index_file = cache / "scan" / f"{name}.safetensors"
-    known_header, known = {}, {}
+    known_header, known = dict[str, Any](), Table()
     with suppress(SafetensorError, OSError, KeyError, ValueError):
         known_header, known = _read_index(index_file)
         _take_over(table, known)
     _scan(root, table)
     header = {
         "layout": _LAYOUT,
+        "data": str(data),
         "root": os.fsdecode(root),
         "splits": splits,
         "val_fraction": val_fraction if divided else None,
@@ -186,7 +175,9 @@ def load_dataset(index_file: Path) -> Dataset:
         start += count
     paths = [os.fsdecode(_path_at(blob, offsets, row)) for row in table["duplicates"].ravel()]
     duplicates = list(zip(paths[::2], paths[1::2], strict=True))
-    return Dataset(Path(header["root"]), splits, header["fingerprint"], duplicates, header["val_fraction"])
+    return Dataset(
+        Path(header["data"]), Path(header["root"]), splits, header["fingerprint"], duplicates, header["val_fraction"]
+    )
 
 
 def map_labels(split: Split, classes: Sequence[str]) -> np.ndarray:
@@ -228,24 +219,6 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
         raise UserError(f"{root}: 'train' has photos of one class only, {_listed(list(train))}; two are needed")
 
 
-def exif_orientation(photo: Image.Image) -> int:
-    """How an opened photo's pixels are to be turned, 1 to 8 (EXIF 2.32, tag 0x0112); 1 where the EXIF data is broken.
-
-    EXIF only, as DALI reads it: Pillow's `getexif` also believes XMP. Pillow turns a TIFF itself when it loads it, and
-    reads what stands behind the pixels of a PNG only then: with pixels, call this after `photo.load()`.
-    """
-    try:
-        if isinstance(photo, TiffImageFile):
-            orientation = photo.tag_v2.get(0x0112)
-        else:
-            exif = Image.Exif()
-            exif.load(photo.info.get("exif", b""))
-            orientation = exif.get(0x0112)
-    except Exception:  # Pillow's parsers raise many kinds of error on broken data
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
 def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
     """Split, class and path below `root` of each photo."""
     folders = _subfolders(root)
@@ -259,9 +232,7 @@ def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
         for name in classes:
             photos = make_dataset(folder, {name: 0}, EXTENSIONS, allow_empty=True)
             if strict and not photos:
-                raise UserError(
-                    f"{_printable(folder / name)}: no photos in this class; they end in {_listed(EXTENSIONS)}"
-                )
+                raise UserError(f"{_printable(folder / name)}: a class without photos ({', '.join(EXTENSIONS)})")
             for path, _ in photos:
                 yield split or "train", name, os.fsencode(path[below_root:])
 
@@ -369,7 +340,7 @@ def _scan(root: bytes, table: Table) -> None:
         if unchanged and FAULTS[table["faults"][row]] != "cannot be read":
             return
         # Opening a pipe would wait for ever.
-        fault, size, signature = _judge(path) if regular else ("not a regular file", (0, 0), 0)
+        fault, size, signature = judge(path) if regular else ("not a regular file", (0, 0), 0)
         for name, fact in zip(_FACTS, (size, FAULTS.index(fault), byte_size, mtime, signature), strict=True):
             table[name][row] = fact
 
@@ -381,7 +352,8 @@ def _scan(root: bytes, table: Table) -> None:
 def _in_threads(look: Callable[[int], None], total: int, title: str) -> None:
     """Calls `look` for each row. Shows a bar on a terminal, elsewhere a line at start and end, if it takes its time."""
     start, announced = time.monotonic(), False
-    chunks = [range(at, min(at + 64, total)) for at in range(0, total, 64)]
+    step = min(256, total // 256 + 1)  # few photos on a slow disk are to keep all threads busy, too
+    chunks = [range(at, min(at + step, total)) for at in range(0, total, step)]
     pool = ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
     try:
         with tqdm(total=total, desc=title, unit="photo", disable=None, leave=False) as bar:
@@ -394,87 +366,6 @@ def _in_threads(look: Callable[[int], None], total: int, title: str) -> None:
         pool.shutdown(cancel_futures=True)
     if announced:
         print(f"{title}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-
-
-def _judge(path: bytes) -> tuple[str, tuple[int, int], int]:
-    """Fault, height and width, signature of a file."""
-    try:
-        with open(path, "rb") as file:
-            byte_size = file.seek(0, os.SEEK_END)
-            file.seek(max(byte_size - _EDGE, 0))
-            tail = file.read()
-            file.seek(0)
-            head = file.read(_EDGE)
-            fault, size = _judge_content(file, head, tail, byte_size)
-    except Image.DecompressionBombError:
-        fault = "too many pixels"
-    except FileNotFoundError:
-        fault = "missing"
-    except Exception as error:
-        # Pillow's parsers raise many kinds of error on broken data; OSError, too, but then without a number.
-        fault = "cannot be read" if isinstance(error, OSError) and error.errno else "broken header"
-    if fault:
-        return fault, (0, 0), 0
-    digest = blake2b(byte_size.to_bytes(8, "little") + head + tail, digest_size=8).digest()
-    return "", size, int.from_bytes(digest, "little")
-
-
-def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> tuple[str, tuple[int, int]]:
-    """Fault, height and width of an open file."""
-    if not byte_size:
-        return "empty file", (0, 0)
-    match = _MAGIC.match(head)
-    if not match:
-        return "not an image of a known format", (0, 0)
-    kind = str(match.lastgroup)
-    if kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 > byte_size:
-        return "truncated", (0, 0)
-    # Image.open would go on to the further pictures of a phone's JPEG, past the place that _is_whole starts from.
-    file.seek(0)
-    photo = JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
-    width, height = photo.size
-    if isinstance(photo, TiffImageFile):  # the stored size: photo.size may be the turned one
-        width, height = photo.tag_v2[256], photo.tag_v2[257]
-    if width * height > MAX_PIXELS:
-        return "too many pixels", (0, 0)
-    if not _is_whole(file, kind, photo, tail, byte_size):
-        return "truncated", (0, 0)
-    if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
-        photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
-    return "", (width, height) if exif_orientation(photo) >= 5 else (height, width)
-
-
-def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> bool:
-    """Whether the file reaches the end of its picture; bytes behind that do no harm."""
-    tile = photo.tile[0] if photo.tile else None
-    end = 0
-    if kind == "JPEG":
-        # From the start of scan, where Pillow stopped: a thumbnail before it has an end marker of its own.
-        return tile is not None and _holds(file, b"\xff\xd9", tail, byte_size)
-    if kind == "PNG":
-        return _holds(file, b"IEND\xaeB`\x82", tail, byte_size)
-    if isinstance(photo, TiffImageFile):
-        for offsets, lengths in ((273, 279), (324, 325)):  # of strips, of tiles
-            pairs = zip(photo.tag_v2.get(offsets, ()), photo.tag_v2.get(lengths, ()), strict=False)
-            end = max([end, *(offset + length for offset, length in pairs)])
-    elif tile and tile[0] == "raw":  # BMP or PPM, not compressed
-        stride = tile[3][1] if isinstance(tile[3], tuple) else 0
-        bits = {"1": 1, "RGB": 24}.get(photo.mode, 8)
-        end = tile[2] + photo.height * (stride or (photo.width * bits + 7) // 8)
-    return end <= byte_size
-
-
-def _holds(file: BinaryIO, marker: bytes, tail: bytes, byte_size: int) -> bool:
-    """Whether the marker stands behind the file's position: most often in the tail, else anywhere."""
-    at = tail.rfind(marker)
-    if at >= 0 and byte_size - len(tail) + at >= file.tell():
-        return True
-    rest = b""
-    while block := file.read(1 << 20):
-        if marker in rest + block:
-            return True
-        rest = block[1 - len(marker) :]
-    return False
 
 
 def _duplicates(root: bytes, table: Table, counts: dict[str, int]) -> np.ndarray:

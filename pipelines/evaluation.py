@@ -132,6 +132,8 @@ def _hidden(
     if cache is not None and cache.complete:
         yield from cache.features
         return
+    if cache is not None:
+        cache.features.clear()  # what an evaluation left that was broken off
     steps = tqdm(
         loader.epoch(0),
         total=loader.steps_per_epoch,

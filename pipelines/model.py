@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,14 @@ class TransferModel(nn.Module):
 
 
 class _WithoutStatisticsOfNothing:
-    """BatchNorm in train mode would take the mean of no photo at all, NaN, into its statistics."""
+    """BatchNorm in train mode would take the mean of no photo at all, NaN, into its statistics.
+
+    SyncBatchNorm goes on: it knows empty shares, and the other processes wait for it.
+    """
 
     def __init__(self, model: nn.Module, batch: torch.Tensor) -> None:
-        training = [] if len(batch) else [module for module in batchnorms(model) if module.training]
-        self._paused = training
+        alone = [module for module in batchnorms(model) if not isinstance(module, nn.SyncBatchNorm)]
+        self._paused = [] if len(batch) else [module for module in alone if module.training]
 
     def __enter__(self) -> None:
         for module in self._paused:
@@ -140,18 +144,24 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{named}: {path} cannot be loaded safely as tensors ({detail[:160]})") from None
+        detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({str(error)[:160] or type(error).__name__})"
+        raise UserError(f"{named}: {path} is not a file that holds tensors and nothing else{detail}") from None
     with torch.device("meta"):
         expected = models.get_model(arch, weights=None).state_dict()
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise UserError(f"{named}: {path} does not hold a plain state_dict (names -> tensors) of a {arch}")
-    body = {name for name in expected if not name.startswith("fc.")}
-    wrong = [name for name in body if name not in state or state[name].shape != expected[name].shape]
-    unknown = [name for name in state if name not in expected]
-    if wrong or unknown or "fc.weight" not in state or "fc.bias" not in state:
-        example = sorted(wrong or unknown or ["fc.weight"])[0]
-        raise UserError(f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {example})")
+    # Files from before PyTorch 0.4.1, torchvision's own among them, do not count batches; nothing here reads the count.
+    state = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")} | state
+    shapes = {name: value.shape for name, value in expected.items()}
+    if "fc.bias" in state:  # as many classes as the file has
+        shapes["fc.bias"] = torch.Size([state["fc.bias"].numel()])
+        shapes["fc.weight"] = torch.Size([state["fc.bias"].numel(), expected["fc.weight"].shape[1]])
+    found = {name: value.shape for name, value in state.items()}
+    wrong = [name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)]
+    if wrong:
+        raise UserError(f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {min(wrong)})")
     return state
 
 
@@ -170,7 +180,7 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
     if weights.classes != tuple(classes):
         _draw_head(network.fc, config.seed)
     batchnorm = resolve_batchnorm(config, weights)
-    if batchnorm == "sync":
+    if batchnorm == "sync" and torch.distributed.is_initialized():
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     model = TransferModel(network, frozen_stages=_frozen_stages(config), batchnorm=batchnorm)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -190,9 +200,9 @@ def resolve_batchnorm(config: Config, weights: Weights) -> str:
     return "train" if weights.state is None else "frozen"
 
 
-def average_batchnorm_statistics(model: nn.Module, world_size: int) -> None:
+def average_batchnorm_statistics(model: TransferModel, world_size: int) -> None:
     """Makes the running statistics one and the same on all processes, each of which has seen photos of its own."""
-    if world_size == 1:
+    if world_size == 1 or model.batchnorm != "train":  # the others are the same already, and rounding would move them
         return
     for module in batchnorms(model):
         for buffer in (module.running_mean, module.running_var):
@@ -240,7 +250,14 @@ def read_run_weights(run: Path, arch: str, named: str) -> Weights:
     best, description = run / "best.pt", run / "model.json"
     if not best.exists() or not description.exists():
         raise UserError(f"{named}: {run} is not a run folder with best.pt and model.json")
-    model = json.loads(description.read_text(encoding="utf-8"))
-    if model["arch"] != arch:
-        raise UserError(f"{named}: {run} holds a {model['arch']}, not a {arch}: add --arch {model['arch']}")
-    return Weights(read_state_dict(best, arch, named), str(run), tuple(model["classes"]))
+    try:
+        model = json.loads(description.read_text(encoding="utf-8"))
+        found, classes = model["arch"], tuple(model["classes"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{named}: {description} is damaged: it must name arch and classes") from None
+    if found != arch:
+        raise UserError(f"{named}: {run} holds a {found}, not a {arch}: add --arch {found}")
+    state = read_state_dict(best, arch, named)
+    if len(state["fc.bias"]) != len(classes):
+        raise UserError(f"{named}: {best} has {len(state['fc.bias'])} classes and {description} {len(classes)}")
+    return Weights(state, str(run), classes)

@@ -64,20 +64,26 @@ def main_first(state: PartialState, task: Callable[[], Any]) -> Any:
     if state.is_main_process:
         try:
             result = task()
-        except (UserError, MachineError) as error:
-            store.set(key, json.dumps({"exit": error.exit_code}))
-            raise
-        except BaseException:
-            store.set(key, json.dumps({"exit": MachineError.exit_code}))
+        except BaseException as error:
+            store.set(key, json.dumps({"exit": getattr(error, "exit_code", MachineError.exit_code)}))
+            _wait_for_readers(store, key, state.num_processes - 1)
             raise
         store.set(key, json.dumps({"result": result}))
         return result
     while not store.check([key]):
         time.sleep(_POLL_SECONDS)
     answer = json.loads(store.get(key))
+    store.add(f"{key}/read", 1)
     if "exit" in answer:
         raise SystemExit(answer["exit"])
     return answer["result"]
+
+
+def _wait_for_readers(store: dist.Store, key: str, readers: int) -> None:
+    """The store may live in the main process, which is about to end."""
+    give_up = time.monotonic() + 10 * _POLL_SECONDS
+    while store.add(f"{key}/read", 0) < readers and time.monotonic() < give_up:
+        time.sleep(_POLL_SECONDS / 10)
 
 
 def open_dataset(state: PartialState, data: str | None, val_fraction: float) -> Dataset:

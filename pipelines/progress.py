@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pipelines.errors import UserError
 
-_HEADER = "epoch        lr  train loss  train top1    val loss    val top1  images/s  data wait    best"
+_HEADER = "      lr  train loss  train top1    val loss    val top1  images/s  data wait    best"
 _DIVERGED_AFTER = 3  # losses in a row that are not finite; fp16's search for a scale gives single ones
 
 
@@ -88,9 +88,10 @@ class EpochTable:
     def __init__(self, *, visible: bool, epochs: int, steps_per_epoch: int) -> None:
         self._visible = visible
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
+        self._width = max(len("epoch"), len(f"{epochs}/{epochs}"))
         self._bar: tqdm | None = None
         if visible:
-            print(_HEADER, flush=True)
+            print(f"{'epoch':>{self._width}}  {_HEADER}", flush=True)
 
     def start_epoch(self, epoch: int) -> None:
         """epoch: 1 is the first. Shows a bar where there is a terminal."""
@@ -126,7 +127,7 @@ class EpochTable:
             self._bar.close()
         if self._visible:
             print(
-                f"{f'{epoch}/{self._epochs}':>5}  {row['lr/head']:8.2e}  {row['train/loss']:10.4f}  "
+                f"{f'{epoch}/{self._epochs}':>{self._width}}  {row['lr/head']:8.2e}  {row['train/loss']:10.4f}  "
                 f"{row['train/top1']:10.4f}  {row['val/loss']:10.4f}  {row['val/top1']:10.4f}  "
                 f"{row['perf/images_per_s']:8.1f}  {row['perf/data_wait']:9.1%}  {best:6.4f}",
                 flush=True,

@@ -7,9 +7,9 @@ import secrets
 import shutil
 import string
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
 
+_OWN_FILES = ("config.yaml", "status.json")
 _LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow")
 
 
@@ -66,14 +67,21 @@ class RunFolder:
         """Makes the folder, with config.yaml and the status `running`. UserError where it cannot be made."""
         if not self._writes:
             return
-        if overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
         try:
+            if overwrite and self.folder.exists():
+                self._remove()
             self.figures.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"runs: cannot make the folder {self.folder} ({error.strerror}): give --runs DIR") from None
+            reason = error.strerror or error
+            raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
         self._write("config.yaml", dump_yaml(config))
         self.write_status("running")
+
+    def _remove(self) -> None:
+        # --runs and --run may name any folder, a source tree too.
+        if any(self.folder.iterdir()) and not any((self.folder / name).exists() for name in _OWN_FILES):
+            raise UserError(f"run: {self.folder} is not a run folder, and is not overwritten: give another --run name")
+        shutil.rmtree(self.folder)
 
     def write_status(
         self, state: str, reason: str = "", exit_code: int | None = None, epoch: int = 0, global_step: int = 0
@@ -116,9 +124,7 @@ class RunFolder:
             partial.write_text(text, encoding="utf-8")
 
 
-def describe_model(
-    config: Config, dataset: Dataset, scores: Mapping[str, Any]
-) -> dict[str, Any]:
+def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:
     """model.json: what a reader of best.pt needs to use it as it was trained, and to know where it comes from."""
     return {
         "arch": config.arch,
@@ -128,7 +134,7 @@ def describe_model(
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "scores": dict(scores),
-        "data": str(dataset.data),
+        "data": str(dataset.root),
         "dataset_fingerprint": dataset.fingerprint,
         "versions": versions(),
     }
@@ -136,7 +142,11 @@ def describe_model(
 
 def versions() -> dict[str, str]:
     """The versions of the libraries that a run's numbers depend on."""
-    return {name: version(name) for name in _LIBRARIES}
+    found = {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):  # dalitune itself, where its files were copied and not installed
+            found[name] = version(name)
+    return found
 
 
 @contextmanager

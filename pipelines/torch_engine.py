@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.dataset import Split, exif_orientation
+from pipelines.dataset import Split
+from pipelines.headers import exif_orientation
 from pipelines.loader import Pixels
 from pipelines.plan import Views
 
@@ -98,6 +99,7 @@ def view_of(
     Raises OSError, ValueError or SyntaxError where Pillow cannot read the photo.
     """
     with Image.open(os.fsdecode(path)) as photo:
+        photo.load()  # Pillow turns a TIFF now, and reads what stands behind the pixels of a PNG
         orientation = exif_orientation(photo)
         picture = _to_rgb(photo.crop(_stored_box(window, orientation, photo.size)))
     if orientation in _UPRIGHT:

@@ -27,7 +27,10 @@ class Tracking:
             if config.tracker == "wandb":
                 self._start_wandb(config, folder, settings)
             else:
-                accelerator.init_trackers(config.project, dict(settings))
+                accelerator.project_configuration.logging_dir = str(folder)
+                # TensorBoard's hyperparameters know no null.
+                known = {key: "null" if value is None else value for key, value in settings.items()}
+                accelerator.init_trackers("tensorboard", known)
         except Exception as error:  # whatever a tracker raises, the training goes on without it
             self._give_up(error)
 
@@ -49,7 +52,7 @@ class Tracking:
             for tracker in self._accelerator.trackers:
                 if tracker.name == "wandb":
                     tracker.run.summary.update(dict(summary))
-            self._accelerator.end_training()
+                tracker.finish()
         except Exception as error:
             self._give_up(error)
 
@@ -58,14 +61,16 @@ class Tracking:
 
         # A server that is gone would otherwise hold the end of the run for ever.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "30")
-        options, why = _wandb_options(folder), "no key"
+        mode, why = _wandb_mode()
+        options = _wandb_options(folder) | {"mode": mode}
         try:
             self._accelerator.init_trackers(config.project, dict(settings), {"wandb": options})
-        except Exception:
-            if options["mode"] != "online":
+        except Exception as error:
+            if mode != "online":
                 raise
             wandb.teardown()
-            options, why = {**options, "mode": "offline"}, "the server cannot be reached"
+            self._accelerator.trackers.clear()  # the one that failed would be started again
+            options["mode"], why = "offline", _first_line(error)
             self._accelerator.init_trackers(config.project, dict(settings), {"wandb": options})
         run = self._accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("global_step")
@@ -77,9 +82,9 @@ class Tracking:
 
     def _give_up(self, error: Exception) -> None:
         self._alive = False
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         print(
-            f"tracking has stopped ({reason}); the training goes on, and metrics.jsonl has every row", file=sys.stderr
+            f"tracking has stopped ({_first_line(error)}); the training goes on, and metrics.jsonl has every row",
+            file=sys.stderr,
         )
 
 
@@ -96,31 +101,42 @@ def tracker_names(config: Config) -> str | None:
 
 
 def _wandb_options(folder: Path) -> dict[str, Any]:
-    """Arguments of wandb.init. One id for the run's whole life; offline without a key: nothing prompts."""
+    """Arguments of wandb.init but the mode. One id for the run's whole life."""
     import wandb
 
     id_file = folder / _WANDB_FILE
     if not id_file.exists():
         id_file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), encoding="utf-8")
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     return {
         "id": id_file.read_text(encoding="utf-8").strip(),
         "name": folder.name,
         "dir": os.environ.get("WANDB_DIR") or str(folder),
-        "mode": mode,
         "resume": "allow",
         "settings": wandb.Settings(console="off", silent=True, init_timeout=10),
     }
 
 
+def _wandb_mode() -> tuple[str, str]:
+    """The mode for wandb.init, and why it is not online. Without a key W&B would ask for one, so it is offline then."""
+    mode = os.environ.get("WANDB_MODE") or "online"
+    return ("offline", "no key") if mode == "online" and not _has_key() else (mode, f"WANDB_MODE={mode}")
+
+
 def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
     import netrc
     from urllib.parse import urlparse
 
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    import wandb
+
+    settings = wandb.setup().settings  # of the environment and of the files that `wandb login` writes
+    if settings.api_key or settings.identity_token_file:
+        return True
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        keys = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return keys.authenticators(urlparse(settings.base_url).netloc) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

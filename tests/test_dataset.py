@@ -1,6 +1,7 @@
 """The index: the same reading as torchvision's, the judgement of files, the cache, CSV files, the set-aside split."""
 
 import io
+import itertools
 import os
 import shutil
 import struct
@@ -19,17 +20,15 @@ from torchvision.datasets import ImageFolder
 
 from pipelines import dataset as room
 from pipelines.dataset import (
-    FAULTS,
-    MAX_PIXELS,
     Dataset,
     Split,
     check_dataset,
-    exif_orientation,
     load_dataset,
     map_labels,
     scan_dataset,
 )
 from pipelines.errors import MachineError, UserError
+from pipelines.headers import FAULTS, MAX_PIXELS, exif_orientation
 
 
 def encoded(kind: str = "JPEG", size: tuple[int, int] = (30, 20), seed: int = 0, mode: str = "RGB", **options) -> bytes:
@@ -83,8 +82,8 @@ def paths(split: Split) -> list[str]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The paths of the files that scans open."""
     seen: list[bytes] = []
-    judge_file = room._judge
-    monkeypatch.setattr(room, "_judge", lambda path: (seen.append(path), judge_file(path))[1])
+    judge_file = room.judge
+    monkeypatch.setattr(room, "judge", lambda path: (seen.append(path), judge_file(path))[1])
     return seen
 
 
@@ -368,7 +367,7 @@ def test_orientation_is_exif_only_and_broken_exif_is_none(tmp_path: Path) -> Non
         assert exif_orientation(tiff) == 1
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore")
 @given(st.sampled_from(sorted(SOUND)), st.data())
 @settings(max_examples=150, deadline=None)
 def test_no_damage_stops_a_scan(tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject) -> None:
@@ -377,7 +376,7 @@ def test_no_damage_stops_a_scan(tmp_path_factory: pytest.TempPathFactory, name: 
         content[at] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    fault, (height, width), _ = room._judge(os.fsencode(path))
+    fault, (height, width), _ = room.judge(os.fsencode(path))
     assert fault in FAULTS
     assert (height > 0 and width > 0) if not fault else (height, width) == (0, 0)
 
@@ -396,7 +395,7 @@ def test_what_cannot_be_opened_is_a_fault_and_not_a_failure(tmp_path: Path) -> N
 def test_a_file_that_could_not_be_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "data", {"train/a": 2, "val/a": 1})
     with monkeypatch.context() as patched:
-        patched.setattr(room, "_judge", lambda path: ("cannot be read", (0, 0), 0))
+        patched.setattr(room, "judge", lambda path: ("cannot be read", (0, 0), 0))
         assert FAULTS[scan(root, tmp_path).splits["train"].faults[0]] == "cannot be read"
     assert not scan(root, tmp_path).splits["train"].faults.any()
 
@@ -436,6 +435,19 @@ def test_only_new_and_changed_files_are_opened(tmp_path: Path, opened: list[byte
     for name, split in fresh.splits.items():
         np.testing.assert_array_equal(split.sizes, second.splits[name].sizes)
     assert first.splits["train"].sizes[0].tolist() == [16, 20]  # the index that is in use stays as it was
+
+
+def test_a_slow_scan_says_so_and_a_quick_one_is_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "data", {"train/a": 3, "val/a": 1})
+    scan(root, tmp_path)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(room.time, "monotonic", itertools.count(step=3).__next__)
+    scan(root, tmp_path)
+    start, end = capsys.readouterr().err.splitlines()
+    assert start == f"scan of {root}: 4 photos ..."
+    assert end.startswith(f"scan of {root}: done in ")
 
 
 def test_an_index_is_never_trusted_blindly(tmp_path: Path, opened: list[bytes]) -> None:

@@ -1,0 +1,124 @@
+"""The only judge of a file, for both engines: its header, its size and its end. Nothing is decoded."""
+
+import os
+import re
+from hashlib import blake2b
+from typing import BinaryIO
+
+from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+FAULTS: tuple[str, ...] = (
+    *("", "missing", "cannot be read", "not a regular file", "empty file", "not an image of a known format"),
+    *("broken header", "truncated", "too many pixels"),
+)
+MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
+_EDGE = 4096  # bytes read at a file's start and at its end
+_MAGIC = re.compile(  # the groups carry Pillow's names of the formats
+    rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<BMP>BM)"
+    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)",
+    re.DOTALL,
+)
+
+
+def judge(path: bytes) -> tuple[str, tuple[int, int], int]:
+    """Fault (one of FAULTS), upright height and width in pixels, signature of byte size and edges, of a file.
+
+    No file raises an error; a faulty one has size (0, 0) and signature 0.
+    """
+    try:
+        with open(path, "rb") as file:
+            byte_size = file.seek(0, os.SEEK_END)
+            file.seek(max(byte_size - _EDGE, 0))
+            tail = file.read(_EDGE)
+            file.seek(0)
+            head = file.read(_EDGE)
+            fault, size = _judge_content(file, head, tail, byte_size)
+    except Image.DecompressionBombError:
+        fault = "too many pixels"
+    except FileNotFoundError:
+        fault = "missing"
+    except Exception as error:
+        # Pillow's parsers raise many kinds of error on broken data; OSError, too, but then without a number.
+        fault = "cannot be read" if isinstance(error, OSError) and error.errno else "broken header"
+    if fault:
+        return fault, (0, 0), 0
+    digest = blake2b(byte_size.to_bytes(8, "little") + head + tail, digest_size=8).digest()
+    return "", size, int.from_bytes(digest, "little")
+
+
+def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> tuple[str, tuple[int, int]]:
+    """Fault, height and width of an open file."""
+    if not byte_size:
+        return "empty file", (0, 0)
+    match = _MAGIC.match(head)
+    if not match:
+        return "not an image of a known format", (0, 0)
+    kind = str(match.lastgroup)
+    if kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 > byte_size:
+        return "truncated", (0, 0)
+    file.seek(0)
+    # Image.open would go on to the further pictures in a phone's JPEG; _is_whole starts where the first's scan does.
+    photo = JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
+    width, height = photo.size
+    if isinstance(photo, TiffImageFile):  # the stored size: photo.size may be the turned one
+        width, height = photo.tag_v2[256], photo.tag_v2[257]
+    if width * height > MAX_PIXELS:
+        return "too many pixels", (0, 0)
+    if not _is_whole(file, kind, photo, tail, byte_size):
+        return "truncated", (0, 0)
+    if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
+        photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
+    return "", (width, height) if exif_orientation(photo) >= 5 else (height, width)
+
+
+def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> bool:
+    """Whether the file reaches the end of its picture; bytes behind that do no harm."""
+    tile = photo.tile[0] if photo.tile else None
+    end = 0
+    if kind == "JPEG":
+        # From the start of scan, where Pillow stopped: a thumbnail before it has an end marker of its own.
+        return tile is not None and _holds(file, b"\xff\xd9", tail, byte_size)
+    if kind == "PNG":
+        return _holds(file, b"IEND\xaeB`\x82", tail, byte_size)
+    if isinstance(photo, TiffImageFile):
+        for offsets, lengths in ((273, 279), (324, 325)):  # of strips, of tiles
+            pairs = zip(photo.tag_v2.get(offsets, ()), photo.tag_v2.get(lengths, ()), strict=False)
+            end = max([end, *(offset + length for offset, length in pairs)])
+    elif tile and tile[0] == "raw":  # BMP or PPM, not compressed
+        stride = tile[3][1] if isinstance(tile[3], tuple) else 0
+        bits = {"1": 1, "RGB": 24}.get(photo.mode, 8)
+        end = tile[2] + photo.height * (stride or (photo.width * bits + 7) // 8)
+    return end <= byte_size
+
+
+def _holds(file: BinaryIO, marker: bytes, tail: bytes, byte_size: int) -> bool:
+    """Whether the marker stands behind the file's position: most often in the tail, else anywhere."""
+    at = tail.rfind(marker)
+    if at >= 0 and byte_size - len(tail) + at >= file.tell():
+        return True
+    rest = b""
+    while block := file.read(1 << 20):
+        if marker in rest + block:
+            return True
+        rest = block[1 - len(marker) :]
+    return False
+
+
+def exif_orientation(photo: Image.Image) -> int:
+    """How an opened photo's pixels are to be turned, 1 to 8 (EXIF 2.32, tag 0x0112); 1 where the EXIF data is broken.
+
+    EXIF only, as DALI reads it: Pillow's `getexif` also believes XMP. Pillow turns a TIFF itself when it loads it, and
+    reads what stands behind the pixels of a PNG only then: with pixels, call this after `photo.load()`.
+    """
+    try:
+        if isinstance(photo, TiffImageFile):
+            orientation = photo.tag_v2.get(0x0112)
+        else:
+            exif = Image.Exif()
+            exif.load(photo.info.get("exif", b""))
+            orientation = exif.get(0x0112)
+    except Exception:  # Pillow's parsers raise many kinds of error on broken data
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
