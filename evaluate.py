@@ -14,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipelines import figures
 from pipelines.config import Config, parse_config
 from pipelines.dataset import Dataset, Split, check_dataset, map_labels
@@ -27,6 +25,8 @@ from pipelines.plan import EvalPlan
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.runs import replacing
 from pipelines.torch_engine import view_of
+
+import numpy as np
 
 _SHOWN_PREDICTIONS = 24
 _SHOWN_CLASSES = 40  # rows of the table; --json has all

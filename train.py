@@ -19,10 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch.nn import functional
-
 from pipelines import figures
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import check_dataset, map_labels
@@ -34,6 +30,10 @@ from pipelines.processes import main_first, open_dataset, run_script, start_acce
 from pipelines.progress import DivergenceWatch, EpochTable, Interval
 from pipelines.runs import RunFolder, describe_model, new_run_name
 from pipelines.tracking import Tracking, tracker_names
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional
 
 
 def main(arguments: list[str]) -> None:

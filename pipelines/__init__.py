@@ -1,0 +1,7 @@
+"""The importable pieces of dalitune, one file per room."""
+
+import os
+
+# OpenMP's threads spin while they wait, on the very cores that decode the photos; on a busy machine that makes a CPU
+# training many times slower. Read when torch is loaded, hence here, and hence first-party imports come first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -12,11 +12,11 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+from pipelines.errors import UserError
+
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-
-from pipelines.errors import UserError
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "finetune.yaml"
 

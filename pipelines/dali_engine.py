@@ -8,15 +8,15 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
-from nvidia.dali.plugin.pytorch import feed_ndarray
-
 from pipelines.dataset import Split
 from pipelines.errors import MachineError
 from pipelines.loader import Pixels
 from pipelines.plan import Views
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
 
 
 @pipeline_def

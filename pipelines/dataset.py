@@ -22,14 +22,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import MachineError, UserError
+from pipelines.headers import FAULTS, judge
+
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
-
-from pipelines.errors import MachineError, UserError
-from pipelines.headers import FAULTS, judge
 
 EXTENSIONS: tuple[str, ...] = IMG_EXTENSIONS
 _LAYOUT = [1, *FAULTS]  # an index of another layout, or with other faults, is made anew

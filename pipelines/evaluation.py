@@ -5,15 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+from pipelines.loader import Loader
+from pipelines.model import TransferModel
+
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn import functional
 from tqdm import tqdm
-
-from pipelines.loader import Loader
-from pipelines.model import TransferModel
 
 # One record per photo: what every score is computed from.
 _RECORD = np.dtype(

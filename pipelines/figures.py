@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import MachineError
+
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,8 +24,6 @@ from matplotlib.font_manager import FontProperties, get_font_names
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
-
-from pipelines.errors import MachineError
 
 MAX_PHOTOS = 16  # a grid of 4 x 4
 MAX_COUNTED_CLASSES = 25  # up to here a cell of the confusion matrix has room for its count

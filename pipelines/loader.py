@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import torch
-from accelerate import PartialState
-
 from pipelines.config import Config
 from pipelines.dataset import Split
 from pipelines.errors import UserError
 from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, share
 from pipelines.processes import cpu_cores, local_world_size
+
+import numpy as np
+import torch
+from accelerate import PartialState
 
 # ImageNet's channel means and standard deviations of pixels in [0, 1], which torchvision's weights were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

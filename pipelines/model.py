@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import Config
+from pipelines.errors import MachineError, UserError
+from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
+
 import numpy as np
 import torch
 from torch import nn
 from torchvision import models
-
-from pipelines.config import Config
-from pipelines.errors import MachineError, UserError
-from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 
@@ -152,7 +152,7 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise UserError(f"{named}: {path} does not hold a plain state_dict (names -> tensors) of a {arch}")
-    # Files from before PyTorch 0.4.1, torchvision's own among them, do not count batches; nothing here reads the count.
+    # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
     state = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")} | state
     shapes = {name: value.shape for name, value in expected.items()}
     if "fc.bias" in state:  # as many classes as the file has
@@ -180,7 +180,7 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
     if weights.classes != tuple(classes):
         _draw_head(network.fc, config.seed)
     batchnorm = resolve_batchnorm(config, weights)
-    if batchnorm == "sync" and torch.distributed.is_initialized():
+    if batchnorm == "sync" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     model = TransferModel(network, frozen_stages=_frozen_stages(config), batchnorm=batchnorm)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model

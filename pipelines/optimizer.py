@@ -2,10 +2,10 @@
 
 import math
 
-import torch
-
 from pipelines.config import Config
 from pipelines.model import TransferModel
+
+import torch
 
 
 def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimizer:

@@ -11,13 +11,13 @@ from pathlib import Path, PureWindowsPath
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+from pipelines.errors import MachineError, UserError
+
 import numpy as np
 import platformdirs
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
-
-from pipelines.errors import MachineError, UserError
 
 HYMENOPTERA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 HYMENOPTERA_PHOTOS = {"train/ants": 123, "train/bees": 121, "val/ants": 70, "val/bees": 83}

@@ -12,15 +12,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
-
 from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.photos import cache_folder, locate
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 
 _POLL_SECONDS = 0.2
 _keys = itertools.count()  # every process asks for the same tasks in the same order

@@ -6,10 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from pipelines.errors import UserError
+
 import torch
 from tqdm import tqdm
-
-from pipelines.errors import UserError
 
 _HEADER = "      lr  train loss  train top1    val loss    val top1  images/s  data wait    best"
 _DIVERGED_AFTER = 3  # losses in a row that are not finite; fp16's search for a scale gives single ones

@@ -13,12 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.config import Config, dump_yaml
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
+
+import torch
 
 _OWN_FILES = ("config.yaml", "status.json")
 _LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow")

@@ -9,14 +9,14 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-import torch
-from PIL import Image
-
 from pipelines.dataset import Split
 from pipelines.headers import exif_orientation
 from pipelines.loader import Pixels
 from pipelines.plan import Views
+
+import numpy as np
+import torch
+from PIL import Image
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from pipelines.config import Config
 from pipelines.errors import UserError
+
+from accelerate import Accelerator
 
 _WANDB_FILE = "wandb_id"
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipelines import config as config_module
+from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, flags_table, parse_config
+from pipelines.errors import UserError
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-
-from pipelines import config as config_module
-from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, flags_table, parse_config
-from pipelines.errors import UserError
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 KEYS = [field.name for field in dataclasses.fields(Config)]

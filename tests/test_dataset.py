@@ -11,13 +11,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image, ImageOps
-from torchvision.datasets import ImageFolder
-
 from pipelines import dataset as room
 from pipelines.dataset import (
     Dataset,
@@ -29,6 +22,13 @@ from pipelines.dataset import (
 )
 from pipelines.errors import MachineError, UserError
 from pipelines.headers import FAULTS, MAX_PIXELS, exif_orientation
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torchvision.datasets import ImageFolder
 
 
 def encoded(kind: str = "JPEG", size: tuple[int, int] = (30, 20), seed: int = 0, mode: str = "RGB", **options) -> bytes:

@@ -7,15 +7,15 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines import figures
+from pipelines.errors import MachineError
+from pipelines.figures import save_confusion_matrix, save_curves, save_predictions, save_train_batch
+
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backend_bases import RendererBase
 from PIL import Image
-
-from pipelines import figures
-from pipelines.errors import MachineError
-from pipelines.figures import save_confusion_matrix, save_curves, save_predictions, save_train_batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NAMES = ["$5_note^2$", "_", "", "\\alpha {", "蚂蚁", "Ζουζούνι", "\udcff\n\t", "n01440764_" + "very_long_name" * 18]

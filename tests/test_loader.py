@@ -5,16 +5,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from pipelines.dataset import Split, load_dataset, scan_dataset
+from pipelines.errors import UserError
+from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, choose_engine, make_engine
+from pipelines.plan import EvalPlan, Plan, TrainPlan, Views
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as F
-
-from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.errors import UserError
-from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, choose_engine, make_engine
-from pipelines.plan import EvalPlan, Plan, TrainPlan, Views
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 NO_DALI = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed here: its wheels are for Linux only")

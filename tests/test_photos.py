@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from pipelines import photos
+from pipelines.errors import MachineError, UserError
+
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
-
-from pipelines import photos
-from pipelines.errors import MachineError, UserError
 
 COUNTS = {"train/ants": 3, "train/bees": 2, "val/ants": 1, "val/bees": 2}
 
@@ -160,9 +160,9 @@ def test_limits(tmp_path: Path, serve: Callable[..., str], monkeypatch: pytest.M
     # 8 photos of 1,000 bytes and 6 bytes of GIF, which deflate to far less.
     assert len(body) < 8005
     monkeypatch.setattr(photos, "MAX_BYTES", 8005)
-    assert_refused(tmp_path, url, "8,005 bytes")
+    assert_refused(tmp_path, url, "entries or 8,005 bytes")
     monkeypatch.setattr(photos, "MAX_BYTES", len(body) - 1)
-    assert_refused(tmp_path, url, "bytes")
+    assert_refused(tmp_path, url, f"more than {len(body) - 1:,} bytes")
     monkeypatch.setattr(photos, "MAX_BYTES", 8006)
     photos.hymenoptera(tmp_path, url)
 

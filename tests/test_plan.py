@@ -1,5 +1,7 @@
 """The plan is pure, the same on any number of processes, and does what torchvision's transforms do."""
 
+from pipelines.plan import EvalPlan, TrainPlan, Views, random_bits, random_resized_crop, share, uniform
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
-
-from pipelines.plan import EvalPlan, TrainPlan, Views, random_bits, random_resized_crop, share, uniform
 
 FIELDS = ("indices", "windows", "resized", "anchors", "flips")
 sizes_of_photos = st.lists(st.tuples(st.integers(1, 6000), st.integers(1, 6000)), min_size=1, max_size=40)

@@ -1,0 +1,223 @@
+"""Every photo counts once, and every score is what a person computes by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch.nn import functional
+from torchvision.models import resnet18
+
+from pipelines.config import Config
+from pipelines.dataset import Split, load_dataset, scan_dataset
+from pipelines.errors import UserError
+from pipelines.evaluation import _RECORD, FeatureCache, _outcomes, loss_and_top1, predict, score, wilson_interval
+from pipelines.loader import Loader, eval_loader, make_engine
+from pipelines.model import TransferModel
+from pipelines.plan import EvalPlan, Views
+
+CONFIG = Config(image_size=64, resize=72, eval_batch_per_device=4, loader="torch", loader_threads=2)
+CLASSES = ("ant", "bee", "wasp")
+COUNTS = {"ant": 4, "bee": 3, "wasp": 4}
+
+
+@pytest.fixture
+def photos(photo_folder) -> Path:
+    return photo_folder({"train": dict.fromkeys(CLASSES, 1), "val": COUNTS})
+
+
+@pytest.fixture(scope="module")
+def network() -> TransferModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen")
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def open_split(photos: Path) -> Split:
+    return load_dataset(scan_dataset(photos, photos / "cache", 0.2)).splits["val"]
+
+
+def open_loader(split: Split, **settings) -> Loader:
+    config = Config(**{**CONFIG.__dict__, **settings})
+    return eval_loader(config, split, split.labels.astype(np.int64), PartialState(cpu=True), "torch")
+
+
+# Records
+
+
+def test_each_photo_has_one_record_and_it_is_the_networks_answer(photos, network, accelerator):
+    split = open_split(photos)
+    loader = open_loader(split)
+    network.train()
+    records = predict(network, loader, accelerator)
+    assert not network.training
+    assert records.dtype == _RECORD
+    assert records["index"].tolist() == list(range(11))
+    assert records["label"].tolist() == [0] * 4 + [1] * 3 + [2] * 4
+
+    batches = [batch for step in loader.epoch(0) for batch in step.batches]
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    with torch.no_grad():
+        logits = torch.cat([network.network(batch.images) for batch in batches])
+    labels = torch.from_numpy(records["label"])
+    probabilities = logits.softmax(1)
+    np.testing.assert_array_equal(records["predicted"], logits.argmax(1))
+    np.testing.assert_array_equal(records["rank"], (logits.argsort(1, descending=True) == labels[:, None]).nonzero()[:, 1])
+    np.testing.assert_allclose(records["confidence"], probabilities.max(1).values, rtol=1e-5)
+    np.testing.assert_allclose(records["loss"], functional.cross_entropy(logits, labels, reduction="none"), rtol=1e-4)
+
+
+def test_one_photo_and_batches_larger_than_the_split(photos, network, accelerator):
+    split = open_split(photos)
+    whole = predict(network, open_loader(split, eval_batch_per_device=64), accelerator)
+    single = predict(network, open_loader(split, eval_batch_per_device=1), accelerator)
+    np.testing.assert_array_equal(whole["predicted"], single["predicted"])
+    np.testing.assert_allclose(whole["loss"], single["loss"], rtol=1e-4)
+
+
+def test_photos_that_cannot_be_read_have_no_record(photos, network, accelerator):
+    broken = photos / "val" / "bee" / "01.jpg"  # photo 5: the scan finds it
+    broken.write_bytes(broken.read_bytes()[:300])
+    split = open_split(photos)
+    assert np.flatnonzero(split.faults).tolist() == [5]
+    (photos / "val" / "ant" / "02.jpg").unlink()  # photo 2: the decoder finds it
+    records = predict(network, open_loader(split, skip_bad_files=True), accelerator)
+    assert records["index"].tolist() == [0, 1, 3, 4, 6, 7, 8, 9, 10]
+    with pytest.raises(UserError, match=r"ant/02.jpg: cannot be decoded"):
+        predict(network, open_loader(split), accelerator)
+
+
+class TwiceTheSecond(EvalPlan):
+    """Shows photo 1 at place 0 too, and photo 0 nowhere."""
+
+    def views(self, epoch: int, places: np.ndarray) -> Views:
+        return super().views(epoch, np.maximum(places, 1))
+
+
+@pytest.mark.parametrize("fault", ["twice", "half"])
+def test_a_photo_that_is_missing_or_counted_twice_is_an_error(photos, network, accelerator, fault):
+    split = open_split(photos)
+    plan = TwiceTheSecond if fault == "twice" else EvalPlan
+    loader = Loader(
+        plan(split.sizes, image_size=64, resize=72),
+        split,
+        split.labels.astype(np.int64),
+        make_engine("torch", split, image_size=64, micro_batch=4, device=torch.device("cpu"), threads=2),
+        batch_size=8,
+        micro_batch=4,
+        prefetch=2,
+        device=torch.device("cpu"),
+        world_size=2 if fault == "half" else 1,  # the other process is not there
+    )
+    with pytest.raises(AssertionError, match="each once"):
+        predict(network, loader, accelerator)
+
+
+# The cache of a fixed backbone's features
+
+
+def test_the_backbone_sees_each_photo_once_a_run(photos, network, accelerator):
+    loader = open_loader(open_split(photos))
+    cache = FeatureCache()
+    without = predict(network, loader, accelerator)
+    first = predict(network, loader, accelerator, cache)
+    loader.close()  # no photo can be decoded any more
+    again = predict(network, loader, accelerator, cache)
+    assert (first == without).all()
+    assert (again == without).all()
+
+    head = network.network.fc
+    with torch.no_grad():
+        kept = head.bias.clone()
+        head.bias += torch.tensor([0.0, 100.0, 0.0])
+        moved = predict(network, loader, accelerator, cache)
+        head.bias.copy_(kept)
+    assert set(moved["predicted"]) == {1}
+
+
+def test_an_evaluation_that_broke_off_leaves_nothing_in_the_cache(photos, network, accelerator):
+    loader, cache = open_loader(open_split(photos)), FeatureCache()
+    last = photos / "val" / "wasp" / "03.jpg"
+    content = last.read_bytes()
+    last.unlink()
+    with pytest.raises(UserError, match="cannot be decoded"):
+        predict(network, loader, accelerator, cache)
+    last.write_bytes(content)
+    assert predict(network, loader, accelerator, cache)["index"].tolist() == list(range(11))
+
+
+# Scores
+
+
+def example() -> np.ndarray:
+    records = np.zeros(6, _RECORD)
+    records["index"] = range(6)
+    records["label"] = [0, 0, 0, 1, 1, 2]
+    records["predicted"] = [0, 0, 1, 1, 2, 1]
+    records["rank"] = [0, 0, 1, 0, 2, 1]
+    records["confidence"] = [0.90, 0.62, 0.50, 0.82, 0.84, 0.70]
+    records["loss"] = [0.1, 0.5, 1.5, 0.2, 2.0, 1.1]
+    return records
+
+
+def test_scores_are_those_computed_by_hand():
+    scores = score(example(), CLASSES, ks=(1, 2, 5))
+    assert scores.loss == pytest.approx(5.4 / 6)
+    assert (scores.top1, scores.correct, scores.count) == (0.5, 3, 6)
+    assert scores.interval == wilson_interval(3, 6)
+    assert scores.topk == {1: 3 / 6, 2: 5 / 6, 3: 1.0}  # of 3 classes there are no 5 best
+    assert scores.confusion_matrix.tolist() == [[2, 1, 0], [0, 1, 1], [0, 1, 0]]
+    expected = [(1, 2 / 3, 0.8, 3), (1 / 3, 1 / 2, 0.4, 2), (0, 0, 0, 1)]
+    for row, (precision, recall, f1, count) in zip(scores.per_class, expected, strict=True):
+        assert row == pytest.approx({"precision": precision, "recall": recall, "f1": f1, "count": count})
+    # Bins of 1/15: 0.82 (right) and 0.84 (wrong) share one, with a gap of 0.33; each other photo has its own.
+    assert scores.ece == pytest.approx((0.10 + 0.38 + 0.50 + 0.70 + 2 * 0.33) / 6, abs=1e-6)
+
+
+def test_a_class_without_photos_scores_zero_and_not_nan():
+    records = example()[:3]
+    scores = score(records, CLASSES)
+    assert [row["count"] for row in scores.per_class] == [3, 0, 0]
+    assert all(np.isfinite(list(row.values())).all() for row in scores.per_class)
+    assert scores.confusion_matrix.shape == (3, 3)
+
+
+def test_loss_and_top1_agree_with_score():
+    assert loss_and_top1(example()) == (pytest.approx(0.9), 0.5, 3)
+    assert loss_and_top1(example()[:0]) == (0.0, 0.0, 0)
+
+
+@given(arrays(np.float32, (4, 5), elements=st.integers(-2, 2)), st.lists(st.integers(0, 4), min_size=4, max_size=4))
+def test_rank_0_is_a_right_prediction_also_where_logits_tie(logits, labels):
+    predicted, rank, confidence, _ = (
+        value.numpy() for value in _outcomes(torch.from_numpy(logits), torch.tensor(labels))
+    )
+    np.testing.assert_array_equal(rank == 0, predicted == labels)
+    np.testing.assert_array_equal(logits[np.arange(4), predicted], logits.max(axis=1))
+    higher = (logits > logits[np.arange(4), labels][:, None]).sum(axis=1)
+    np.testing.assert_array_equal(rank[rank != 0], np.maximum(higher, 1)[rank != 0])
+    assert ((confidence >= 0.2 - 1e-6) & (confidence <= 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_gives_newcombes_published_values(correct, count, low, high):
+    """Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
+    assert wilson_interval(correct, count) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson_interval(count - correct, count)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_interval_of_nothing_says_nothing():
+    assert wilson_interval(0, 0) == (0.0, 1.0)

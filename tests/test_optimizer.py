@@ -1,0 +1,132 @@
+"""The learning rates are PyTorch's own schedules, counted in global steps."""
+
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torchvision.models import resnet18
+
+from pipelines.config import Config
+from pipelines.model import TransferModel
+from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
+
+STEPS = 7  # an epoch
+
+
+def model(frozen_stages: int) -> TransferModel:
+    with torch.device("meta"):  # the optimizer looks at the parameters and not at their values
+        return TransferModel(resnet18(num_classes=3), frozen_stages=frozen_stages, batchnorm="train")
+
+
+def factors(config: Config, steps_per_epoch: int = STEPS) -> list[float]:
+    return [lr_factor(config, steps_per_epoch, step) for step in range(config.epochs * steps_per_epoch)]
+
+
+def torchs(schedule: type, count: int, **settings) -> list[float]:
+    """What a scheduler of PyTorch makes of the learning rate 1 in `count` calls of its step()."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, rates = schedule(optimizer, **settings), []
+    for _ in range(count):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+# Groups
+
+
+def test_head_and_body_are_two_groups_with_learning_rates_of_their_own():
+    network = model(frozen_stages=0)
+    optimizer = make_optimizer(network, Config(lr=0.1, lr_body=0.02, momentum=0.8, weight_decay=0.3))
+    assert isinstance(optimizer, torch.optim.SGD)
+    head, body = optimizer.param_groups
+    assert (head["name"], head["lr"], body["name"], body["lr"]) == ("head", 0.1, "body", 0.02)
+    assert {(group["momentum"], group["weight_decay"]) for group in (head, body)} == {(0.8, 0.3)}
+    assert [id(value) for value in head["params"]] == [id(value) for value in network.network.fc.parameters()]
+    everything = [id(value) for group in (head, body) for value in group["params"]]
+    assert sorted(everything) == sorted(id(value) for value in network.parameters())
+
+
+def test_without_lr_body_the_body_learns_as_fast_as_the_head():
+    head, body = make_optimizer(model(0), Config(lr=0.1)).param_groups
+    assert head["lr"] == body["lr"] == 0.1
+
+
+@pytest.mark.parametrize("frozen_stages", [1, 4, 5])
+def test_frozen_parameters_are_not_in_the_optimizer(frozen_stages):
+    network = model(frozen_stages)
+    groups = make_optimizer(network, Config(lr_body=0.02)).param_groups
+    assert [group["name"] for group in groups] == (["head"] if frozen_stages == 5 else ["head", "body"])
+    trained = {id(value) for value in network.parameters() if value.requires_grad}
+    assert {id(value) for group in groups for value in group["params"]} == trained
+
+
+def test_adamw():
+    optimizer = make_optimizer(model(0), Config(optimizer="adamw", weight_decay=0.05))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05}
+
+
+def test_rates_are_set_from_the_base_every_time_through_accelerate_too():
+    inner = make_optimizer(model(0), Config(lr=0.1, lr_body=0.02))
+    optimizer = Accelerator(cpu=True).prepare(inner)
+    for factor in (0.5, 0.25, 1.0):
+        rates = set_learning_rates(optimizer, factor)
+        assert rates == {"lr/head": 0.1 * factor, "lr/body": 0.02 * factor}
+        assert [group["lr"] for group in inner.param_groups] == list(rates.values())
+    only_head = make_optimizer(model(5), Config(lr=0.1))
+    assert set_learning_rates(only_head, 0.5) == {"lr/head": 0.05}
+
+
+# The schedule
+
+
+def test_step_is_pytorchs_step_lr():
+    config = Config(epochs=12, schedule="step", step_epochs=5, step_gamma=0.1)
+    expected = [rate for rate in torchs(StepLR, 12, step_size=5, gamma=0.1) for _ in range(STEPS)]
+    assert factors(config) == pytest.approx(expected, rel=1e-12)
+    assert factors(config)[5 * STEPS - 1 : 5 * STEPS + 1] == pytest.approx([1, 0.1])
+
+
+def test_cosine_is_pytorchs_cosine_annealing():
+    config = Config(epochs=6, schedule="cosine")
+    expected = torchs(CosineAnnealingLR, 6 * STEPS, T_max=6 * STEPS)
+    assert factors(config) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert lr_factor(config, STEPS, 6 * STEPS) == pytest.approx(0)
+
+
+def test_constant():
+    assert set(factors(Config(epochs=3, schedule="constant"))) == {1.0}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
+def test_the_warm_up_rises_evenly_from_above_zero_and_meets_the_schedule(schedule):
+    config = Config(epochs=4, schedule=schedule, step_epochs=2, warmup_epochs=1.5)
+    rates, warmup = factors(config), 10  # round(1.5 * 7), to the even neighbour
+    assert rates[:warmup] == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup)])
+    assert rates[warmup] == 1.0
+    if schedule == "step":
+        assert rates[2 * STEPS] == pytest.approx(0.1)  # epochs count from the first step, warm-up or not
+    if schedule == "cosine":
+        rest = 4 * STEPS - warmup
+        assert rates[warmup:] == pytest.approx(torchs(CosineAnnealingLR, rest, T_max=rest), rel=1e-9)
+
+
+@given(
+    schedule=st.sampled_from(["constant", "step", "cosine"]),
+    epochs=st.integers(1, 8),
+    steps=st.integers(1, 9),
+    warmup=st.floats(0, 1),
+)
+def test_every_factor_is_above_0_and_at_most_1_and_depends_on_its_step_alone(schedule, epochs, steps, warmup):
+    config = Config(schedule=schedule, epochs=epochs, warmup_epochs=warmup * epochs)
+    forwards = factors(config, steps)
+    assert all(0 < factor <= 1 for factor in forwards)
+    order = list(range(len(forwards)))
+    random.Random(0).shuffle(order)
+    assert {step: lr_factor(config, steps, step) for step in order} == dict(enumerate(forwards))

@@ -1,0 +1,223 @@
+"""What a run leaves: whole files, a name of its own, and a status that programs can read."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.config import Config, dump_yaml, parse_config
+from pipelines.dataset import Dataset, load_dataset, scan_dataset
+from pipelines.errors import UserError
+from pipelines.runs import RunFolder, describe_model, new_run_name, replacing, versions
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch) -> None:
+    names = "WANDB_SWEEP_ID WANDB_RUN_ID SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID"
+    for name in names.split():
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "one")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# Names
+
+
+def test_a_name_of_its_own_has_recipe_time_and_four_letters():
+    name = new_run_name("finetune")
+    assert re.fullmatch(r"finetune-\d{8}-\d{6}-[a-z]{4}", name)
+    assert len({new_run_name("finetune") for _ in range(20)}) == 20
+
+
+def test_under_slurm_the_name_is_the_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert new_run_name("finetune") == "finetune-4711"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4700")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert new_run_name("finetune") == "finetune-4700-3"
+
+
+def test_under_a_wandb_agent_the_name_is_the_agents_run(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert new_run_name("finetune") == "finetune-4711"  # a run id alone is no sweep
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert new_run_name("finetune") == "abc123"
+
+
+@given(st.text(max_size=80))
+def test_every_recipe_gives_a_name_that_the_flag_run_takes(recipe):
+    name = new_run_name(recipe)
+    assert Config(run=name).run == name
+
+
+# The folder
+
+
+def test_create_leaves_config_and_status(run):
+    config = Config(lr=0.02, run="one")
+    run.create(config, overwrite=False)
+    assert files(run.folder) == ["config.yaml", "figures", "status.json"]
+    assert (run.folder / "config.yaml").read_text() == dump_yaml(config)
+    assert parse_config([f"--config={run.folder / 'config.yaml'}"])[0] == config
+    assert run.status() == {"state": "running", "reason": "", "exit_code": None, "epoch": 0, "global_step": 0}
+
+
+def test_the_other_processes_write_nothing(tmp_path):
+    run = RunFolder(tmp_path / "one", writes=False)
+    run.create(Config(), overwrite=True)
+    run.write_status("finished")
+    run.append_metrics({"epoch": 1})
+    run.save_best(torch.nn.Linear(1, 1), {})
+    assert files(tmp_path) == []
+    assert run.status() == {}
+    assert run.read_metrics() == []
+
+
+def test_a_run_is_finished_new_or_in_the_way(run):
+    assert not run.is_finished(overwrite=False)
+    run.create(Config(), overwrite=False)
+    for state in ("running", "stopped", "failed"):
+        run.write_status(state)
+        with pytest.raises(UserError, match=rf"one is there and not finished \({state}\).*--run NAME.*--overwrite"):
+            run.is_finished(overwrite=False)
+        assert not run.is_finished(overwrite=True)
+    run.write_status("finished", exit_code=0, epoch=3, global_step=30)
+    assert run.status()["global_step"] == 30
+    assert run.is_finished(overwrite=False)
+    assert not run.is_finished(overwrite=True)
+
+
+def test_a_folder_without_a_status_is_in_the_way(run):
+    run.folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="no status.json"):
+        run.is_finished(overwrite=False)
+
+
+def test_overwrite_starts_anew(run):
+    run.create(Config(), overwrite=False)
+    run.append_metrics({"epoch": 1})
+    run.save_best(torch.nn.Linear(1, 1), {})
+    run.create(Config(lr=0.5), overwrite=True)
+    assert files(run.folder) == ["config.yaml", "figures", "status.json"]
+    assert "lr: 0.5" in (run.folder / "config.yaml").read_text()
+
+
+def test_overwrite_never_removes_what_is_no_run(run):
+    run.folder.mkdir(parents=True)
+    run.create(Config(), overwrite=True)  # an empty folder is nobody's
+    thesis = run.folder.parent / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.tex").touch()
+    with pytest.raises(UserError, match="thesis is not a run folder"):
+        RunFolder(thesis).create(Config(), overwrite=True)
+    assert files(thesis) == ["chapter.tex"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for run, overwrite in ((tmp_path / "file" / "one", False), (tmp_path / "file", True)):
+        with pytest.raises(UserError, match=r"cannot make the folder .*file.*Not a directory.*--runs DIR"):
+            RunFolder(run).create(Config(), overwrite=overwrite)
+
+
+# Files
+
+
+def test_metrics_are_one_line_a_row(run):
+    run.create(Config(), overwrite=False)
+    rows = [{"epoch": 1, "train/loss": 0.1 + 0.2}, {"epoch": 2, "train/loss": float("inf")}]
+    for row in rows:
+        run.append_metrics(row)
+    assert run.read_metrics() == rows
+    assert len(run.metrics.read_text().splitlines()) == 2
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
+        partial.write_text("half")
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+    assert (files(tmp_path), path.read_text()) == (["file"], "old")
+    with replacing(path) as partial:
+        partial.write_text("new")
+    assert (files(tmp_path), path.read_text()) == (["file"], "new")
+
+
+class Unsavable(torch.nn.Linear):
+    """Fails when its state is written, after the first bytes."""
+
+    def state_dict(self, *args, **kwargs):
+        return super().state_dict(*args, **kwargs) | {"bad": torch.nn.Parameter(torch.ones(1)), "worse": Unpicklable()}
+
+
+class Unpicklable:
+    def detach(self):
+        return self
+
+    cpu = contiguous = detach
+
+    def __reduce__(self):
+        raise RuntimeError("no")
+
+
+def test_best_weights_that_cannot_be_written_leave_the_earlier_ones(run):
+    run.create(Config(), overwrite=False)
+    network = torch.nn.Linear(2, 1)
+    run.save_best(network, {"epoch": 1})
+    with pytest.raises(RuntimeError, match="no"):
+        run.save_best(Unsavable(2, 1), {"epoch": 2})
+    assert torch.equal(torch.load(run.best, weights_only=True)["weight"], network.weight)
+    assert json.loads((run.folder / "model.json").read_text()) == {"epoch": 1}
+    assert files(run.folder) == ["best.pt", "config.yaml", "figures", "model.json", "status.json"]
+
+
+def test_best_weights_are_contiguous_whatever_the_memory_format(run):
+    run.create(Config(), overwrite=False)
+    network = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    run.save_best(network, {})
+    weight = torch.load(run.best, weights_only=True)["weight"]
+    assert weight.is_contiguous()
+    assert not weight.requires_grad
+    assert torch.equal(weight, network.weight)
+
+
+def test_model_json_says_what_a_reader_needs(photo_folder, run):
+    photos = photo_folder({"train": {"ant": 2, "bée": 1}, "val": {"ant": 1}})
+    dataset: Dataset = load_dataset(scan_dataset(photos, photos / "cache", 0.2))
+    run.create(Config(), overwrite=False)
+    config = Config(arch="resnet34", image_size=96, resize=128)
+    run.save_best(torch.nn.Linear(1, 1), describe_model(config, dataset, {"epoch": 4, "val/top1": 0.75}))
+    model = json.loads((run.folder / "model.json").read_text(encoding="utf-8"))
+    assert model["versions"]["torch"] == torch.__version__
+    del model["versions"]
+    assert model == {
+        "arch": "resnet34",
+        "classes": ["ant", "bée"],
+        "image_size": 96,
+        "resize": 128,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "scores": {"epoch": 4, "val/top1": 0.75},
+        "data": str(photos),
+        "dataset_fingerprint": dataset.fingerprint,
+    }
+
+
+def test_versions_name_the_libraries_and_do_without_an_installed_dalitune(monkeypatch):
+    assert {"torch", "torchvision", "accelerate", "numpy", "pillow"} <= versions().keys()
+    monkeypatch.setattr("pipelines.runs._LIBRARIES", ("torch", "no-such-library"))
+    assert versions().keys() == {"torch"}

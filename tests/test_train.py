@@ -1,0 +1,268 @@
+"""Whole runs: the real commands, in processes of their own, on one and on two processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = {"train/loss", "train/top1", "lr/head", "perf/images_per_s", "perf/data_wait", "epoch", "global_step"}
+SMALL = ["--image-size", "64", "--resize", "72", "--weights", "none", "--batchnorm", "train", "--tracker", "none"]
+# BatchNorm as the weights have it: then neither the number of processes nor of micro-batches makes a difference.
+FROZEN = ["--image-size", "64", "--resize", "72", "--batchnorm", "frozen", "--tracker", "none", "--lr", "0.005"]
+
+
+def run_script(
+    name: str, *arguments: object, processes: int = 1, precision: str = "no", launcher: bool = True, **variables: str
+) -> subprocess.CompletedProcess:
+    """A script of the suite under `accelerate launch`, on the CPU, without a key for any tracker."""
+    command = [sys.executable]
+    if launcher:
+        command += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
+        command += ["--mixed_precision", precision, "--num_processes", str(processes)]
+        # With --cpu the launcher would silently start a single process.
+        command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_", "ACCELERATE_"))}
+    environment = {**kept, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE", **variables}
+    return subprocess.run(
+        [*command, str(ROOT / name), *(str(argument) for argument in arguments)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def succeeded(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_rows(run: Path) -> list[dict]:
+    return [row for row in rows_of(run) if "train/loss" in row]
+
+
+def val_rows(run: Path) -> list[dict]:
+    return [row for row in rows_of(run) if "val/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def photos(photo_folder) -> Path:
+    return photo_folder({"train": {"ant": 8, "bee": 6, "wasp": 5}, "val": {"ant": 4, "bee": 3, "wasp": 4}})
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory) -> Path:
+    """A state_dict to start from, so that BatchNorm may be frozen."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(resnet18().state_dict(), file)
+    return file
+
+
+def real(name: str) -> str:
+    if not os.environ.get(name):
+        pytest.skip(f"needs {name}: the ants-and-bees photos and ResNet-18 weights of a user")
+    return os.environ[name]
+
+
+@pytest.mark.slow
+def test_quickstart_learns_and_says_what_it_left(tmp_path):
+    """The README's first command: over 90 % within 90 seconds, and a next command that works."""
+    settings = ["--config", ROOT / "configs/quickstart.yaml", "--runs", tmp_path, "--run", "quick"]
+    said = succeeded(run_script("train.py", *settings, DALITUNE_CACHE=str(tmp_path / "cache"), HOME=str(tmp_path)))
+    run = tmp_path / "quick"
+    best = max(row["val/top1"] for row in val_rows(run))
+    assert best > 0.9
+    assert f"best val top1 {best:.4f}" in said
+    seconds = float(re.search(r"([0-9.]+) s in all", said).group(1))
+    assert seconds < 90 or os.environ.get("CI") is None, f"took {seconds} s"
+    assert f"best weights: {run / 'best.pt'}" in said
+    assert re.search(rf"next: +accelerate launch evaluate.py {re.escape(str(run))}", said)
+    left = {"config.yaml", "status.json", "metrics.jsonl", "best.pt", "model.json", "figures"}
+    assert left <= {path.name for path in run.iterdir()}
+    assert {path.name for path in (run / "figures").iterdir()} == {"train_batch.png", "curves.png"}
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("finished", 0)
+    assert all(set(row) >= METRICS for row in train_rows(run))
+
+    said = succeeded(run_script("evaluate.py", run, "--json", tmp_path / "scores.json"))
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["top1"] == best
+    assert scores["correct"] / scores["count"] == best
+    assert sum(map(sum, scores["confusion_matrix"])) == scores["count"]
+    assert scores["interval"][0] < best <= scores["interval"][1]
+    assert {"confusion_matrix_val.png", "predictions_val.png"} < {path.name for path in (run / "figures").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_rows_and_the_tutorials_three_lines(photos, tmp_path):
+    settings = ["--data", photos, "--epochs", "2", "--batch-size", "4", "--log-every", "2", "--run", "rows"]
+    said = succeeded(run_script("train.py", *SMALL, *settings, "--runs", tmp_path))
+    run = tmp_path / "rows"
+    assert [row["global_step"] for row in train_rows(run)] == [2, 4, 5, 6, 8, 10]  # every second, and an epoch's last
+    assert [(row["epoch"], row["global_step"]) for row in val_rows(run)] == [(1, 5), (2, 10)]
+    table = [line for line in said.splitlines() if re.match(r" +[12]/2 ", line)]
+    header = next(line for line in said.splitlines() if line.startswith("epoch "))
+    assert [len(line) for line in table] == [len(header)] * 2
+
+    m = resnet18()
+    m.fc = nn.Linear(512, 3)
+    m.load_state_dict(torch.load(run / "best.pt", map_location="cpu"))
+    model = json.loads((run / "model.json").read_text())
+    assert model["classes"] == ["ant", "bee", "wasp"]
+    assert (model["arch"], model["image_size"], model["resize"]) == ("resnet18", 64, 72)
+
+    again = run_script("train.py", *SMALL, *settings, "--runs", tmp_path)
+    assert "is finished: nothing to do" in succeeded(again)
+    fresh = run_script("train.py", *SMALL, *settings, "--runs", tmp_path, "--overwrite", "--epochs=1")
+    assert fresh.returncode != 0, "epochs given twice"
+    (run / "status.json").write_text('{"state": "running"}')
+    refused = run_script("train.py", *SMALL, *settings, "--runs", tmp_path, launcher=False)
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert "--overwrite" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [5, 1])
+def test_two_processes_train_as_one(photos, random_weights, tmp_path, batch_size):
+    """Same losses to float tolerance, BatchNorm frozen; 19 photos leave a short last step, and a step of 1 leaves one
+    process without a photo each time."""
+    settings = ["--data", photos, "--weights", random_weights, "--epochs", "2", "--batch-size", batch_size]
+    settings += [*FROZEN, "--runs", tmp_path, "--log-every", "1"]
+    for processes in (1, 2):
+        done = run_script("train.py", *settings, "--run", f"p{processes}", processes=processes)
+        assert f"processes: {processes} on cpu" in succeeded(done)
+    one, two = tmp_path / "p1", tmp_path / "p2"
+    assert len(train_rows(one)) == 2 * -(-19 // batch_size)
+    for name in ("train/loss", "train/top1", "lr/head", "global_step"):
+        assert [row[name] for row in train_rows(two)] == pytest.approx([row[name] for row in train_rows(one)], rel=2e-3)
+    assert [row["val/loss"] for row in val_rows(two)] == pytest.approx(
+        [row["val/loss"] for row in val_rows(one)], rel=2e-3
+    )
+
+    done = run_script("evaluate.py", one, "--json", tmp_path / "1.json")
+    succeeded(done)
+    succeeded(run_script("evaluate.py", one, "--json", tmp_path / "2.json", processes=2))
+    alone, together = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
+    assert (alone["world_size"], together["world_size"]) == (1, 2)
+    assert alone["confusion_matrix"] == together["confusion_matrix"]
+    assert alone["count"] == together["count"] == 11
+
+
+@pytest.mark.slow
+def test_engines_and_micro_batches_train_alike_and_a_seed_repeats_bit_for_bit(photos, random_weights, tmp_path):
+    settings = ["--data", photos, "--weights", random_weights, "--epochs", "1", "--batch-size", "8", *FROZEN]
+    settings += ["--runs", tmp_path, "--log-every", "1"]
+    variants = {"torch": [], "again": [], "micro": ["--max-batch-per-device", "3"], "other": ["--seed", "1"]}
+    try:
+        import nvidia.dali  # noqa: F401
+
+        variants["dali"] = ["--loader", "dali"]
+    except ImportError:
+        pass
+    losses = {}
+    for name, extra in variants.items():
+        succeeded(run_script("train.py", *settings, *extra, "--run", name, launcher=False))
+        losses[name] = [row["train/loss"] for row in train_rows(tmp_path / name)]
+    assert losses["again"] == losses["torch"]
+    states = [torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("torch", "again")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert losses["micro"] == pytest.approx(losses["torch"], rel=1e-3)
+    assert losses["other"] != pytest.approx(losses["torch"], rel=1e-3)
+    if "dali" in losses:
+        assert losses["dali"] == pytest.approx(losses["torch"], rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tutorial_finetune", "tutorial_features", "finetune", "feature_extract"])
+def test_each_recipe_starts_on_the_real_photos(recipe, tmp_path):
+    data, weights = real("DALITUNE_DATA"), real("DALITUNE_WEIGHTS")
+    settings = ["--config", ROOT / f"configs/{recipe}.yaml", "--tracker", "none", "--max-steps", "2"]
+    said = succeeded(run_script("train.py", *settings, "--runs", tmp_path, "--run", "r", launcher=False))
+    assert f"weights: {weights}" in said
+    assert "train: 244 photos" in said
+    assert data in said
+    assert [row["global_step"] for row in val_rows(tmp_path / "r")] == [2]
+    assert (tmp_path / "r" / "best.pt").exists()
+
+
+@pytest.mark.slow
+def test_bf16_and_the_launchers_config_file(photos, tmp_path):
+    settings = ["--data", photos, *SMALL, "--epochs", "1", "--runs", tmp_path]
+    said = succeeded(run_script("train.py", *settings, "--run", "bf16", precision="bf16"))
+    assert "precision bf16" in said
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
+    command += [ROOT / "train.py", *settings, "--run", "file"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert "processes: 1 on" in succeeded(done)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(photos, tmp_path):
+    settings = ["--data", photos, *SMALL, "--lr", "1e30", "--batch-size", "2", "--runs", tmp_path, "--run", "nan"]
+    done = run_script("train.py", *settings, launcher=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert re.search(r"not finite.*step \d+, lr 1e\+30.*\.jpg.*--lr", lines[0])
+    assert "Traceback" not in done.stderr
+    status = json.loads((tmp_path / "nan" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert "not finite" in status["reason"]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_however_many_processes_run(photos, tmp_path):
+    done = run_script("train.py", "--data", photos, *SMALL, "--batchsize", "3", "--runs", tmp_path, processes=2)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        line for line in done.stderr.splitlines() if "batch_size" in line
+    ]
+    assert done.stderr.count("error: ") == 1
+    done = run_script("train.py", "--data", tmp_path / "nowhere", *SMALL, "--runs", tmp_path / "runs", processes=2)
+    assert done.stderr.count("error: ") == 1
+    assert "nowhere" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--learning-rate", "1"], "unknown flag"),
+        (["--lr", "nan"], "--lr"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--weights", "no/such/file", "--data", "PHOTOS"], "no/such/file"),
+    ],
+)
+def test_a_mistake_costs_one_line_and_exit_code_2(arguments, named, photos, tmp_path):
+    arguments = [str(photos) if argument == "PHOTOS" else argument for argument in arguments]
+    done = run_script("train.py", *arguments, "--tracker", "none", "--runs", tmp_path / "runs", launcher=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert named in done.stderr
+    assert not (tmp_path / "runs").exists(), "nothing is left of a run that never started"
+
+
+def test_fp16_on_a_cpu_is_refused_in_one_line(photos, tmp_path):
+    done = run_script(
+        "train.py", "--data", photos, *SMALL, "--runs", tmp_path, launcher=False, ACCELERATE_MIXED_PRECISION="fp16"
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "fp16" in done.stderr
