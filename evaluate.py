@@ -28,7 +28,7 @@ from pipelines.torch_engine import view_of
 
 import numpy as np
 
-_SHOWN_PREDICTIONS = 24
+_SHOWN_PREDICTIONS = 16
 _SHOWN_CLASSES = 40  # rows of the table; --json has all
 
 
@@ -143,7 +143,7 @@ def _print_scores(scores: Scores, classes: tuple[str, ...]) -> None:
     low, high = scores.interval
     print(f"loss               {scores.loss:.4f}")
     print(
-        f"top-1              {scores.top1:.4f}   {scores.correct} of {scores.count}, 95 % interval {low:.3f} to {high:.3f}"
+        f"top-1              {scores.top1:.4f}   {scores.correct} of {scores.count}, 95 % interval {low:.3f}-{high:.3f}"
     )
     for k, accuracy in sorted(scores.topk.items()):
         if k < len(classes):

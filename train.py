@@ -81,6 +81,7 @@ def main(arguments: list[str]) -> None:
         f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all",
         f"run: {run.folder}",
         sep="\n",
+        flush=True,
     )
     if network.batchnorm == "train" and accelerator.num_processes > 1:
         accelerator.print("batchnorm: train: each process normalises by its own photos; their number matters")
@@ -89,7 +90,7 @@ def main(arguments: list[str]) -> None:
     best: dict[str, Any] = {"epoch": 0, "val/top1": -1.0}
     table = EpochTable(visible=state.is_main_process, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     watch, interval, whole_epoch = DivergenceWatch(), Interval(accelerator.device), Interval(accelerator.device)
-    epoch = global_step = 0
+    epoch = global_step = skipped_steps = 0
     try:
         while global_step < last_step:
             epoch += 1
@@ -103,6 +104,7 @@ def main(arguments: list[str]) -> None:
                 if global_step == 0 and state.is_main_process:
                     _save_train_batch(run, batch, classes)
                 global_step += 1
+                skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
                 interval.add(sums)
                 whole_epoch.add(sums)
                 watch.add(sums, partial(_where, global_step, rates, batch, training))
@@ -110,6 +112,8 @@ def main(arguments: list[str]) -> None:
                 epoch_ends = global_step % steps_per_epoch == 0 or global_step == last_step
                 if epoch_ends or global_step % config.log_every == 0:
                     row = {"epoch": epoch, "global_step": global_step} | rates | interval.row(training.wait_seconds)
+                    if accelerator.mixed_precision == "fp16":
+                        row["perf/skipped_steps"] = skipped_steps
                     interval.start(training.wait_seconds)
                     table.training_row(row, epoch_ends=epoch_ends)
                     run.append_metrics(row)

@@ -62,9 +62,7 @@ def main() -> None:
                     with open(options.out, "a", encoding="utf-8") as file:
                         file.write(json.dumps({"variant": name, "run": run, "images_per_s": rate}) + "\n")
     first = statistics.median(next(iter(rates.values())))
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device}; {len(split)} photos; n = {options.runs}"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {device}; {len(split)} photos; n = {options.runs}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"{'variant':<26}{'images/s':>10}{'least':>9}{'most':>9}{'ratio':>8}")
     for name, values in rates.items():

@@ -213,7 +213,7 @@ def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted != "auto":
         return wanted, "as asked"
     if device.type != "cuda":
-        return "torch", "no GPU; measured as fast as DALI's CPU operators here, with less to start"
+        return "torch", "no GPU, and on a CPU it is faster than DALI: benchmarks/loader.py"
     if not installed:
         return "torch", "a GPU, but DALI is not installed"
     return "dali", "a GPU, and DALI is installed"

@@ -20,7 +20,7 @@ from pipelines.photos import cache_folder, locate
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 _POLL_SECONDS = 0.2
 _keys = itertools.count()  # every process asks for the same tasks in the same order
@@ -38,12 +38,15 @@ def cpu_cores() -> int:
 
 def start_processes() -> PartialState:
     """Joins the process group that the launcher describes (a single process without one) and picks the device."""
-    group = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    threads, group = max(1, cpu_cores() // local_world_size()), {}
+    if "RANK" in os.environ:
+        group = InitProcessGroupKwargs(timeout=timedelta(minutes=30)).to_kwargs()
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or each process would warn that it is not set
     # Accelerator() asks for the CPU by the same variable; the group that is opened here is the one it finds.
-    state = PartialState(cpu=_cpu_is_asked_for(), **(group.to_kwargs() if "RANK" in os.environ else {}))
+    state = PartialState(cpu=_cpu_is_asked_for(), **group)
     if state.device.type == "cpu":
         # The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves all other cores idle.
-        torch.set_num_threads(max(1, cpu_cores() // local_world_size()))
+        torch.set_num_threads(threads)
     return state
 
 
@@ -126,7 +129,9 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None)
         torch.backends.cudnn.benchmark = True
     return Accelerator(
         cpu=_cpu_is_asked_for(),
-        gradient_accumulation_steps=1,  # micro-batches are the loop's own; a launcher's setting would scale twice
+        # Micro-batches are the loop's own. A launcher's setting would scale the gradient twice, and it would win over
+        # gradient_accumulation_steps=1.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=trackers,
         project_dir=config.runs,
         # BatchNorm's statistics are made equal before each evaluation; DDP need not send them at every step.

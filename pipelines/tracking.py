@@ -128,14 +128,17 @@ def _has_key() -> bool:
 
     import wandb
 
-    settings = wandb.setup().settings  # of the environment and of the files that `wandb login` writes
+    # What the environment says, and the files that `wandb login` writes.
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
     if settings.api_key or settings.identity_token_file:
         return True
     try:
-        keys = netrc.netrc(os.environ.get("NETRC"))
+        keys = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or "~/.netrc")).hosts
     except (OSError, netrc.NetrcParseError):
         return False
-    return keys.authenticators(urlparse(settings.base_url).netloc) is not None
+    # W&B's own server has had another name, under which keys are kept.
+    is_default = settings.base_url == wandb.Settings.model_fields["base_url"].default
+    return urlparse(settings.base_url).netloc in keys or (is_default and "api.wandb.ai" in keys)
 
 
 def _first_line(error: Exception) -> str:

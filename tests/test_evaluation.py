@@ -2,6 +2,14 @@
 
 from pathlib import Path
 
+from pipelines.config import Config
+from pipelines.dataset import Split, load_dataset, scan_dataset
+from pipelines.errors import UserError
+from pipelines.evaluation import _RECORD, FeatureCache, _outcomes, loss_and_top1, predict, score, wilson_interval
+from pipelines.loader import Loader, eval_loader, make_engine
+from pipelines.model import TransferModel
+from pipelines.plan import EvalPlan, Views
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +19,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.nn import functional
 from torchvision.models import resnet18
-
-from pipelines.config import Config
-from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.errors import UserError
-from pipelines.evaluation import _RECORD, FeatureCache, _outcomes, loss_and_top1, predict, score, wilson_interval
-from pipelines.loader import Loader, eval_loader, make_engine
-from pipelines.model import TransferModel
-from pipelines.plan import EvalPlan, Views
 
 CONFIG = Config(image_size=64, resize=72, eval_batch_per_device=4, loader="torch", loader_threads=2)
 CLASSES = ("ant", "bee", "wasp")
@@ -71,7 +71,9 @@ def test_each_photo_has_one_record_and_it_is_the_networks_answer(photos, network
     labels = torch.from_numpy(records["label"])
     probabilities = logits.softmax(1)
     np.testing.assert_array_equal(records["predicted"], logits.argmax(1))
-    np.testing.assert_array_equal(records["rank"], (logits.argsort(1, descending=True) == labels[:, None]).nonzero()[:, 1])
+    np.testing.assert_array_equal(
+        records["rank"], (logits.argsort(1, descending=True) == labels[:, None]).nonzero()[:, 1]
+    )
     np.testing.assert_allclose(records["confidence"], probabilities.max(1).values, rtol=1e-5)
     np.testing.assert_allclose(records["loss"], functional.cross_entropy(logits, labels, reduction="none"), rtol=1e-4)
 

@@ -6,12 +6,6 @@ import pickle
 import urllib.request
 from pathlib import Path
 
-import pytest
-import torch
-from torch import nn
-from torch.nn import functional
-from torchvision.models import resnet18
-
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
 from pipelines.model import (
@@ -29,6 +23,12 @@ from pipelines.model import (
     restore_model,
 )
 from pipelines.runs import RunFolder
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torchvision.models import resnet18
 
 CLASSES = ("ant", "bee", "wasp")
 FREEZES = {
@@ -58,8 +58,7 @@ def light_state(classes: int = 1000) -> dict[str, torch.Tensor]:
         state = resnet18(num_classes=classes).state_dict()
     values = torch.linspace(0.5, 1, len(state))
     return {
-        name: value.to(like.dtype).expand(like.shape)
-        for (name, like), value in zip(state.items(), values, strict=True)
+        name: value.to(like.dtype).expand(like.shape) for (name, like), value in zip(state.items(), values, strict=True)
     }
 
 
@@ -390,7 +389,12 @@ def test_without_a_network_one_line_names_the_url_and_what_does_without(offline)
     with pytest.raises(MachineError) as caught:
         read_weights(Config())
     line = str(caught.value)
-    for part in ("https://download.pytorch.org/models/resnet18", "--weights FILE", "DALITUNE_WEIGHTS", "--weights none"):
+    for part in (
+        "https://download.pytorch.org/models/resnet18",
+        "--weights FILE",
+        "DALITUNE_WEIGHTS",
+        "--weights none",
+    ):
         assert part in line
     assert "\n" not in line
     assert caught.value.exit_code == 3

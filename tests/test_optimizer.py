@@ -2,6 +2,10 @@
 
 import random
 
+from pipelines.config import Config
+from pipelines.model import TransferModel
+from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,10 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torchvision.models import resnet18
-
-from pipelines.config import Config
-from pipelines.model import TransferModel
-from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
 
 STEPS = 7  # an epoch
 
