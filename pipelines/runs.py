@@ -126,6 +126,8 @@ class RunFolder:
 
 def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:
     """model.json: what a reader of best.pt needs to use it as it was trained, and to know where it comes from."""
+    # `root` is the folder of a CSV file, too. Where no path was given it is the folder that was found.
+    given = None if config.data in (None, "shapes") else os.path.abspath(os.path.expanduser(str(config.data)))
     return {
         "arch": config.arch,
         "classes": list(dataset.splits["train"].classes),
@@ -134,7 +136,7 @@ def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) 
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "scores": dict(scores),
-        "data": str(dataset.root),
+        "data": given or str(dataset.root),
         "dataset_fingerprint": dataset.fingerprint,
         "versions": versions(),
     }

@@ -28,9 +28,7 @@ class Tracking:
                 self._start_wandb(config, folder, settings)
             else:
                 accelerator.project_configuration.logging_dir = str(folder)
-                # TensorBoard's hyperparameters know no null.
-                known = {key: "null" if value is None else value for key, value in settings.items()}
-                accelerator.init_trackers("tensorboard", known)
+                accelerator.init_trackers("tensorboard", dict(settings))
         except Exception as error:  # whatever a tracker raises, the training goes on without it
             self._give_up(error)
 

@@ -430,7 +430,7 @@ def test_a_recipe_parses_and_comments_every_key_in_one_column(path: Path) -> Non
     text = path.read_text()
     header, _, body = text.partition("\n\n")
     assert all(line.startswith("#") for line in header.splitlines())
-    assert f"python train.py --config configs/{path.name}" in header
+    assert f"accelerate launch train.py --config configs/{path.name}" in header
     rows = [line for line in body.splitlines() if line]
     for row in rows:
         assert re.fullmatch(r"[a-z_]+: \S+ +# \S.+", row), row

@@ -101,7 +101,7 @@ def test_an_update_moves_what_is_trained_and_no_photo_moves_nothing(pretrained, 
     trained = {name for name in parameters if not name.startswith(frozen or "nothing")}
     assert {name for name, value in model.network.named_parameters() if value.requires_grad} == trained
 
-    before, batch = snapshot(model), images(3)
+    before, batch = snapshot(model), images(3).requires_grad_(frozen_stages > 0)
     hidden = model.frozen_part(batch)
     assert hidden.grad_fn is None
     assert not hidden.requires_grad

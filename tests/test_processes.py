@@ -119,12 +119,13 @@ sys.exit(run_script(main, sys.argv[1:]))
 # The main process fails while the other one waits for it.
 FAILING = """
 import sys, time
+from pipelines import processes
 from pipelines.errors import UserError
 from pipelines.processes import main_first, run_script, start_processes
 
 
 def fail():
-    time.sleep(1)
+    time.sleep(1.5)
     raise UserError("photos: none there")
 
 
@@ -132,6 +133,7 @@ def main(arguments):
     state = start_processes()
     assert state.num_processes == 2, state.num_processes
     main_first(state, lambda: None)
+    processes._POLL_SECONDS = (0.2, 1.0)[state.process_index]  # the other one looks half a second after the failure
     main_first(state, fail)
     print("not reached")
 
