@@ -227,9 +227,9 @@ def test_model_json_names_the_photos_so_that_they_are_found_again(photo_folder, 
     photos = photo_folder({"train": {"ant": 2, "bee": 2}, "val": {"ant": 1}})
     (photos / "photos.csv").write_text("path,label\ntrain/ant/00.jpg,ant\ntrain/bee/00.jpg,bee\n")
     monkeypatch.chdir(photos)
-    for given, expected in ((None, photos), ("shapes", photos), (".", photos), ("photos.csv", photos / "photos.csv")):
+    for data, expected in ((None, photos), ("shapes", photos), (".", photos), ("photos.csv", photos / "photos.csv")):
         dataset = load_dataset(scan_dataset(expected, photos / "cache", 0.2))
-        assert describe_model(Config(data=given), dataset, {})["data"] == str(expected)
+        assert describe_model(Config(data=data), dataset, {})["data"] == str(expected)
 
 
 def test_versions_name_the_libraries_and_do_without_an_installed_dalitune(monkeypatch):
