@@ -9,6 +9,7 @@ Every photo counts once, on any number of processes. `--json FILE` is for progra
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> None:
     """One evaluation. Raises UserError or MachineError."""
     options = _parse(arguments)
     config = _read_config(options)
+    folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
+    _check_writable(folder, options.json)
     state = start_processes()
     dataset = open_dataset(state, config.data, config.val_fraction)
     main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(options.split,)))
@@ -60,8 +63,6 @@ def main(arguments: list[str]) -> None:
         return
 
     scores = score(records, classes)
-    folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
-    folder.mkdir(parents=True, exist_ok=True)
     matrix, grid = folder / f"confusion_matrix_{options.split}.png", folder / f"predictions_{options.split}.png"
     figures.save_confusion_matrix(matrix, scores.confusion_matrix, classes)
     _save_predictions(grid, records, split, classes, config)
@@ -103,6 +104,17 @@ def _read_config(options: argparse.Namespace) -> Config:
     given = [f"--{key}={value}" for key in keys if (value := getattr(options, key)) is not None]
     config, _ = parse_config([f"--config={recipe}", *given] if recipe.exists() else given)
     return config
+
+
+def _check_writable(figures_folder: Path, json_file: Path | None) -> None:
+    """An evaluation may take an hour: what cannot be written in the end is said at the start."""
+    try:
+        figures_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{figures_folder}: cannot be made ({error.strerror}): give --figures DIR") from None
+    for folder in (figures_folder, json_file.parent if json_file else figures_folder):
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: not a folder that can be written to: give another --figures DIR or --json FILE")
 
 
 def _read_weights(model: Path, arch: str, dataset: Dataset, split: Split) -> Weights:

@@ -22,11 +22,19 @@ from typing import Any
 from pipelines import figures
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import check_dataset, map_labels
+from pipelines.errors import UserError
 from pipelines.evaluation import FeatureCache, loss_and_top1, predict, wilson_interval
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
 from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, parameter_counts, read_weights
 from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
-from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
+from pipelines.processes import (
+    main_first,
+    main_then_others,
+    open_dataset,
+    run_script,
+    start_accelerator,
+    start_processes,
+)
 from pipelines.progress import DivergenceWatch, EpochTable, Interval
 from pipelines.runs import RunFolder, describe_model, new_run_name
 from pipelines.tracking import Tracking, tracker_names
@@ -46,8 +54,9 @@ def main(arguments: list[str]) -> None:
     dataset = open_dataset(state, config.data, config.val_fraction)
     main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
     classes = dataset.splits["train"].classes
-    main_first(state, lambda: read_weights(config).source)  # the main process downloads, the others find the file
-    weights = read_weights(config)
+    weights = main_then_others(state, partial(read_weights, config))
+    if config.batchnorm == "sync" and state.device.type != "cuda":
+        raise UserError("batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: give train or frozen")
     accelerator = start_accelerator(config, state, tracker_names(config))
 
     name = config.run or main_first(state, lambda: new_run_name(recipe))
@@ -134,8 +143,11 @@ def main(arguments: list[str]) -> None:
                 run.save_best(network.network, describe_model(config, dataset, best))
             run.write_status("running", epoch=epoch, global_step=global_step)
             table.end_epoch(epoch, summary | row, best=best["val/top1"])
+        if not best["epoch"]:
+            raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr")
     except BaseException as error:
-        run.write_status("failed", str(error) or repr(error), getattr(error, "exit_code", 1), epoch, global_step)
+        exit_code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        run.write_status("failed", str(error) or repr(error), exit_code, epoch, global_step)
         raise
     finally:
         training.close()
@@ -174,13 +186,12 @@ def update(
     """
     optimizer.zero_grad()
     sums = torch.zeros(3, device=accelerator.device)
-    micro_batches = max(1, step.micro_batches)
-    for number in range(micro_batches):
+    for number in range(step.rounds):
         # A process without a share takes part with a batch of no photos, as the others wait for its gradients.
-        batch = next(step.batches) if step.micro_batches else loader.empty_batch()
+        batch = next(step.batches, None) or loader.empty_batch()
         if number == 0:
             first_batch = batch
-        with nullcontext() if number == micro_batches - 1 else accelerator.no_sync(model):
+        with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
                 logits = model(network.frozen_part(batch.images)).float()
             losses = functional.cross_entropy(

@@ -47,11 +47,12 @@ class Batch:
 class Step:
     """One global batch: `places` places of the plan over all processes, and this process's micro-batches (maybe none).
 
-    The micro-batches are made ready in the background and must be taken in order, before the next step.
+    rounds: how many micro-batches the process with the most has; the same on all processes. The micro-batches are made
+    ready in the background and must be taken in order, before the next step.
     """
 
     places: int
-    micro_batches: int
+    rounds: int
     batches: Iterator[Batch]
 
 
@@ -133,8 +134,9 @@ class Loader:
         pending: list[Views] = []
         for step in range(start_step, self.steps_per_epoch):
             places, mine = self._my_places(step)
-            count = -(-len(mine) // self._micro_batch)
-            yield Step(places, count, (self._next_batch(ahead, pending) for _ in range(count)))
+            largest_share = -(-places // self._world_size)
+            count, rounds = (-(-photos // self._micro_batch) for photos in (len(mine), largest_share))
+            yield Step(places, rounds, (self._next_batch(ahead, pending) for _ in range(count)))
 
     def empty_batch(self) -> Batch:
         """A batch of no photos, for a process without a share in a step: it takes part in forward and backward."""

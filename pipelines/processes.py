@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+Result = TypeVar("Result")
 _POLL_SECONDS = 0.2
 _keys = itertools.count()  # every process asks for the same tasks in the same order
 
@@ -95,6 +96,19 @@ def open_dataset(state: PartialState, data: str | None, val_fraction: float) -> 
     index = Path(main_first(state, lambda: str(scan_dataset(locate(data, cache), cache, val_fraction))))
     share_file(state, index)
     return load_dataset(index)
+
+
+def main_then_others(state: PartialState, task: Callable[[], Result]) -> Result:
+    """Runs `task` on the main process and then on the others, which find what it downloaded."""
+    results: list[Result] = []
+    main_first(state, lambda: results.append(task()))
+    if not results:
+        try:
+            results.append(task())
+        except (UserError, MachineError) as error:
+            error.on_one_process = True
+            raise
+    return results[0]
 
 
 def share_file(state: PartialState, path: Path) -> None:

@@ -1,6 +1,7 @@
 """The run folder `runs/<name>/`: what a run leaves, written by the main process only, each file whole or not at all."""
 
 import json
+import math
 import os
 import re
 import secrets
@@ -97,7 +98,7 @@ class RunFolder:
         if not self._writes:
             return
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({key: _finite_or_none(value) for key, value in row.items()}) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -149,6 +150,11 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # dalitune itself, where its files were copied and not installed
             found[name] = version(name)
     return found
+
+
+def _finite_or_none(value: Any) -> Any:
+    """Strict JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -165,11 +165,11 @@ def test_engines_agree_on_every_format_and_orientation(tmp_path):
 def test_batches_have_the_contracts_shapes(split, engine):
     loader = make_loader(split, engine, batch_size=10, micro_batch=4)
     assert loader.steps_per_epoch == -(-len(split) // 10)
-    steps = [(step.places, step.micro_batches, list(step.batches)) for step in loader.epoch(2)]
+    steps = [(step.places, step.rounds, list(step.batches)) for step in loader.epoch(2)]
     loader.close()
     assert [places for places, _, _ in steps] == [10, len(split) - 10] if len(split) < 20 else [10, 10, len(split) - 20]
-    for places, micro_batches, batches in steps:
-        assert len(batches) == micro_batches
+    for places, rounds, batches in steps:
+        assert len(batches) == rounds
         assert [len(batch) for batch in batches] == [4] * (places // 4) + [places % 4] * (places % 4 > 0)
         for batch in batches:
             assert batch.images.shape == (len(batch), 3, 64, 64)
@@ -212,7 +212,7 @@ def test_fewer_photos_than_places(split, engine, photos):
         for step in loader.epoch(0):
             assert step.places == photos
             batches = list(step.batches)
-            assert len(batches) == step.micro_batches <= 1
+            assert len(batches) <= step.rounds == 1
             seen += [index for batch in batches for index in batch.indices.tolist()]
         empty = loader.empty_batch()
         assert empty.images.shape == (0, 3, 64, 64)
