@@ -10,10 +10,15 @@ Every photo counts once, on any number of processes. `--json FILE` is for progra
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from pipelines import figures
 from pipelines.config import Config, parse_config

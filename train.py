@@ -11,18 +11,25 @@ number are left in runs/<name>/.
 """
 
 import math
+import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from pipelines import figures
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import check_dataset, map_labels
-from pipelines.errors import UserError
+from pipelines.errors import MachineError, UserError
 from pipelines.evaluation import FeatureCache, loss_and_top1, predict, wilson_interval
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
 from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, parameter_counts, read_weights
@@ -111,7 +118,7 @@ def main(arguments: list[str]) -> None:
                 rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, global_step))
                 sums, batch = update(model, network, optimizer, step, training, accelerator, config)
                 if global_step == 0 and state.is_main_process:
-                    _save_train_batch(run, batch, classes)
+                    _draw(partial(_save_train_batch, run, batch, classes))
                 global_step += 1
                 skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
                 interval.add(sums)
@@ -147,15 +154,17 @@ def main(arguments: list[str]) -> None:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr")
     except BaseException as error:
         exit_code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-        run.write_status("failed", str(error) or repr(error), exit_code, epoch, global_step)
+        with suppress(MachineError):  # on a full disk; what ended the run is what is to be told
+            run.write_status("failed", str(error) or repr(error), exit_code, epoch, global_step)
         raise
     finally:
+        run.close()
         training.close()
         validation.close()
 
     # What is left: curves, the best weights, and what to type next.
     if state.is_main_process:
-        figures.save_curves(run.figures / "curves.png", run.read_metrics(), title=name)
+        _draw(partial(figures.save_curves, run.figures / "curves.png", run.read_metrics(), title=name))
         tracking.finish({"best/val_top1": best["val/top1"], "best/epoch": best["epoch"]})
         run.write_status("finished", "", 0, epoch, global_step)
         low, high = wilson_interval(best["correct"], best["count"])
@@ -204,6 +213,14 @@ def update(
         accelerator.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
     optimizer.step()
     return accelerator.reduce(sums, "sum"), first_batch
+
+
+def _draw(save_picture: Callable[[], None]) -> None:
+    """A picture that cannot be saved is said; the training goes on."""
+    try:
+        save_picture()
+    except MachineError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def _save_train_batch(run: RunFolder, batch: Batch, classes: tuple[str, ...]) -> None:

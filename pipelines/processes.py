@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -155,6 +156,7 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None)
 
 def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs a script's main function and turns its errors into one line on stderr and the exit code of the design."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         script(arguments)
     except (UserError, MachineError) as error:
@@ -165,15 +167,27 @@ def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int
         if speaks():
             print("interrupted", file=sys.stderr, flush=True)
         return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    except (OSError, RuntimeError) as error:
+        if (line := _machine_failure(error)) is None:
             raise
-        print(f"error: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr, flush=True)
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return MachineError.exit_code
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def _machine_failure(error: Exception) -> str | None:
+    """One line for what a full disk, a full GPU or the end of another process raises; None for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return f"{error.filename or 'disk'}: {error.strerror}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: split the batch with --max-batch-per-device, and see --eval-batch-per-device"
+    lost = isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
+    if lost and dist.is_initialized():
+        return f"process {dist.get_rank()} has lost another process, whose own message tells why"
+    return None
 
 
 def _cpu_is_asked_for() -> bool:

@@ -16,10 +16,11 @@ from typing import Any
 
 from pipelines.config import Config, dump_yaml
 from pipelines.dataset import Dataset
-from pipelines.errors import UserError
+from pipelines.errors import MachineError, UserError
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
 
 import torch
+from filelock import FileLock, Timeout
 
 _OWN_FILES = ("config.yaml", "status.json")
 _LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow")
@@ -43,6 +44,7 @@ class RunFolder:
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder
         self._writes = writes
+        self._lock = FileLock(folder / ".lock", timeout=0)
         self.best = folder / "best.pt"
         self.figures = folder / "figures"
         self.metrics = folder / "metrics.jsonl"
@@ -65,24 +67,42 @@ class RunFolder:
         )
 
     def create(self, config: Config, *, overwrite: bool) -> None:
-        """Makes the folder, with config.yaml and the status `running`. UserError where it cannot be made."""
+        """Makes the folder, with config.yaml and the status `running`, and keeps other runs out of it until this ends.
+
+        UserError where it cannot be made, or another run writes into it.
+        """
         if not self._writes:
             return
         try:
-            if overwrite and self.folder.exists():
-                self._remove()
-            self.figures.mkdir(parents=True)
+            self._check_contents(overwrite=overwrite)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()  # the system lets go of it when the process ends, however it ends
+            self._empty()
+            self.figures.mkdir()
+        except Timeout:
+            raise UserError(f"run: another run is writing into {self.folder}: give another --run name") from None
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
         self._write("config.yaml", dump_yaml(config))
         self.write_status("running")
 
-    def _remove(self) -> None:
+    def close(self) -> None:
+        """Lets other runs into the folder."""
+        self._lock.release()
+
+    def _check_contents(self, *, overwrite: bool) -> None:
         # --runs and --run may name any folder, a source tree too.
-        if any(self.folder.iterdir()) and not any((self.folder / name).exists() for name in _OWN_FILES):
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        if not overwrite or not any((self.folder / name).exists() for name in _OWN_FILES):
             raise UserError(f"run: {self.folder} is not a run folder, and is not overwritten: give another --run name")
-        shutil.rmtree(self.folder)
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == ".lock":
+                continue
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def write_status(
         self, state: str, reason: str = "", exit_code: int | None = None, epoch: int = 0, global_step: int = 0
@@ -94,11 +114,18 @@ class RunFolder:
         )
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """One line more in metrics.jsonl."""
+        """One line more in metrics.jsonl, or none of it. MachineError where the disk is full."""
         if not self._writes:
             return
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite_or_none(value) for key, value in row.items()}) + "\n")
+        line = json.dumps({key: _finite_or_none(value) for key, value in row.items()}) + "\n"
+        length = self.metrics.stat().st_size if self.metrics.exists() else 0
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.metrics, length)
+            raise _cannot_save(self.metrics, error) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -107,12 +134,19 @@ class RunFolder:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     def save_best(self, network: torch.nn.Module, description: Mapping[str, Any]) -> None:
-        """best.pt, a plain state_dict on the CPU that torchvision's ResNet loads, and model.json beside it."""
+        """best.pt, a plain state_dict on the CPU that torchvision's ResNet loads, and model.json beside it.
+
+        MachineError where the disk is full; the best weights before stay as they are.
+        """
         if not self._writes:
             return
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-        with replacing(self.best) as partial:
-            torch.save(state, partial)
+        try:
+            # A file of our own is closed, and its room given back, when the disk is full; PyTorch's own is not.
+            with replacing(self.best) as partial, open(partial, "wb") as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
+            raise _cannot_save(self.best, error) from None
         self._write_json("model.json", description)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -121,14 +155,15 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         if not self._writes:
             return
-        with replacing(self.folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        try:
+            with replacing(self.folder / name) as partial:
+                partial.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _cannot_save(self.folder / name, error) from None
 
 
 def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:
     """model.json: what a reader of best.pt needs to use it as it was trained, and to know where it comes from."""
-    # `root` is the folder of a CSV file, too. Where no path was given it is the folder that was found.
-    given = None if config.data in (None, "shapes") else os.path.abspath(os.path.expanduser(str(config.data)))
     return {
         "arch": config.arch,
         "classes": list(dataset.splits["train"].classes),
@@ -137,7 +172,7 @@ def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) 
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "scores": dict(scores),
-        "data": given or str(dataset.root),
+        "data": str(dataset.data),
         "dataset_fingerprint": dataset.fingerprint,
         "versions": versions(),
     }
@@ -150,6 +185,14 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # dalitune itself, where its files were copied and not installed
             found[name] = version(name)
     return found
+
+
+def _cannot_save(path: Path, error: Exception) -> MachineError:
+    free = shutil.disk_usage(path.parent).free
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+    return MachineError(
+        f"{path}: cannot be saved ({reason}; {free / 2**20:.0f} MiB free): what was saved before is whole"
+    )
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -5,13 +5,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import evaluate
 import train
-from pipelines import processes
 
 import pytest
 import torch
@@ -47,19 +44,6 @@ def run_script(
     )
 
 
-@pytest.fixture
-def run_here(capsys) -> Callable[..., subprocess.CompletedProcess]:
-    """A script's main function in this process, which saves ten seconds of imports."""
-
-    def run(script: ModuleType, *arguments: object) -> subprocess.CompletedProcess:
-        words = [str(argument) for argument in arguments]
-        code = processes.run_script(script.main, words)
-        said = capsys.readouterr()
-        return subprocess.CompletedProcess(words, code, said.out, said.err)
-
-    return run
-
-
 def succeeded(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -75,11 +59,6 @@ def train_rows(run: Path) -> list[dict]:
 
 def val_rows(run: Path) -> list[dict]:
     return [row for row in rows_of(run) if "val/loss" in row]
-
-
-@pytest.fixture(scope="module")
-def photos(photo_folder) -> Path:
-    return photo_folder({"train": {"ant": 8, "bee": 6, "wasp": 5}, "val": {"ant": 4, "bee": 3, "wasp": 4}})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,178 @@
+"""Full disks, read-only folders, two runs in one folder, Ctrl-C: one line, the right exit code, no half files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import train
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.runs import RunFolder
+
+import pytest
+from test_train import ROOT, SMALL
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a tmpfs of a given size, which only root may."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("needs root and the right to mount a tmpfs")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def one_error_line(done: subprocess.CompletedProcess) -> str:
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_no_room_for_the_first_weights(photos, small_disk, run_here):
+    runs = small_disk("size=20m")
+    done = run_here(train, *SMALL, "--data", photos, "--runs", runs, "--run", "r", "--max-steps", "2")
+    assert done.returncode == 3
+    line = one_error_line(done)
+    assert "best.pt: cannot be saved" in line
+    assert "MiB free" in line
+    left = {path.name for path in (runs / "r").iterdir()}
+    assert not [name for name in left if name.endswith(".tmp") or name == "best.pt"]
+    assert json.loads((runs / "r" / "status.json").read_text())["exit_code"] == 3
+
+
+def test_no_room_for_better_weights_leaves_the_old_ones_whole(tmp_path, small_disk):
+    import torch
+    from torchvision.models import resnet18
+
+    disk = small_disk("size=60m")
+    run = RunFolder(disk / "r")
+    run.create(Config(), overwrite=False)
+    run.save_best(resnet18(), {"epoch": 1})
+    before = run.best.read_bytes()
+    with pytest.raises(Exception, match="what was saved before is whole"):
+        run.save_best(resnet18(), {"epoch": 2})
+    assert run.best.read_bytes() == before
+    assert json.loads((run.folder / "model.json").read_text()) == {"epoch": 1}
+    torch.load(run.best, weights_only=True)
+    run.close()
+
+
+def test_no_room_for_metrics_leaves_no_half_row(small_disk):
+    disk = small_disk("size=64k")
+    run = RunFolder(disk / "r")
+    run.create(Config(), overwrite=False)
+    row = {"name": "x" * 1000}
+    with pytest.raises(Exception, match=r"metrics\.jsonl: cannot be saved"):
+        [run.append_metrics(row) for _ in range(200)]
+    assert set(map(str, run.read_metrics())) == {str(row)}
+    run.close()
+
+
+def test_pictures_without_room_are_said_and_the_run_goes_on(photos, tmp_path, run_here, small_disk, monkeypatch):
+    full = small_disk("size=4k")
+    monkeypatch.setattr(RunFolder, "figures", property(lambda self: full, lambda self, value: None), raising=False)
+    monkeypatch.setattr(Path, "mkdir", _mkdir_of_an_existing(Path.mkdir, full))
+    done = run_here(train, *SMALL, "--data", photos, "--runs", tmp_path, "--run", "r", "--max-steps", "1")
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert ["train_batch.png" in warnings[0], "curves.png" in warnings[1]] == [True, True]
+
+
+def _mkdir_of_an_existing(mkdir: Callable, folder: Path) -> Callable:
+    return lambda self, *args, **options: None if self == folder else mkdir(self, *args, **options)
+
+
+def test_a_read_only_runs_folder(photos, small_disk, run_here):
+    disk = small_disk("size=1m")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    done = run_here(train, *SMALL, "--data", photos, "--runs", disk / "runs", "--max-steps", "1")
+    assert done.returncode == 2
+    assert "--runs" in one_error_line(done)
+
+
+def test_nothing_is_written_to_the_data_folder(tmp_path, photo_folder, small_disk, run_here):
+    disk = small_disk("size=8m")
+    data = photo_folder({"train": {"a": 3, "b": 3}})  # a val is taken from it
+    subprocess.run(["cp", "-r", f"{data}/.", str(disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    done = run_here(train, *SMALL, "--data", disk, "--runs", tmp_path, "--max-steps", "1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_second_run_into_one_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    folder = tmp_path / "r"
+    holder = "import sys, time; from pathlib import Path; from pipelines.config import Config; "
+    holder += "from pipelines.runs import RunFolder; r = RunFolder(Path(sys.argv[1])); "
+    holder += "r.create(Config(), overwrite=False); print('in', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", holder, str(folder)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"in\n"
+    with pytest.raises(UserError, match="another run is writing into"):
+        RunFolder(folder).create(Config(), overwrite=True)
+    assert (folder / "config.yaml").exists(), "the run that has the folder keeps its files"
+    other.kill()
+    other.wait()
+    run = RunFolder(folder)
+    run.create(Config(), overwrite=True)
+    run.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 3.0])
+def test_ctrl_c_while_the_libraries_are_loaded(seconds, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--data", "shapes", "--runs", str(tmp_path / "runs")]
+    done = interrupted(command, lambda process: time.sleep(seconds))
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["download", "scan"])
+def test_ctrl_c_before_the_first_step(where, tmp_path):
+    """The script is the real one; the stand-in named SLOW makes the download or the scan wait."""
+    room, wait = {
+        "download": ("photos", "_download = lambda *_: (print('now', flush=True), time.sleep(60))"),
+        "scan": ("dataset", "judge = lambda _: (print('now', flush=True), time.sleep(0.05)) and ('', (9, 9), 0)"),
+    }[where]
+    slow = f"import time, pipelines.{room}\npipelines.{room}.{wait}"
+    data = ["--data", "shapes"] if where == "scan" else []
+    code = f"{slow}\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(ROOT / "train.py"), *data, "--runs", str(tmp_path / "runs")]
+    cache = tmp_path / "cache"
+    done = interrupted(command, lambda process: process.stdout.readline(), DALITUNE_CACHE=str(cache), DALITUNE_DATA="")
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+    left = [path for path in cache.rglob("*") if path.is_file() and "shapes-v1" not in path.parts]
+    assert left == []
+
+
+def interrupted(command: list[str], wait: Callable, **variables: str) -> subprocess.CompletedProcess:
+    """SIGINT after `wait`; the process must be gone within 5 seconds."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **variables}
+    )
+    wait(process)
+    process.send_signal(signal.SIGINT)
+    try:
+        out, err = process.communicate(timeout=5)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
