@@ -141,11 +141,7 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, classes: tu
     right = records["predicted"] == records["label"]
     shown = records[np.lexsort((-records["loss"], right))][:_SHOWN_PREDICTIONS]
     views = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize).views(0, shown["index"])
-    places = zip(views.indices, views.windows, views.resized, views.anchors, strict=True)
-    images = [
-        np.asarray(view_of(split.path_bytes(int(index)), window, resized, anchor, config.image_size))
-        for index, window, resized, anchor in places
-    ]
+    images = [np.asarray(view_of(split, views, position, config.image_size)) for position in range(len(views))]
     predicted, true = ([classes[label] for label in shown[name]] for name in ("predicted", "label"))
     figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
 

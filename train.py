@@ -30,7 +30,7 @@ from pipelines import figures
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, UserError
-from pipelines.evaluation import FeatureCache, loss_and_top1, predict, wilson_interval
+from pipelines.evaluation import FeatureCache, loss_and_top1, predict, share_bad_photos, wilson_interval
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
 from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, parameter_counts, read_weights
 from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
@@ -139,6 +139,7 @@ def main(arguments: list[str]) -> None:
             watch.check()
             summary = rates | whole_epoch.row(training.wait_seconds)
 
+            share_bad_photos(training)
             average_batchnorm_statistics(network, accelerator.num_processes)
             records = predict(network, validation, accelerator, features)
             loss, top1, correct = loss_and_top1(records)
@@ -168,9 +169,13 @@ def main(arguments: list[str]) -> None:
         tracking.finish({"best/val_top1": best["val/top1"], "best/epoch": best["epoch"]})
         run.write_status("finished", "", 0, epoch, global_step)
         low, high = wilson_interval(best["correct"], best["count"])
+        known = sum(int((loader.split.faults > 0).sum()) for loader in (training, validation))
+        met = len(training.bad) + len(validation.bad)
+        left_out = f"left out: {known + met} photos, {known} of them found by the scan and {met} met in the run"
         print(
             f"best val top1 {best['val/top1']:.4f} at epoch {best['epoch']}: {best['correct']} of {best['count']}, "
             f"95 % interval {low:.3f} to {high:.3f}; {time.perf_counter() - started:.1f} s in all",
+            *([left_out] if known + met else []),
             f"best weights: {run.best}",
             f"figures:      {run.figures}",
             f"next:         accelerate launch evaluate.py {run.folder}",

@@ -15,12 +15,20 @@ from typing import Annotated, Any, Literal, NoReturn
 from pipelines.errors import UserError
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "finetune.yaml"
 
-Text = Annotated[str, Field(min_length=1)]
+
+def _without_nul(text: str) -> str:
+    # A recipe can spell it. No path holds one, and no variable of the environment.
+    if "\0" in text:
+        raise ValueError("a NUL character")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 
 
 class Contradiction(ValueError):
@@ -221,7 +229,8 @@ def flags_table() -> str:
 class _RecipeLoader(yaml.SafeLoader):
     """YAML whose plain values are text or null. As on the command line, the field's type decides how a text is read.
 
-    YAML's own types would take `lr: 1e-3` for a string, `run: 010` for 8 and `epochs: true` for a boolean.
+    YAML's own types would take `lr: 1e-3` for a string, `run: 010` for 8 and `epochs: true` for a boolean. A tag that
+    would build anything else is refused.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
@@ -229,11 +238,19 @@ class _RecipeLoader(yaml.SafeLoader):
         for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    yaml_constructors = {  # noqa: RUF012 (as in the base class)
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+    }
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        for place, (key, _) in enumerate(node.value):
-            if key.value in keys[:place]:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+        # `!!map x` brings a node without keys, which the base class refuses.
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        for place, name in enumerate(keys):
+            if name in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"{_shown(name)} stands twice", problem_mark=mark)
         return super().construct_mapping(node, deep)
 
 
@@ -243,7 +260,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             values = yaml.load(file, _RecipeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a YAML file") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    # The last two come of an escape that is no character, "\UFFFFFFFF".
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a recipe: it must hold lines of the form `key: value`")

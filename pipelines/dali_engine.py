@@ -12,6 +12,7 @@ from pipelines.dataset import Split
 from pipelines.errors import MachineError
 from pipelines.loader import Pixels
 from pipelines.plan import Views
+from pipelines.torch_engine import SIZE_HAS_CHANGED, TorchEngine
 
 import numpy as np
 import torch
@@ -21,15 +22,19 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 @pipeline_def
 def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """Paths and views in, float32 [n, image_size, image_size, 3] out. device: "cpu" or "gpu"."""
+    """Paths and views in; float32 [n, image_size, image_size, 3] and the photos' shapes, int64 [n, 3], out.
+
+    device: "cpu" or "gpu".
+    """
     paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
     window_start = fn.external_source(name="window_start", dtype=types.INT32, ndim=1)
     window_shape = fn.external_source(name="window_shape", dtype=types.INT32, ndim=1)
     resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
     anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+    encoded = fn.io.file.read(paths)
     images = fn.decoders.image_slice(
-        fn.io.file.read(paths),
+        encoded,
         start=window_start,
         shape=window_shape,
         axis_names="HW",
@@ -60,7 +65,7 @@ def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: 
     images = fn.slice(images, start=anchor, shape=[image_size, image_size], axis_names="HW")
     gain_y, gain_x = (gain.gpu() for gain in edge_gain) if device == "gpu" else edge_gain
     images = fn.cast(images * gain_y * gain_x, dtype=types.UINT8)  # rounds, as Pillow does
-    return fn.crop_mirror_normalize(
+    images = fn.crop_mirror_normalize(
         images,
         mirror=flip,
         dtype=types.FLOAT,
@@ -68,10 +73,15 @@ def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: 
         mean=[255 * value for value in mean],
         std=[255 * value for value in std],
     )
+    return images, fn.peek_image_shape(encoded)
 
 
 class DaliEngine:
-    """See `loader.Engine`. micro_batch: the most views of one `submit`; threads: DALI's CPU threads."""
+    """See `loader.Engine`. micro_batch: the most views of one `submit`; threads: CPU threads.
+
+    A photo that DALI cannot read is read by Pillow from then on, in its place in the batch: the choice of the engine
+    never changes which photos are used.
+    """
 
     name = "dali"
 
@@ -91,29 +101,42 @@ class DaliEngine:
         self._settings = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "num_threads": threads}
         self._micro_batch = micro_batch
         self._pipeline = self._build(micro_batch)
-        self._submitted: deque[tuple[Views, dict[int, str]]] = deque()
+        self._pillow = TorchEngine(split, image_size, device, threads, mean, std)
+        self._not_for_dali: set[int] = set()  # positions in the split
+        self._submitted: deque[Views] = deque()
 
     def submit(self, views: Views) -> None:
-        self._submitted.append((views, {}))
-        self._schedule(self._pipeline, views)
+        self._submitted.append(views)
+        self._start(views)
 
     def fetch(self) -> Pixels:
-        views, failed = self._submitted[0]
-        kept = len(views) - len(failed)
+        views = self._submitted[0]
+        by_pillow = self._is_for_pillow(views)
         try:
-            images = self._outputs(self._pipeline) if kept else self._empty()
+            images, sizes = self._outputs(self._pipeline) if not by_pillow.all() else self._nothing()
         except RuntimeError as error:
-            self._rebuild_without_bad_photos(error)
+            self._recover(error)
             return self.fetch()
         self._submitted.popleft()
-        return Pixels(images.permute(0, 3, 1, 2), failed)
+        by_dali = np.flatnonzero(~by_pillow)
+        changed = (sizes != self._split.sizes[views.indices[by_dali]]).any(axis=1)
+        failed = dict.fromkeys(by_dali[changed].tolist(), SIZE_HAS_CHANGED)
+        if not by_pillow.any() and not failed:
+            return Pixels(images, {})
+        merged = images.new_empty((len(views), *images.shape[1:])).contiguous(memory_format=torch.channels_last)
+        merged[by_dali] = images
+        if by_pillow.any():
+            pixels, positions = self._pillow.fetch(), np.flatnonzero(by_pillow)
+            merged[np.delete(positions, list(pixels.failed))] = pixels.images
+            failed |= {int(positions[at]): reason for at, reason in pixels.failed.items()}
+        return Pixels(merged[np.delete(np.arange(len(views)), list(failed))], failed)
 
     def cancel(self) -> None:
         # Pipeline.reset() in mid-epoch is silently ignored, so what was started is taken out and dropped.
+        self._pillow.cancel()
         try:
             while self._submitted:
-                views, failed = self._submitted.popleft()
-                if len(views) > len(failed):
+                if not self._is_for_pillow(self._submitted.popleft()).all():
                     self._pipeline.share_outputs()
                     self._pipeline.release_outputs()
         except RuntimeError:
@@ -122,7 +145,18 @@ class DaliEngine:
 
     def close(self) -> None:
         self.cancel()
+        self._pillow.close()
         del self._pipeline
+
+    def _is_for_pillow(self, views: Views) -> np.ndarray:
+        return np.isin(views.indices, list(self._not_for_dali))
+
+    def _start(self, views: Views) -> None:
+        by_pillow = self._is_for_pillow(views)
+        if not by_pillow.all():
+            self._schedule(self._pipeline, views.select(~by_pillow))
+        if by_pillow.any():
+            self._pillow.submit(views.select(by_pillow))
 
     def _build(self, batch_size: int) -> Pipeline:
         gpu = self._device.type == "cuda"
@@ -151,47 +185,41 @@ class DaliEngine:
         pipeline.feed_input("flip", views.flips.astype(np.int32))
         pipeline.schedule_run()
 
-    def _outputs(self, pipeline: Pipeline) -> torch.Tensor:
-        (outputs,) = pipeline.share_outputs()
+    def _outputs(self, pipeline: Pipeline) -> tuple[torch.Tensor, np.ndarray]:
+        """The oldest batch, float32 [n, 3, H, W], and the upright height and width of its photos, int32 [n, 2]."""
+        outputs, shapes = pipeline.share_outputs()
         dense = outputs.as_tensor()
         images = torch.empty(dense.shape(), dtype=torch.float32, device=self._device)
         if self._device.type == "cuda":
             feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(self._device))
         else:
             feed_ndarray(dense, images)
+        sizes = shapes.as_array()[:, :2].astype(np.int32)
         pipeline.release_outputs()
-        return images
+        return images.permute(0, 3, 1, 2), sizes
 
-    def _empty(self) -> torch.Tensor:
-        return torch.empty((0, self._image_size, self._image_size, 3), device=self._device)
+    def _nothing(self) -> tuple[torch.Tensor, np.ndarray]:
+        shape = (0, self._image_size, self._image_size, 3)
+        return torch.empty(shape, device=self._device).permute(0, 3, 1, 2), np.empty((0, 2), np.int32)
 
-    def _rebuild_without_bad_photos(self, error: RuntimeError) -> None:
+    def _recover(self, error: RuntimeError) -> None:
         """A pipeline is dead after an exception that does not name the photo: try the submitted ones one by one."""
-        known = sum(len(failed) for _, failed in self._submitted)
-        for views, failed in self._submitted:
-            failed.update(self._failures(views))
-        if sum(len(failed) for _, failed in self._submitted) == known:
-            raise MachineError(
-                f"DALI failed, and not because of a photo: {_reason(error)}; try --loader torch"
-            ) from error
-        self._pipeline = self._build(self._micro_batch)
-        for views, failed in self._submitted:
-            kept = np.ones(len(views), bool)
-            kept[list(failed)] = False
-            if kept.any():
-                self._schedule(self._pipeline, views.select(kept))
-
-    def _failures(self, views: Views) -> dict[int, str]:
-        failed = {}
+        known = len(self._not_for_dali)
         probe = self._build(1)
-        for position in range(len(views)):
-            try:
-                self._schedule(probe, views.select(np.array([position])))
-                self._outputs(probe)
-            except RuntimeError as error:
-                failed[position] = _reason(error)
-                probe = self._build(1)
-        return failed
+        for views in self._submitted:
+            for position in np.flatnonzero(~self._is_for_pillow(views)):
+                try:
+                    self._schedule(probe, views.select(np.array([position])))
+                    self._outputs(probe)
+                except RuntimeError:
+                    self._not_for_dali.add(int(views.indices[position]))
+                    probe = self._build(1)
+        if len(self._not_for_dali) == known:
+            raise MachineError(f"DALI failed, not because of a photo: {_reason(error)}; try --loader torch") from error
+        self._pillow.cancel()
+        self._pipeline = self._build(self._micro_batch)
+        for views in self._submitted:
+            self._start(views)
 
 
 def edge_correction(views: Views, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

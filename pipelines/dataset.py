@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipelines.errors import MachineError, UserError
 from pipelines.headers import FAULTS, judge
@@ -28,7 +28,7 @@ from pipelines.headers import FAULTS, judge
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 EXTENSIONS: tuple[str, ...] = IMG_EXTENSIONS
@@ -110,6 +110,10 @@ class Dataset:
             lines.append(f"{_printable(split.name)}: {sum(counts.values())} photos, {len(counts)} classes: {each}")
         if self.val_fraction is not None:
             lines.append(f"val was taken from train: {self.val_fraction:g} of each class, chosen by a hash of the path")
+        known = {name for split in self.splits.values() for name in split.classes}
+        for split in self.splits.values():
+            if absent := sorted(known - {name for name, count in split.class_counts().items() if count}):
+                lines.append(f"{_printable(split.name)} has no photo of {_listed(absent)}")
         pairs = [f"{_printable(train)} = {_printable(val)}" for train, val in self.duplicates]
         faulty = [line for split in self.splits.values() for line in split.faulty_files()]
         for title, items in (("photos of val are in train too", pairs), ("files cannot be used", faulty)):
@@ -128,11 +132,13 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float) -> Path:
     """
     data = Path(os.path.abspath(os.path.expanduser(data)))
     is_folder = os.path.isdir(data)
+    if not is_folder and os.path.exists(data) and not os.path.isfile(data):  # reading a pipe would wait for ever
+        raise UserError(f"{_printable(data)}: neither a folder nor a file; {_WANTED}")
     root = os.fsencode(data if is_folder else data.parent)
     try:
         table, splits, divided = _collect(_list_folder(data) if is_folder else _list_csv(data), val_fraction)
     except OSError as error:
-        raise UserError(f"{_printable(data)}: cannot be read ({error.strerror}); {_WANTED}") from None
+        raise UserError(f"{_printable(error.filename or data)}: cannot be read ({error.strerror}); {_WANTED}") from None
     if not splits:
         raise UserError(f"{_printable(data)}: no photos in it; {_WANTED}")
 
@@ -202,7 +208,7 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     root = _printable(dataset.root)
     for name in splits:
         if name not in dataset.splits:
-            raise UserError(f"{root}: no split {name!r}; it has {_listed(list(dataset.splits))}")
+            raise UserError(f"{root}: no split {name!r}; it has {_listed(list(dataset.splits))}; {_WANTED}")
     bad = [line for name in splits for line in dataset.splits[name].faulty_files()]
     if bad and not skip_bad_files:
         first = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
@@ -212,9 +218,12 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     train = present.get("train")
     for name in splits:
         if not present[name]:
-            raise UserError(f"{root}: split {name!r} has no photo that can be used")
+            raise UserError(f"{root}: split {name!r} has no photo that can be used; add some")
         if train and (absent := present[name] - train):
-            raise UserError(f"{root}: {name!r} has classes without a photo in 'train': {_listed(sorted(absent))}")
+            raise UserError(
+                f"{root}: {name!r} has classes without a photo in 'train': {_listed(sorted(absent))}; add some, or "
+                f"remove those of {name!r}"
+            )
     if train and len(train) < 2:
         raise UserError(f"{root}: 'train' has photos of one class only, {_listed(list(train))}; two are needed")
 
@@ -223,18 +232,50 @@ def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
     """Split, class and path below `root` of each photo."""
     folders = _subfolders(root)
     below_root = len(os.path.join(root, ""))
-    for split in folders if {"train", "val", "test"} & set(folders) else [""]:
+    if {"train", "val", "test"} & set(folders):
+        # What macOS packs into its archives and what begins with a dot is beside the photos, not of them.
+        folders = [name for name in folders if name != "__MACOSX" and not name.startswith(".")]
+    else:
+        folders = [""]
+    for split in folders:
         folder = root / split
-        classes = _subfolders(folder)
         strict = split in ("", "train", "val")  # any other folder beside the splits may hold anything
+        try:
+            classes = _subfolders(folder)
+        except PermissionError:
+            if strict or split == "test":
+                raise
+            continue  # as a disk's lost+found
         if strict and not classes:
             raise UserError(f"{_printable(folder)}: no class folders in it; {_WANTED}")
         for name in classes:
-            photos = make_dataset(folder, {name: 0}, EXTENSIONS, allow_empty=True)
+            photos = _photos_below(str(folder / name))
             if strict and not photos:
-                raise UserError(f"{_printable(folder / name)}: a class without photos ({', '.join(EXTENSIONS)})")
-            for path, _ in photos:
+                raise UserError(
+                    f"{_printable(folder / name)}: a class without photos ({', '.join(EXTENSIONS)}); add some, or "
+                    "remove the folder"
+                )
+            for path in photos:
                 yield split or "train", name, os.fsencode(path[below_root:])
+
+
+def _photos_below(folder: str) -> list[str]:
+    """The paths that torchvision's `make_dataset` finds in a class folder, in its order.
+
+    That passes over a subfolder which it may not read, and follows links round in circles: here both are errors.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    found, real_paths = [], dict[str, tuple[str, ...]]()  # of each folder: its own real path, behind those above it
+    for below, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real, above = os.path.realpath(below), real_paths.get(os.path.dirname(below), ())
+        if real in above:
+            raise UserError(f"{_printable(below)}: a link to a folder that holds it; remove the link")
+        real_paths[below] = (*above, real)
+        found.append((below, sorted(name for name in names if name.lower().endswith(EXTENSIONS))))
+    return [os.path.join(below, name) for below, names in sorted(found) for name in names]
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -254,19 +295,27 @@ def _list_csv(file: Path) -> Iterator[tuple[str, str, bytes]]:
                 raise UserError(f"{_printable(file)}, line 1: no column {_listed(sorted(missing))}; {_WANTED}")
             for row in reader:
                 where = f"{_printable(file)}, line {reader.line_num}"
+                if None in row:
+                    raise UserError(f"{where}: more values than columns; put a value with a comma between quotes")
                 for column in ("path", "label", "split"):
-                    if column in columns and not (row[column] or "").strip():
-                        raise UserError(f"{where}: the {column} is empty")
+                    value = row.get(column) or ""
+                    if "\0" in value:
+                        raise csv.Error("line contains NUL")  # as the reader of Python 3.10 says by itself
+                    if column in columns and not value.strip():
+                        raise UserError(f"{where}: the {column} is empty; fill it in, or remove the line")
                 full = os.path.normpath(os.path.join(below_folder, row["path"]))
                 path = os.fsencode(full[len(below_folder) :])
                 if not full.startswith(below_folder):
-                    raise UserError(f"{where}: {_printable(row['path'])} is not in the folder of the CSV file")
+                    raise UserError(
+                        f"{where}: {_printable(row['path'])} is not in the folder of the CSV file; move it there"
+                    )
                 if path in seen:
-                    raise UserError(f"{where}: {_printable(row['path'])} stands in an earlier line too")
+                    told = f"{_printable(row['path'])} stands in an earlier line too; keep one of them"
+                    raise UserError(f"{where}: {told}")
                 seen.add(path)
                 yield row.get("split", "train").strip(), row["label"].strip(), path
         except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{_printable(file)}: not a CSV file in UTF-8 ({_printable(error)})") from None
+            raise UserError(f"{_printable(file)}: not a CSV file in UTF-8 ({_printable(error)}); {_WANTED}") from None
 
 
 def _collect(photos: Iterable[tuple[str, str, bytes]], val_fraction: float) -> tuple[Table, list[list[Any]], bool]:

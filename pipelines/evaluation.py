@@ -72,11 +72,16 @@ def predict(
             columns.append((indices, labels, *_outcomes(logits.float(), labels)))
     gathered = np.concatenate(gather_object([_records(columns)]))
     gathered = gathered[np.argsort(gathered["index"], kind="stable")]
-    bad = {index for rank_bad in gather_object([set(loader.bad)]) for index in rank_bad}
-    expected = np.setdiff1d(np.flatnonzero(loader.split.faults == 0), sorted(bad))
+    share_bad_photos(loader)
+    expected = np.setdiff1d(np.flatnonzero(loader.split.faults == 0), sorted(loader.bad))
     if not np.array_equal(gathered["index"], expected):
         raise AssertionError(f"evaluated {len(gathered)} photos, not the {len(expected)} that there are, each once")
     return gathered
+
+
+def share_bad_photos(loader: Loader) -> None:
+    """Tells all processes which photos any of them could not decode, so that each is met, and said, once."""
+    loader.bad.update(*gather_object([loader.bad]))
 
 
 def loss_and_top1(records: np.ndarray) -> tuple[float, float, int]:

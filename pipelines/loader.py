@@ -119,7 +119,7 @@ class Loader:
         self.batch_size = batch_size
         self.steps_per_epoch = -(-plan.length // batch_size)
         self.wait_seconds = 0.0  # how long the loop has waited for photos, all in all
-        self.bad: dict[int, str] = {}  # photos left out so far by this process: index -> reason
+        self.bad: set[int] = set()  # photos that were met and could not be decoded: they are left out from then on
         self._labels = labels
         self._micro_batch = micro_batch
         self._prefetch = prefetch
@@ -193,9 +193,8 @@ class Loader:
                 raise UserError(
                     f"{line}: repair or remove it, or leave such photos out with --skip-bad-files", on_one_process=True
                 )
-            if index not in self.bad:
-                print(f"left out: {line}", file=sys.stderr, flush=True)
-            self.bad[index] = reason
+            print(f"left out: {line}", file=sys.stderr, flush=True)
+            self.bad.add(index)
         kept = np.ones(len(views), bool)
         kept[list(failed)] = False
         return views.select(kept)

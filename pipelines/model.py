@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+_WANTED = "give imagenet, none, a state_dict file or a run folder"
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 
 
@@ -128,8 +130,8 @@ def read_weights(config: Config) -> Weights:
         return Weights(None, "random")
     if wanted in (None, "imagenet"):
         return _imagenet_weights(config.arch)
-    path = Path(str(wanted)).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(str(wanted)))
+    if os.path.isdir(path):
         return read_run_weights(path, config.arch, named)
     return Weights(read_state_dict(path, config.arch, named), str(path))
 
@@ -139,19 +141,23 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
 
     Read with weights_only=True: a file that would run code is refused, not run.
     """
-    if not path.exists():
-        raise UserError(f"{named}: {path} does not exist: give imagenet, none, a state_dict file or a run folder")
+    if not os.path.exists(path):  # unlike Path's, it raises nothing where a folder may not be read
+        raise UserError(f"{named}: {path} does not exist: {_WANTED}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({str(error)[:160] or type(error).__name__})"
-        raise UserError(f"{named}: {path} is not a file that holds tensors and nothing else{detail}") from None
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            detail = f" (it asks for {code[1]}: code, which is never run)"
+        raise UserError(
+            f"{named}: {path} is not a file that holds tensors and nothing else{detail}: {_WANTED}"
+        ) from None
     with torch.device("meta"):
         expected = models.get_model(arch, weights=None).state_dict()
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        raise UserError(f"{named}: {path} does not hold a plain state_dict (names -> tensors) of a {arch}")
+        raise UserError(f"{named}: {path} does not hold a plain state_dict (names -> tensors) of a {arch}: {_WANTED}")
     # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
     state = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")} | state
     shapes = {name: value.shape for name, value in expected.items()}
@@ -161,7 +167,9 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
     found = {name: value.shape for name, value in state.items()}
     wrong = [name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)]
     if wrong:
-        raise UserError(f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {min(wrong)})")
+        raise UserError(
+            f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {min(wrong)}): {_WANTED}"
+        )
     return state
 
 
@@ -248,11 +256,13 @@ def _imagenet_weights(arch: str) -> Weights:
 def read_run_weights(run: Path, arch: str, named: str) -> Weights:
     """The best weights of a run folder, with its classes. UserError where it holds none, or another architecture."""
     best, description = run / "best.pt", run / "model.json"
-    if not best.exists() or not description.exists():
-        raise UserError(f"{named}: {run} is not a run folder with best.pt and model.json")
+    if not os.path.exists(best) or not os.path.exists(description):
+        raise UserError(f"{named}: {run} is not a run folder with best.pt and model.json: {_WANTED}")
     try:
         model = json.loads(description.read_text(encoding="utf-8"))
         found, classes = model["arch"], tuple(model["classes"])
+    except OSError as error:
+        raise UserError(f"{named}: {description} cannot be read ({error.strerror}): {_WANTED}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{named}: {description} is damaged: it must name arch and classes") from None
     if found != arch:

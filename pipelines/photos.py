@@ -55,19 +55,37 @@ def locate(data: str | None, cache: Path) -> Path:
 def cache_folder() -> Path:
     """The folder for what can be made again: the variable DALITUNE_CACHE, else the system's own place for caches.
 
-    It is created. MachineError if it cannot be written to.
+    It is created. Where the home folder is missing or read-only, one below the system's temporary folder stands in,
+    with a line on stderr. MachineError if it cannot be written to.
     """
-    given = os.environ.get("DALITUNE_CACHE")
-    folder = Path(os.path.expanduser(given)) if given else platformdirs.user_cache_path("dalitune")
+    if given := os.environ.get("DALITUNE_CACHE"):
+        folder = Path(os.path.expanduser(given))
+    else:
+        folder = platformdirs.user_cache_path("dalitune")
+        try:
+            return _writable(folder)
+        except OSError as error:
+            usual, reason = folder, error.strerror
+            folder = Path(tempfile.gettempdir(), f"dalitune-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
+            print(
+                f"{usual} cannot be written to ({reason}): the cache is {folder}; DALITUNE_CACHE names another",
+                file=sys.stderr,
+                flush=True,
+            )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        return _writable(folder)
     except OSError as error:
         raise MachineError(
             f"the cache folder {folder} cannot be written to ({error.strerror}): "
             "set the variable DALITUNE_CACHE to a folder that can"
         ) from error
+
+
+def _writable(folder: Path) -> Path:
+    """`folder`, created where it is not there. OSError if it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
 
 
 def hymenoptera(cache: Path, url: str = HYMENOPTERA_URL) -> Path:

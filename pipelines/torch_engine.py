@@ -4,7 +4,6 @@ Threads, not worker processes: Pillow lets go of Python's lock while it decodes 
 start at once, share the memory and die with their process.
 """
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,8 @@ from pipelines.plan import Views
 import numpy as np
 import torch
 from PIL import Image
+
+SIZE_HAS_CHANGED = "its size has changed since the scan"
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -80,27 +81,28 @@ class TorchEngine:
 
     def _execute(self, views: Views, position: int, target: np.ndarray) -> str | None:
         """Puts one view's pixels in its place; returns a reason where the photo cannot be decoded."""
-        path = self._split.path_bytes(int(views.indices[position]))
         try:
-            window, resized, anchor = views.windows[position], views.resized[position], views.anchors[position]
-            pixels = np.asarray(view_of(path, window, resized, anchor, self._image_size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            pixels = np.asarray(view_of(self._split, views, position, self._image_size))
+        except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
             return " ".join(str(error).split()) or type(error).__name__
         target[position] = pixels[:, ::-1] if views.flips[position] else pixels
         return None
 
 
-def view_of(
-    path: str | bytes | os.PathLike, window: np.ndarray, resized: np.ndarray, anchor: np.ndarray, image_size: int
-) -> Image.Image:
-    """The RGB picture, image_size x image_size, of one view of `plan.Views` (not flipped).
+def view_of(split: Split, views: Views, position: int, image_size: int) -> Image.Image:
+    """The RGB picture, image_size x image_size, of one view (not flipped).
 
     Only the window is converted, turned and resized, and of a larger resized window only the square that is kept.
-    Raises OSError, ValueError or SyntaxError where Pillow cannot read the photo.
+    Raises ValueError where the photo is not of the size that was planned for, and whatever Pillow raises.
     """
-    with Image.open(os.fsdecode(path)) as photo:
+    index = int(views.indices[position])
+    window, resized, anchor = views.windows[position], views.resized[position], views.anchors[position]
+    with Image.open(split.path(index)) as photo:
         photo.load()  # Pillow turns a TIFF now, and reads what stands behind the pixels of a PNG
         orientation = exif_orientation(photo)
+        upright = photo.size if orientation >= 5 else photo.size[::-1]
+        if upright != tuple(split.sizes[index].tolist()):
+            raise ValueError(SIZE_HAS_CHANGED)
         picture = _to_rgb(photo.crop(_stored_box(window, orientation, photo.size)))
     if orientation in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[orientation])

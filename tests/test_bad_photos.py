@@ -1,0 +1,131 @@
+"""Photos that fail in the run: named, or left out with everybody else staying in place, alike on both engines."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import evaluate
+import train
+
+import pytest
+import torch
+from test_loader import ENGINES
+from test_train import FROZEN, ROOT, run_script, succeeded, val_rows
+
+BAD = ["train/a/03.jpg", "train/b/05.jpg", "train/b/06.jpg"]
+
+
+@pytest.fixture
+def dirty(tmp_path, photo_folder, monkeypatch) -> Path:
+    """A folder whose three bad photos the scan has seen sound: they broke later, with size and time as before."""
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder({"train": {"a": 9, "b": 8}, "val": {"a": 4, "b": 3}}), root)
+    monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
+    return root
+
+
+def break_unseen(photo: Path) -> None:
+    """Replaces the picture's data, so that no decoder can read it, without a trace in size and time."""
+    before, data = photo.stat(), photo.read_bytes()
+    start = data.index(b"\xff\xda")
+    photo.write_bytes(data[:2] + b"\xff\xd9" + bytes(start - 4) + data[start:])
+    os.utime(photo, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def break_openly(photo: Path) -> None:
+    """What the scan finds: a file cut off."""
+    photo.write_bytes(photo.read_bytes()[:-400])
+
+
+def settings(root: Path, weights: Path, runs: Path, engine: str) -> list[str]:
+    flags = ["--data", root, "--weights", weights, "--runs", runs, "--loader", engine, "--epochs", 2, "--batch-size", 5]
+    return [str(flag) for flag in [*flags, *FROZEN, "--skip-bad-files"]]
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "best.pt", weights_only=True)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    states = state_of(one), state_of(other)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert [row["val/loss"] for row in val_rows(one)] == [row["val/loss"] for row in val_rows(other)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_photo_that_fails_in_the_run_ends_it_with_its_name(dirty, tmp_path, random_weights, run_here, engine):
+    flags = settings(dirty, random_weights, tmp_path / "runs", engine)[:-1]
+    assert run_here(train, *flags, "--run", "scan", "--max-steps", 1).returncode == 0
+    break_unseen(dirty / BAD[1])
+    done = run_here(train, *flags, "--run", "met")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*train/b/05\.jpg: cannot be decoded \(.+\).*--skip-bad-files\n", done.stderr)
+    assert json.loads((tmp_path / "runs/met/status.json").read_text())["state"] == "failed"
+    (dirty / BAD[1]).unlink()
+    done = run_here(train, *flags, "--run", "gone")
+    assert done.returncode == 0, "a file that is gone before the scan is no photo"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_three_bad_photos_met_or_known_give_the_same_weights(dirty, tmp_path, random_weights, run_here, engine):
+    flags = settings(dirty, random_weights, tmp_path / "runs", engine)
+    assert run_here(train, *flags, "--run", "sound", "--max-steps", 1).returncode == 0
+    for name in BAD:
+        break_unseen(dirty / name)
+    met = run_here(train, *flags, "--run", "met")
+    assert met.returncode == 0, met.stderr
+    assert "left out: 3 photos, 0 of them found by the scan and 3 met in the run" in met.stdout
+    assert [met.stderr.count(name) for name in BAD] == [1, 1, 1], "each is said once in two epochs"
+    for name in BAD:
+        break_openly(dirty / name)
+    known = run_here(train, *flags, "--run", "known")
+    assert known.returncode == 0, known.stderr
+    assert "left out: 3 photos, 3 of them found by the scan and 0 met in the run" in known.stdout
+    assert "train: 14 photos" in known.stdout
+    assert_same_weights(tmp_path / "runs/met", tmp_path / "runs/known")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here, engine):
+    flags = settings(dirty, random_weights, tmp_path / "runs", engine)
+    assert run_here(train, *flags, "--run", "sound", "--max-steps", 1).returncode == 0
+    for name in BAD:
+        break_unseen(dirty / name)
+    met = run_script("train.py", *flags, "--run", "met", processes=2)
+    assert "processes: 2 on cpu" in succeeded(met)
+    assert [met.stderr.count(name) for name in BAD] == [1, 1, 1]
+    assert "3 met in the run" in met.stdout
+    for name in BAD:
+        break_openly(dirty / name)
+    assert "processes: 2 on cpu" in succeeded(run_script("train.py", *flags, "--run", "known", processes=2))
+    assert_same_weights(tmp_path / "runs/met", tmp_path / "runs/known")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("change", ["vanishes", "other size"])
+def test_what_changes_between_scan_and_use_in_an_evaluation(
+    dirty, tmp_path, random_weights, run_here, monkeypatch, photo_folder, engine, change
+):
+    flags = settings(dirty, random_weights, tmp_path / "runs", engine)
+    assert run_here(train, *flags, "--run", "r", "--max-steps", 1).returncode == 0
+    photo = dirty / "val/a/02.jpg"
+    judged: Callable = evaluate.check_dataset
+
+    def change_after_the_scan(*arguments, **options) -> None:
+        judged(*arguments, **options)
+        if change == "vanishes":
+            photo.unlink()
+        else:
+            shutil.copy(dirty / "train/b/00.jpg", photo)
+
+    monkeypatch.setattr(evaluate, "check_dataset", change_after_the_scan)
+    scores = tmp_path / "scores.json"
+    done = run_here(evaluate, tmp_path / "runs/r", "--loader", engine, "--skip-bad-files", "--json", scores)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("02.jpg") == 1
+    assert json.loads(scores.read_text())["count"] == 6
+    assert ROOT.exists()
