@@ -26,7 +26,7 @@ from pipelines.dataset import Dataset, Split, check_dataset, map_labels
 from pipelines.errors import UserError
 from pipelines.evaluation import Scores, predict, score
 from pipelines.loader import choose_engine, eval_loader
-from pipelines.model import Weights, read_run_weights, read_state_dict, restore_model
+from pipelines.model import Weights, read_description, read_run_weights, read_state_dict, restore_model
 from pipelines.plan import EvalPlan
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.runs import replacing
@@ -102,9 +102,11 @@ def _raise(message: str) -> None:
 
 def _read_config(options: argparse.Namespace) -> Config:
     """The run's own settings, or the defaults for a bare state_dict, under the flags that were given."""
+    if not options.model.exists():
+        raise UserError(f"{options.model}: no such run folder or weights file (trained runs stand in runs/)")
     recipe, description = options.model / "config.yaml", options.model / "model.json"
     if options.data is None and description.exists():
-        options.data = json.loads(description.read_text(encoding="utf-8")).get("data")
+        options.data = read_description(options.model, "model").get("data")
     keys = ("data", "arch", "image_size", "resize", "loader", "eval_batch_per_device", "skip_bad_files")
     given = [f"--{key}={value}" for key in keys if (value := getattr(options, key)) is not None]
     config, _ = parse_config([f"--config={recipe}", *given] if recipe.exists() else given)
@@ -149,7 +151,7 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, classes: tu
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in content.items()}
     with replacing(path) as partial:
-        partial.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
 def _print_scores(scores: Scores, classes: tuple[str, ...]) -> None:

@@ -28,13 +28,14 @@ if __name__ == "__main__":
 
 from pipelines import figures
 from pipelines.config import Config, dump_yaml, parse_config
-from pipelines.dataset import check_dataset, map_labels
+from pipelines.dataset import check_dataset, map_labels, printable
 from pipelines.errors import MachineError, UserError
 from pipelines.evaluation import FeatureCache, loss_and_top1, predict, share_bad_photos, wilson_interval
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
 from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, parameter_counts, read_weights
 from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
 from pipelines.processes import (
+    ending_of,
     main_first,
     main_then_others,
     open_dataset,
@@ -64,11 +65,12 @@ def main(arguments: list[str]) -> None:
     weights = main_then_others(state, partial(read_weights, config))
     if config.batchnorm == "sync" and state.device.type != "cuda":
         raise UserError("batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: give train or frozen")
+    engine, reason = choose_engine(config.loader, state.device)
     accelerator = start_accelerator(config, state, tracker_names(config))
 
     name = config.run or main_first(state, lambda: new_run_name(recipe))
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
-    if main_first(state, partial(run.is_finished, overwrite=config.overwrite)):
+    if main_first(state, partial(run.is_finished, config)):
         accelerator.print(f"{run.folder} is finished: nothing to do (--overwrite starts it anew)")
         return
 
@@ -76,7 +78,6 @@ def main(arguments: list[str]) -> None:
     network = build_model(config, weights, classes).to(accelerator.device)
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     model = torch.compile(model) if config.compile else model
-    engine, reason = choose_engine(config.loader, accelerator.device)
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
     training = train_loader(config, photos["train"], labels["train"], state, engine)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
@@ -84,30 +85,30 @@ def main(arguments: list[str]) -> None:
     steps_per_epoch = training.steps_per_epoch
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
 
-    main_first(state, partial(run.create, config, overwrite=config.overwrite))
-    facts = {"world_size": accelerator.num_processes, "precision": accelerator.mixed_precision, "engine": engine}
-    tracking = Tracking(accelerator, config, run.folder, {**asdict(config), **facts, "data": dataset.fingerprint})
-    all_parameters, trained_parameters = parameter_counts(network)
-    accelerator.print(
-        dump_yaml(config).rstrip(),
-        *dataset.report(),
-        f"weights: {weights.source}; {all_parameters:,} parameters, {trained_parameters:,} of them trained; "
-        f"BatchNorm {network.batchnorm}",
-        f"processes: {facts['world_size']} on {accelerator.device.type}, precision {facts['precision']}",
-        f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all",
-        f"run: {run.folder}",
-        sep="\n",
-        flush=True,
-    )
-    if network.batchnorm == "train" and accelerator.num_processes > 1:
-        accelerator.print("batchnorm: train: each process normalises by its own photos; their number matters")
-
-    # The loop: update, log, evaluate, keep the best.
     best: dict[str, Any] = {"epoch": 0, "val/top1": -1.0}
     table = EpochTable(visible=state.is_main_process, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     watch, interval, whole_epoch = DivergenceWatch(), Interval(accelerator.device), Interval(accelerator.device)
     epoch = global_step = skipped_steps = 0
+    main_first(state, partial(run.create, config))
     try:
+        facts = {"world_size": accelerator.num_processes, "precision": accelerator.mixed_precision, "engine": engine}
+        tracking = Tracking(accelerator, config, run.folder, {**asdict(config), **facts, "data": dataset.fingerprint})
+        all_parameters, trained_parameters = parameter_counts(network)
+        accelerator.print(
+            dump_yaml(config).rstrip(),
+            *dataset.report(),
+            f"weights: {weights.source}; {all_parameters:,} parameters, {trained_parameters:,} of them trained; "
+            f"BatchNorm {network.batchnorm}",
+            f"processes: {facts['world_size']} on {accelerator.device.type}, precision {facts['precision']}",
+            f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all",
+            f"run: {run.folder}",
+            sep="\n",
+            flush=True,
+        )
+        if network.batchnorm == "train" and (accelerator.num_processes > 1 or config.max_batch_per_device):
+            accelerator.print("batchnorm: train: each micro-batch of a process is normalised by itself")
+
+        # The loop: update, log, evaluate, keep the best.
         while global_step < last_step:
             epoch += 1
             network.train()
@@ -123,7 +124,7 @@ def main(arguments: list[str]) -> None:
                 skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
                 interval.add(sums)
                 whole_epoch.add(sums)
-                watch.add(sums, partial(_where, global_step, rates, batch, training))
+                watch.add(sums, partial(_where, global_step, rates, batch.indices[:3].tolist(), training))
                 table.step()
                 epoch_ends = global_step % steps_per_epoch == 0 or global_step == last_step
                 if epoch_ends or global_step % config.log_every == 0:
@@ -153,34 +154,35 @@ def main(arguments: list[str]) -> None:
             table.end_epoch(epoch, summary | row, best=best["val/top1"])
         if not best["epoch"]:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr")
+
+        # What is left: curves, the best weights, and what to type next.
+        if state.is_main_process:
+            _draw(partial(figures.save_curves, run.figures / "curves.png", run.read_metrics(), title=name))
+            tracking.finish({"best/val_top1": best["val/top1"], "best/epoch": best["epoch"]})
+            run.write_status("finished", "", 0, epoch, global_step)
+            low, high = wilson_interval(best["correct"], best["count"])
+            known = sum(int((loader.split.faults > 0).sum()) for loader in (training, validation))
+            met = len(training.bad) + len(validation.bad)
+            left_out = f"left out: {known + met} photos, {known} of them found by the scan and {met} met in the run"
+            print(
+                f"best val top1 {best['val/top1']:.4f} at epoch {best['epoch']}: {best['correct']} of {best['count']}, "
+                f"95 % interval {low:.3f} to {high:.3f}; {time.perf_counter() - started:.1f} s in all",
+                *([left_out] if known + met else []),
+                f"best weights: {run.best}",
+                f"figures:      {run.figures}",
+                f"next:         accelerate launch evaluate.py {run.folder}",
+                sep="\n",
+            )
     except BaseException as error:
-        exit_code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        ending = ending_of(error)
         with suppress(MachineError):  # on a full disk; what ended the run is what is to be told
-            run.write_status("failed", str(error) or repr(error), exit_code, epoch, global_step)
+            run.write_status("failed", ending.line, ending.exit_code, epoch, global_step)
         raise
     finally:
-        run.close()
+        table.close()
         training.close()
         validation.close()
-
-    # What is left: curves, the best weights, and what to type next.
-    if state.is_main_process:
-        _draw(partial(figures.save_curves, run.figures / "curves.png", run.read_metrics(), title=name))
-        tracking.finish({"best/val_top1": best["val/top1"], "best/epoch": best["epoch"]})
-        run.write_status("finished", "", 0, epoch, global_step)
-        low, high = wilson_interval(best["correct"], best["count"])
-        known = sum(int((loader.split.faults > 0).sum()) for loader in (training, validation))
-        met = len(training.bad) + len(validation.bad)
-        left_out = f"left out: {known + met} photos, {known} of them found by the scan and {met} met in the run"
-        print(
-            f"best val top1 {best['val/top1']:.4f} at epoch {best['epoch']}: {best['correct']} of {best['count']}, "
-            f"95 % interval {low:.3f} to {high:.3f}; {time.perf_counter() - started:.1f} s in all",
-            *([left_out] if known + met else []),
-            f"best weights: {run.best}",
-            f"figures:      {run.figures}",
-            f"next:         accelerate launch evaluate.py {run.folder}",
-            sep="\n",
-        )
+        run.close()
 
 
 def update(
@@ -234,8 +236,8 @@ def _save_train_batch(run: RunFolder, batch: Batch, classes: tuple[str, ...]) ->
     figures.save_train_batch(run.figures / "train_batch.png", images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def _where(global_step: int, rates: dict[str, float], batch: Batch, loader: Loader) -> str:
-    photos = [loader.split.path(int(index)) for index in batch.indices[:3]]
+def _where(global_step: int, rates: dict[str, float], indices: list[int], loader: Loader) -> str:
+    photos = [printable(loader.split.path(index)) for index in indices]
     return f"step {global_step}, lr {rates['lr/head']:.3g}, photos {', '.join(photos) or '(none here)'}"
 
 

@@ -279,6 +279,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _build_parser() -> _Parser:
     parser = _Parser(
+        description="Fine-tunes a ResNet on a folder of photos. The README says how to start.",
         usage="%(prog)s [--config FILE] [--KEY VALUE ...]",
         epilog="Flags win over the recipe, the recipe over the defaults. A recipe holds the same keys, `KEY: VALUE`. "
         "A flag may be written --KEY=VALUE too, and with - for _; a yes-or-no flag without a value means true.",
@@ -286,11 +287,14 @@ def _build_parser() -> _Parser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="the recipe (default configs/finetune.yaml)")
+    recipe = _read_recipe(DEFAULT_RECIPE) if DEFAULT_RECIPE.is_file() else {}
     for group, keys in GROUPS.items():
         section = parser.add_argument_group(group)
         for key in keys:
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if SCHEMA[key].get("type") == "boolean" else {}
-            text = f"{_meaning(key)} (default {_spelled(SCHEMA[key]['default'])})"
+            default = _spelled(SCHEMA[key]["default"])
+            of_recipe = f"; finetune.yaml: {recipe[key]}" if str(recipe.get(key, default)) != default else ""
+            text = f"{_meaning(key)} (default {default}{of_recipe})"
             section.add_argument(f"--{key}", metavar="VALUE", help=text, **bare)
     return parser
 

@@ -19,6 +19,9 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
+_READERS = ("fn.decoders.image_slice", "fn.io.file.read", "fn.peek_image_shape")  # what fails because of a photo
+_LONGEST = 16  # sides of the kept square
+
 
 @pipeline_def
 def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
@@ -83,8 +86,6 @@ class DaliEngine:
     never changes which photos are used.
     """
 
-    name = "dali"
-
     def __init__(
         self,
         split: Split,
@@ -113,10 +114,11 @@ class DaliEngine:
         views = self._submitted[0]
         by_pillow = self._is_for_pillow(views)
         try:
-            images, sizes = self._outputs(self._pipeline) if not by_pillow.all() else self._nothing()
+            outputs = None if by_pillow.all() else self._pipeline.share_outputs()
         except RuntimeError as error:
             self._recover(error)
             return self.fetch()
+        images, sizes = self._nothing() if outputs is None else self._taken(self._pipeline, outputs)
         self._submitted.popleft()
         by_dali = np.flatnonzero(~by_pillow)
         changed = (sizes != self._split.sizes[views.indices[by_dali]]).any(axis=1)
@@ -149,7 +151,9 @@ class DaliEngine:
         del self._pipeline
 
     def _is_for_pillow(self, views: Views) -> np.ndarray:
-        return np.isin(views.indices, list(self._not_for_dali))
+        # Of a strip of 1 x 5000 pixels DALI would resize all, to gigabytes; Pillow computes the square that is kept.
+        is_strip = views.resized.max(axis=1) > _LONGEST * self._image_size
+        return is_strip | np.isin(views.indices, list(self._not_for_dali))
 
     def _start(self, views: Views) -> None:
         by_pillow = self._is_for_pillow(views)
@@ -185,10 +189,10 @@ class DaliEngine:
         pipeline.feed_input("flip", views.flips.astype(np.int32))
         pipeline.schedule_run()
 
-    def _outputs(self, pipeline: Pipeline) -> tuple[torch.Tensor, np.ndarray]:
-        """The oldest batch, float32 [n, 3, H, W], and the upright height and width of its photos, int32 [n, 2]."""
-        outputs, shapes = pipeline.share_outputs()
-        dense = outputs.as_tensor()
+    def _taken(self, pipeline: Pipeline, outputs: tuple[Any, Any]) -> tuple[torch.Tensor, np.ndarray]:
+        """The shared batch as float32 [n, 3, H, W], and the upright height and width of its photos, int32 [n, 2]."""
+        pixels, shapes = outputs
+        dense = pixels.as_tensor()
         images = torch.empty(dense.shape(), dtype=torch.float32, device=self._device)
         if self._device.type == "cuda":
             feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(self._device))
@@ -210,12 +214,16 @@ class DaliEngine:
             for position in np.flatnonzero(~self._is_for_pillow(views)):
                 try:
                     self._schedule(probe, views.select(np.array([position])))
-                    self._outputs(probe)
-                except RuntimeError:
+                    probe.share_outputs()
+                    probe.release_outputs()
+                except RuntimeError as failure:
+                    if not any(operator in str(failure) for operator in _READERS):
+                        break
                     self._not_for_dali.add(int(views.indices[position]))
                     probe = self._build(1)
         if len(self._not_for_dali) == known:
-            raise MachineError(f"DALI failed, not because of a photo: {_reason(error)}; try --loader torch") from error
+            line = f"DALI failed, not because of a photo: {_reason(error)}; try --loader torch"
+            raise MachineError(line, on_one_process=True) from error
         self._pillow.cancel()
         self._pipeline = self._build(self._micro_batch)
         for views in self._submitted:

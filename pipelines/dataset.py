@@ -78,7 +78,7 @@ class Split:
         """One line per faulty file: the path below `root`, the reason."""
         rows = np.flatnonzero(self.faults).tolist()
         paths = [os.fsdecode(_path_at(self.path_blob, self.path_offsets, row)) for row in rows]
-        return [f"{_printable(path)} ({FAULTS[self.faults[row]]})" for path, row in zip(paths, rows, strict=True)]
+        return [f"{printable(path)} ({FAULTS[self.faults[row]]})" for path, row in zip(paths, rows, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,20 +101,20 @@ class Dataset:
 
     def report(self) -> list[str]:
         """What a person should know of the data before a run, in lines."""
-        lines = [f"data: {_printable(self.root)} (fingerprint {self.fingerprint})"]
+        lines = [f"data: {printable(self.root)} (fingerprint {self.fingerprint})"]
         for split in self.splits.values():
             counts = split.class_counts()
-            each = ", ".join(f"{_printable(name)} {count}" for name, count in counts.items())
+            each = ", ".join(f"{printable(name)} {count}" for name, count in counts.items())
             if len(counts) > 10:
                 each = f"{min(counts.values())} to {max(counts.values())} photos in a class"
-            lines.append(f"{_printable(split.name)}: {sum(counts.values())} photos, {len(counts)} classes: {each}")
+            lines.append(f"{printable(split.name)}: {sum(counts.values())} photos, {len(counts)} classes: {each}")
         if self.val_fraction is not None:
             lines.append(f"val was taken from train: {self.val_fraction:g} of each class, chosen by a hash of the path")
         known = {name for split in self.splits.values() for name in split.classes}
         for split in self.splits.values():
             if absent := sorted(known - {name for name, count in split.class_counts().items() if count}):
-                lines.append(f"{_printable(split.name)} has no photo of {_listed(absent)}")
-        pairs = [f"{_printable(train)} = {_printable(val)}" for train, val in self.duplicates]
+                lines.append(f"{printable(split.name)} has no photo of {_listed(absent)}")
+        pairs = [f"{printable(train)} = {printable(val)}" for train, val in self.duplicates]
         faulty = [line for split in self.splits.values() for line in split.faulty_files()]
         for title, items in (("photos of val are in train too", pairs), ("files cannot be used", faulty)):
             more = [f"  and {len(items) - 10} more"] if len(items) > 10 else []
@@ -133,14 +133,14 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float) -> Path:
     data = Path(os.path.abspath(os.path.expanduser(data)))
     is_folder = os.path.isdir(data)
     if not is_folder and os.path.exists(data) and not os.path.isfile(data):  # reading a pipe would wait for ever
-        raise UserError(f"{_printable(data)}: neither a folder nor a file; {_WANTED}")
+        raise UserError(f"{printable(data)}: neither a folder nor a file; {_WANTED}")
     root = os.fsencode(data if is_folder else data.parent)
     try:
         table, splits, divided = _collect(_list_folder(data) if is_folder else _list_csv(data), val_fraction)
     except OSError as error:
-        raise UserError(f"{_printable(error.filename or data)}: cannot be read ({error.strerror}); {_WANTED}") from None
+        raise UserError(f"{printable(error.filename or data)}: cannot be read ({error.strerror}); {_WANTED}") from None
     if not splits:
-        raise UserError(f"{_printable(data)}: no photos in it; {_WANTED}")
+        raise UserError(f"{printable(data)}: no photos in it; {_WANTED}")
 
     name = blake2b(os.fsencode(data) + repr(val_fraction).encode(), digest_size=16).hexdigest()
     index_file = cache / "scan" / f"{name}.safetensors"
@@ -171,7 +171,7 @@ def load_dataset(index_file: Path) -> Dataset:
     try:
         header, table = _read_index(index_file)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise MachineError(f"{index_file}: not a readable index ({_printable(error)}); scan the data again") from None
+        raise MachineError(f"{index_file}: not a readable index ({printable(error)}); scan the data again") from None
     blob, offsets = table["path_blob"], table["path_offsets"]
     splits, start = {}, 0
     for name, classes, count in header["splits"]:
@@ -205,7 +205,7 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     That is: one of them is missing or has no sound photo; faulty files, unless `skip_bad_files`; photos of fewer than
     two classes in "train"; a class with photos in another of the splits and none in "train".
     """
-    root = _printable(dataset.root)
+    root = printable(dataset.root)
     for name in splits:
         if name not in dataset.splits:
             raise UserError(f"{root}: no split {name!r}; it has {_listed(list(dataset.splits))}; {_WANTED}")
@@ -247,12 +247,12 @@ def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
                 raise
             continue  # as a disk's lost+found
         if strict and not classes:
-            raise UserError(f"{_printable(folder)}: no class folders in it; {_WANTED}")
+            raise UserError(f"{printable(folder)}: no class folders in it; {_WANTED}")
         for name in classes:
             photos = _photos_below(str(folder / name))
             if strict and not photos:
                 raise UserError(
-                    f"{_printable(folder / name)}: a class without photos ({', '.join(EXTENSIONS)}); add some, or "
+                    f"{printable(folder / name)}: a class without photos ({', '.join(EXTENSIONS)}); add some, or "
                     "remove the folder"
                 )
             for path in photos:
@@ -272,7 +272,7 @@ def _photos_below(folder: str) -> list[str]:
     for below, _, names in os.walk(folder, onerror=refuse, followlinks=True):
         real, above = os.path.realpath(below), real_paths.get(os.path.dirname(below), ())
         if real in above:
-            raise UserError(f"{_printable(below)}: a link to a folder that holds it; remove the link")
+            raise UserError(f"{printable(below)}: a link to a folder that holds it; remove the link")
         real_paths[below] = (*above, real)
         found.append((below, sorted(name for name in names if name.lower().endswith(EXTENSIONS))))
     return [os.path.join(below, name) for below, names in sorted(found) for name in names]
@@ -292,9 +292,9 @@ def _list_csv(file: Path) -> Iterator[tuple[str, str, bytes]]:
             reader = csv.DictReader(text, skipinitialspace=True)
             columns = reader.fieldnames or []
             if missing := {"path", "label"} - set(columns):
-                raise UserError(f"{_printable(file)}, line 1: no column {_listed(sorted(missing))}; {_WANTED}")
+                raise UserError(f"{printable(file)}, line 1: no column {_listed(sorted(missing))}; {_WANTED}")
             for row in reader:
-                where = f"{_printable(file)}, line {reader.line_num}"
+                where = f"{printable(file)}, line {reader.line_num}"
                 if None in row:
                     raise UserError(f"{where}: more values than columns; put a value with a comma between quotes")
                 for column in ("path", "label", "split"):
@@ -307,15 +307,15 @@ def _list_csv(file: Path) -> Iterator[tuple[str, str, bytes]]:
                 path = os.fsencode(full[len(below_folder) :])
                 if not full.startswith(below_folder):
                     raise UserError(
-                        f"{where}: {_printable(row['path'])} is not in the folder of the CSV file; move it there"
+                        f"{where}: {printable(row['path'])} is not in the folder of the CSV file; move it there"
                     )
                 if path in seen:
-                    told = f"{_printable(row['path'])} stands in an earlier line too; keep one of them"
+                    told = f"{printable(row['path'])} stands in an earlier line too; keep one of them"
                     raise UserError(f"{where}: {told}")
                 seen.add(path)
                 yield row.get("split", "train").strip(), row["label"].strip(), path
         except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{_printable(file)}: not a CSV file in UTF-8 ({_printable(error)}); {_WANTED}") from None
+            raise UserError(f"{printable(file)}: not a CSV file in UTF-8 ({printable(error)}); {_WANTED}") from None
 
 
 def _collect(photos: Iterable[tuple[str, str, bytes]], val_fraction: float) -> tuple[Table, list[list[Any]], bool]:
@@ -395,7 +395,7 @@ def _scan(root: bytes, table: Table) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and large photos
-        _in_threads(look, len(table["labels"]), f"scan of {_printable(os.fsdecode(root))}")
+        _in_threads(look, len(table["labels"]), f"scan of {printable(os.fsdecode(root))}")
 
 
 def _in_threads(look: Callable[[int], None], total: int, title: str) -> None:
@@ -456,7 +456,7 @@ def _write_index(index_file: Path, table: Table, header: dict[str, Any]) -> None
             save_file(table, Path(folder) / "index", {"header": json.dumps(header)})
             os.replace(Path(folder) / "index", index_file)
     except (OSError, SafetensorError) as error:
-        raise MachineError(f"{index_file.parent}: the index cannot be written there: {_printable(error)}") from None
+        raise MachineError(f"{index_file.parent}: the index cannot be written there: {printable(error)}") from None
 
 
 def _fingerprint(table: Table, splits: list[list[Any]]) -> str:
@@ -477,10 +477,10 @@ def _path_hashes(blob: np.ndarray | bytearray, offsets: np.ndarray | array) -> n
     return np.fromiter(hashes, np.uint64, len(offsets) - 1)
 
 
-def _printable(text: object) -> str:
+def printable(text: object) -> str:
     """On one line, in characters that every terminal takes: a file name may hold anything."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(text))
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(_printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

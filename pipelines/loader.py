@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipelines.config import Config
-from pipelines.dataset import Split
+from pipelines.dataset import Split, printable
 from pipelines.errors import UserError
 from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, share
 from pipelines.processes import cpu_cores, local_world_size
@@ -70,8 +70,6 @@ class Pixels:
 
 class Engine(Protocol):
     """Decodes, crops, resizes, flips and normalises; first in, first out. It draws nothing and orders nothing."""
-
-    name: str
 
     def submit(self, views: Views) -> None:
         """Starts work on `views` (1 to the engine's largest micro-batch of them) in the background."""
@@ -188,7 +186,7 @@ class Loader:
     def _without_failed(self, views: Views, failed: dict[int, str]) -> Views:
         for position, reason in failed.items():
             index = int(views.indices[position])
-            line = f"{self.split.path(index)}: cannot be decoded ({reason})"
+            line = f"{printable(self.split.path(index))}: cannot be decoded ({printable(reason)})"
             if not self._skip_bad_files:
                 raise UserError(
                     f"{line}: repair or remove it, or leave such photos out with --skip-bad-files", on_one_process=True
@@ -206,6 +204,9 @@ def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
     Raises UserError where DALI is asked for and is not installed.
     """
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    misfit = _dali_misfit() if installed and device.type == "cuda" and wanted != "torch" else None
+    if wanted == "dali" and misfit:
+        raise UserError(f"loader: {misfit}: install the build that fits, or use --loader torch")
     if wanted == "dali" and not installed:
         raise UserError(
             "loader: dali is not installed here (its wheels exist for Linux on x86-64 and aarch64): "
@@ -217,7 +218,15 @@ def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
         return "torch", "no GPU, and on a CPU it is faster than DALI: benchmarks/loader.py"
     if not installed:
         return "torch", "a GPU, but DALI is not installed"
-    return "dali", "a GPU, and DALI is installed"
+    return ("torch", misfit) if misfit else ("dali", "a GPU, and DALI is installed")
+
+
+def _dali_misfit() -> str | None:
+    """What is wrong where DALI is built for another CUDA than PyTorch: Accelerate would start, and DALI crash later."""
+    import nvidia.dali
+
+    dali, ours = nvidia.dali.__cuda_version__ // 1000, int((torch.version.cuda or "0").split(".")[0])
+    return None if dali == ours else f"DALI is built for CUDA {dali}, PyTorch for CUDA {ours}"
 
 
 def train_loader(config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str) -> Loader:

@@ -209,13 +209,19 @@ def resolve_batchnorm(config: Config, weights: Weights) -> str:
 
 
 def average_batchnorm_statistics(model: TransferModel, world_size: int) -> None:
-    """Makes the running statistics one and the same on all processes, each of which has seen photos of its own."""
+    """Makes the running statistics one and the same on all processes, each of which has seen photos of its own.
+
+    A mean, weighted by the batches that each has seen: a process that had no photo so far has nothing to say.
+    """
     if world_size == 1 or model.batchnorm != "train":  # the others are the same already, and rounding would move them
         return
     for module in batchnorms(model):
+        batches = module.num_batches_tracked.to(module.running_mean.dtype)
+        all_batches = batches.clone()
+        torch.distributed.all_reduce(all_batches)
         for buffer in (module.running_mean, module.running_var):
+            buffer *= batches / all_batches.clamp(min=1)
             torch.distributed.all_reduce(buffer)
-            buffer /= world_size
         torch.distributed.all_reduce(module.num_batches_tracked, torch.distributed.ReduceOp.MAX)
 
 
@@ -253,18 +259,25 @@ def _imagenet_weights(arch: str) -> Weights:
     return Weights(state, f"imagenet ({default.url.rsplit('/', 1)[-1]})")
 
 
+def read_description(run: Path, named: str) -> dict[str, Any]:
+    """A run folder's model.json, with at least `arch` and `classes`. UserError where it is missing or damaged."""
+    description = run / "model.json"
+    try:
+        model = json.loads(description.read_text(encoding="utf-8"))
+        return {**model, "arch": model["arch"], "classes": list(model["classes"])}
+    except OSError as error:
+        raise UserError(f"{named}: {description} cannot be read ({error.strerror}): {_WANTED}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{named}: {description} is damaged: it must name arch and classes") from None
+
+
 def read_run_weights(run: Path, arch: str, named: str) -> Weights:
     """The best weights of a run folder, with its classes. UserError where it holds none, or another architecture."""
     best, description = run / "best.pt", run / "model.json"
     if not os.path.exists(best) or not os.path.exists(description):
         raise UserError(f"{named}: {run} is not a run folder with best.pt and model.json: {_WANTED}")
-    try:
-        model = json.loads(description.read_text(encoding="utf-8"))
-        found, classes = model["arch"], tuple(model["classes"])
-    except OSError as error:
-        raise UserError(f"{named}: {description} cannot be read ({error.strerror}): {_WANTED}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{named}: {description} is damaged: it must name arch and classes") from None
+    model = read_description(run, named)
+    found, classes = model["arch"], tuple(model["classes"])
     if found != arch:
         raise UserError(f"{named}: {run} holds a {found}, not a {arch}: add --arch {found}")
     state = read_state_dict(best, arch, named)

@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
@@ -25,6 +28,8 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.2
+_FAILED = "dalitune/failed"  # where a process that fails alone leaves its line
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _keys = itertools.count()  # every process asks for the same tasks in the same order
 
 
@@ -40,7 +45,8 @@ def cpu_cores() -> int:
 
 def start_processes() -> PartialState:
     """Joins the process group that the launcher describes (a single process without one) and picks the device."""
-    threads, group = max(1, cpu_cores() // local_world_size()), {}
+    threads = max(1, cpu_cores() // local_world_size())
+    group: dict[str, Any] = {}
     if "RANK" in os.environ:
         group = InitProcessGroupKwargs(timeout=timedelta(minutes=30)).to_kwargs()
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or each process would warn that it is not set
@@ -65,7 +71,7 @@ def main_first(state: PartialState, task: Callable[[], Any]) -> Any:
     """
     if state.num_processes == 1:
         return task()
-    store, key = dist.distributed_c10d._get_default_store(), f"dalitune/{next(_keys)}"
+    store, key = _default_store(), f"dalitune/{next(_keys)}"
     if state.is_main_process:
         try:
             result = task()
@@ -93,8 +99,12 @@ def _wait_for_readers(store: dist.Store, key: str, readers: int) -> None:
 
 def open_dataset(state: PartialState, data: str | None, val_fraction: float) -> Dataset:
     """The photos that the setting `data` means, found and scanned by the main process, once for all."""
-    cache = cache_folder()
-    index = Path(main_first(state, lambda: str(scan_dataset(locate(data, cache), cache, val_fraction))))
+
+    def scan() -> str:
+        cache = cache_folder()
+        return str(scan_dataset(locate(data, cache), cache, val_fraction))
+
+    index = Path(main_first(state, scan))
     share_file(state, index)
     return load_dataset(index)
 
@@ -142,6 +152,8 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None)
         torch.use_deterministic_algorithms(True)
     elif state.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+    # Accelerate knows only the older name of DDP's setting.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return Accelerator(
         cpu=_cpu_is_asked_for(),
         # Micro-batches are the loop's own. A launcher's setting would scale the gradient twice, and it would win over
@@ -154,40 +166,97 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None)
     )
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a run ends badly: one line, the exit code, and whether another process has said the line."""
+
+    line: str
+    exit_code: int
+    is_said: bool = False
+
+
+class Terminated(BaseException):
+    """SIGTERM: the launcher ends this process, most often because another one has failed."""
+
+
 def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs a script's main function and turns its errors into one line on stderr and the exit code of the design."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         script(arguments)
-    except (UserError, MachineError) as error:
-        if speaks() or error.on_one_process:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if speaks():
-            print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except (OSError, RuntimeError) as error:
-        if (line := _machine_failure(error)) is None:
-            raise
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        return MachineError.exit_code
+    except SystemExit:
+        raise
+    except BaseException as error:
+        ending = ending_of(error)
+        is_alone = getattr(error, "on_one_process", False)
+        if is_alone and dist.is_initialized():
+            _default_store().set(_FAILED, json.dumps([ending.line, ending.exit_code]))
+        if not is_known(error):
+            traceback.print_exc()
+        elif (speaks() or is_alone) and not ending.is_said:
+            label = "" if isinstance(error, KeyboardInterrupt) else "error: "
+            print(f"{label}{ending.line}", file=sys.stderr, flush=True)
+        return ending.exit_code
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def _machine_failure(error: Exception) -> str | None:
-    """One line for what a full disk, a full GPU or the end of another process raises; None for any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-        return f"{error.filename or 'disk'}: {error.strerror}"
+def ending_of(error: BaseException) -> Ending:
+    """The line and the exit code for what ended a run: the same for stderr, for the exit and for status.json."""
+    if isinstance(error, (UserError, MachineError)):
+        return Ending(str(error), error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return Ending("interrupted", 130)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return Ending(f"{error.filename or 'disk'}: {error.strerror}", MachineError.exit_code)
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: split the batch with --max-batch-per-device, and see --eval-batch-per-device"
-    lost = isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
-    if lost and dist.is_initialized():
-        return f"process {dist.get_rank()} has lost another process, whose own message tells why"
-    return None
+        line = "the GPU's memory is full: split the batch with --max-batch-per-device, or --eval-batch-per-device"
+        return Ending(line, MachineError.exit_code)
+    if isinstance(error, Terminated) or _has_lost_a_process(error):
+        return _failure_of_another_process() or Ending(
+            "ended by SIGTERM"
+            if isinstance(error, Terminated)
+            else "another process has ended; its own message says why",
+            MachineError.exit_code,
+        )
+    return Ending(repr(error), MachineError.exit_code)
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether a line says all; of any other error the trace is worth reading."""
+    known = (UserError, MachineError, KeyboardInterrupt, Terminated, torch.OutOfMemoryError)
+    on_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return isinstance(error, known) or on_disk or _has_lost_a_process(error)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, and the ending must not be cut off
+    raise Terminated
+
+
+def _has_lost_a_process(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
+
+
+def _failure_of_another_process() -> Ending | None:
+    """What a process that failed alone has left for the others before it ended."""
+    try:
+        store = _default_store()
+        give_up = time.monotonic() + 10 * _POLL_SECONDS
+        while not store.check([_FAILED]) and time.monotonic() < give_up:
+            time.sleep(_POLL_SECONDS)
+        line, exit_code = json.loads(store.get(_FAILED)) if store.check([_FAILED]) else (None, 0)
+    except (RuntimeError, ValueError):  # the store has gone with its process
+        return None
+    return Ending(line, exit_code, is_said=True) if line else None
+
+
+def _default_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _cpu_is_asked_for() -> bool:

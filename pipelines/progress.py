@@ -78,7 +78,7 @@ class DivergenceWatch:
             if self._in_a_row == _DIVERGED_AFTER:
                 raise UserError(
                     f"the loss was not finite in {_DIVERGED_AFTER} updates in a row, last at {where()}: lower --lr, "
-                    "add --warmup-epochs or --clip-grad-norm; the best weights so far are kept"
+                    "add --warmup-epochs or --clip-grad-norm; earlier best weights, if any, are kept"
                 )
 
 
@@ -90,11 +90,16 @@ class EpochTable:
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
         self._width = max(len("epoch"), len(f"{epochs}/{epochs}"))
         self._bar: tqdm | None = None
-        if visible:
-            print(f"{'epoch':>{self._width}}  {_HEADER}", flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away, so that what is said next stands on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
 
     def start_epoch(self, epoch: int) -> None:
         """epoch: 1 is the first. Shows a bar where there is a terminal."""
+        if self._visible and self._bar is None:
+            print(f"{'epoch':>{self._width}}  {_HEADER}", flush=True)
         self._bar = tqdm(
             total=self._steps_per_epoch,
             desc=f"epoch {epoch}/{self._epochs}",

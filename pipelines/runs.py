@@ -10,11 +10,12 @@ import string
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import Config, dump_yaml
+from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import Dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
@@ -23,7 +24,12 @@ import torch
 from filelock import FileLock, Timeout
 
 _OWN_FILES = ("config.yaml", "status.json")
-_LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow")
+# Settings that do not change what is learned.
+_MAY_CHANGE = {
+    *("run", "runs", "overwrite", "epochs", "tracker", "project", "log_every"),
+    *("loader", "loader_threads", "prefetch", "eval_batch_per_device"),
+}
+_LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow", "nvidia-dali-cuda130")
 
 
 def new_run_name(recipe: str) -> str:
@@ -52,13 +58,21 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """The content of status.json; {} where the run never started."""
         path = self.folder / "status.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:  # damaged: as if it had never started
+            return {}
 
-    def is_finished(self, *, overwrite: bool) -> bool:
-        """True if the run is finished already. UserError where an unfinished run has the name."""
+    def is_finished(self, config: Config) -> bool:
+        """True if the run is finished already. UserError where a run with other settings, or an unfinished one, is."""
         state = self.status().get("state")
-        if overwrite or not self.folder.exists():
+        if config.overwrite or not self.folder.exists():
             return False
+        if changed := self._changed_settings(config):
+            raise UserError(
+                f"run: {self.folder} was started with other settings ({', '.join(changed)}): give another --run name, "
+                "or start it anew with --overwrite"
+            )
         if state == "finished":
             return True
         raise UserError(
@@ -66,7 +80,15 @@ class RunFolder:
             "give another --run name, or start it anew with --overwrite"
         )
 
-    def create(self, config: Config, *, overwrite: bool) -> None:
+    def _changed_settings(self, config: Config) -> list[str]:
+        """What differs from the run's config.yaml and makes another training of it."""
+        recipe = self.folder / "config.yaml"
+        if not recipe.exists():
+            return []
+        before, now = asdict(parse_config([f"--config={recipe}"])[0]), asdict(config)
+        return [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
+
+    def create(self, config: Config) -> None:
         """Makes the folder, with config.yaml and the status `running`, and keeps other runs out of it until this ends.
 
         UserError where it cannot be made, or another run writes into it.
@@ -74,7 +96,7 @@ class RunFolder:
         if not self._writes:
             return
         try:
-            self._check_contents(overwrite=overwrite)
+            self._check_contents(overwrite=config.overwrite)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()  # the system lets go of it when the process ends, however it ends
             self._empty()
@@ -157,7 +179,8 @@ class RunFolder:
             return
         try:
             with replacing(self.folder / name) as partial:
-                partial.write_text(text, encoding="utf-8")
+                # A folder's name need not be UTF-8: what is not, JSON reads back from its escape.
+                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise _cannot_save(self.folder / name, error) from None
 

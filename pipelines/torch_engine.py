@@ -4,6 +4,7 @@ Threads, not worker processes: Pillow lets go of Python's lock while it decodes 
 start at once, share the memory and die with their process.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,10 @@ from pipelines.plan import Views
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+# Odd EXIF data and transparent palettes are no news: the scan has judged the file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 SIZE_HAS_CHANGED = "its size has changed since the scan"
 
@@ -32,8 +36,6 @@ _UPRIGHT = {
 
 class TorchEngine:
     """See `loader.Engine`. `threads` photos are decoded at a time."""
-
-    name = "torch"
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class TorchEngine:
         try:
             pixels = np.asarray(view_of(self._split, views, position, self._image_size))
         except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
-            return " ".join(str(error).split()) or type(error).__name__
+            return _reason(error)
         target[position] = pixels[:, ::-1] if views.flips[position] else pixels
         return None
 
@@ -111,6 +113,15 @@ def view_of(split: Split, views: Views, position: int, image_size: int) -> Image
     top, left = anchor
     box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
     return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+
+
+def _reason(error: Exception) -> str:
+    """Why a photo cannot be decoded, in a few words and without its path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture in it"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _stored_box(window: np.ndarray, orientation: int, size: tuple[int, int]) -> tuple[int, int, int, int]:

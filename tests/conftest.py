@@ -9,7 +9,9 @@ from pipelines import processes
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.models import resnet18
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +49,12 @@ def run_here(capsys) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.CompletedProcess(words, code, said.out, said.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory) -> Path:
+    """A state_dict to start from, so that BatchNorm may be frozen."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(resnet18().state_dict(), file)
+    return file

@@ -13,7 +13,7 @@ import train
 import pytest
 import torch
 from test_loader import ENGINES
-from test_train import FROZEN, ROOT, run_script, succeeded, val_rows
+from test_train import FROZEN, run_script, succeeded, val_rows
 
 BAD = ["train/a/03.jpg", "train/b/05.jpg", "train/b/06.jpg"]
 
@@ -105,6 +105,23 @@ def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here, engine)
     assert_same_weights(tmp_path / "runs/met", tmp_path / "runs/known")
 
 
+@pytest.mark.slow
+def test_a_photo_that_fails_on_one_process_is_said_once_and_stands_in_the_status(
+    dirty, tmp_path, random_weights, run_here
+):
+    flags = settings(dirty, random_weights, tmp_path / "runs", "torch")[:-1]
+    assert run_here(train, *flags, "--run", "sound", "--max-steps", 1).returncode == 0
+    break_unseen(dirty / BAD[0])
+    done = run_script("train.py", *flags, "--run", "met", processes=2)
+    assert "processes: 2 on cpu" in done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "train/a/03.jpg" in errors[0]
+    status = json.loads((tmp_path / "runs/met/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert f"error: {status['reason']}" == errors[0]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("change", ["vanishes", "other size"])
 def test_what_changes_between_scan_and_use_in_an_evaluation(
@@ -128,4 +145,3 @@ def test_what_changes_between_scan_and_use_in_an_evaluation(
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("02.jpg") == 1
     assert json.loads(scores.read_text())["count"] == 6
-    assert ROOT.exists()

@@ -404,7 +404,7 @@ def test_help_shows_every_flag_in_its_group_with_default_and_possible_values(
         assert [entry.split()[0] for entry in entries] == keys
         for key, entry in zip(keys, entries, strict=True):
             assert " ".join(SCHEMA[key]["description"].split()) in entry
-            assert re.search(r"\[.+\] \(default \S+\)$", entry), entry
+            assert re.search(r"\[.+\] \(default \S+( finetune\.yaml: \S+)?\)$", entry), entry
     assert "[sgd or adamw] (default sgd)" in sections["Optimizer"]
     assert "[an integer >= 1 or null] (default null)" in sections["Training"]
 

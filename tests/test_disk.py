@@ -62,7 +62,7 @@ def test_no_room_for_better_weights_leaves_the_old_ones_whole(tmp_path, small_di
 
     disk = small_disk("size=60m")
     run = RunFolder(disk / "r")
-    run.create(Config(), overwrite=False)
+    run.create(Config())
     run.save_best(resnet18(), {"epoch": 1})
     before = run.best.read_bytes()
     with pytest.raises(Exception, match="what was saved before is whole"):
@@ -76,7 +76,7 @@ def test_no_room_for_better_weights_leaves_the_old_ones_whole(tmp_path, small_di
 def test_no_room_for_metrics_leaves_no_half_row(small_disk):
     disk = small_disk("size=64k")
     run = RunFolder(disk / "r")
-    run.create(Config(), overwrite=False)
+    run.create(Config())
     row = {"name": "x" * 1000}
     with pytest.raises(Exception, match=r"metrics\.jsonl: cannot be saved"):
         [run.append_metrics(row) for _ in range(200)]
@@ -119,17 +119,17 @@ def test_a_second_run_into_one_folder_is_refused_and_a_killed_one_leaves_no_lock
     folder = tmp_path / "r"
     holder = "import sys, time; from pathlib import Path; from pipelines.config import Config; "
     holder += "from pipelines.runs import RunFolder; r = RunFolder(Path(sys.argv[1])); "
-    holder += "r.create(Config(), overwrite=False); print('in', flush=True); time.sleep(60)"
+    holder += "r.create(Config()); print('in', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", holder, str(folder)], stdout=subprocess.PIPE, cwd=ROOT)
     assert other.stdout is not None
     assert other.stdout.readline() == b"in\n"
     with pytest.raises(UserError, match="another run is writing into"):
-        RunFolder(folder).create(Config(), overwrite=True)
+        RunFolder(folder).create(Config(overwrite=True))
     assert (folder / "config.yaml").exists(), "the run that has the folder keeps its files"
     other.kill()
     other.wait()
     run = RunFolder(folder)
-    run.create(Config(), overwrite=True)
+    run.create(Config(overwrite=True))
     run.close()
 
 

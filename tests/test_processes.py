@@ -93,7 +93,7 @@ def main(arguments):
     model(network.frozen_part(images)).sum().backward()
     found["gradient"] = [network.network.conv1.weight.grad.norm().item(), network.network.fc.bias.grad.tolist()]
     run = RunFolder(folder / "runs" / "one", writes=state.is_main_process)
-    main_first(state, lambda: run.create(config, overwrite=False))
+    main_first(state, lambda: run.create(config))
     run.save_best(network.network, {})
 
     tracking = Tracking(accelerator, config, run.folder, {})
@@ -260,10 +260,10 @@ def test_every_ending_has_its_code_and_one_line(capsys, script, code, line):
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_fault_of_the_program_keeps_its_trace():
+def test_a_fault_of_the_program_keeps_its_trace(capsys):
     for error in (ValueError("a fault"), FileNotFoundError(2, "gone")):
-        with pytest.raises(type(error)):
-            run_script(raising(error), [])
+        assert run_script(raising(error), []) == 3
+        assert re.search(rf"Traceback .*{type(error).__name__}", capsys.readouterr().err, re.DOTALL)
 
 
 def test_of_several_processes_the_first_speaks_for_all(capsys, monkeypatch):

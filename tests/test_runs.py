@@ -67,7 +67,7 @@ def test_every_recipe_gives_a_name_that_the_flag_run_takes(recipe):
 
 def test_create_leaves_config_and_status(run):
     config = Config(lr=0.02, run="one")
-    run.create(config, overwrite=False)
+    run.create(config)
     assert files(run.folder) == ["config.yaml", "figures", "status.json"]
     assert (run.folder / "config.yaml").read_text() == dump_yaml(config)
     assert parse_config([f"--config={run.folder / 'config.yaml'}"])[0] == config
@@ -76,7 +76,7 @@ def test_create_leaves_config_and_status(run):
 
 def test_the_other_processes_write_nothing(tmp_path):
     run = RunFolder(tmp_path / "one", writes=False)
-    run.create(Config(), overwrite=True)
+    run.create(Config(overwrite=True))
     run.write_status("finished")
     run.append_metrics({"epoch": 1})
     run.save_best(torch.nn.Linear(1, 1), {})
@@ -86,44 +86,44 @@ def test_the_other_processes_write_nothing(tmp_path):
 
 
 def test_a_run_is_finished_new_or_in_the_way(run):
-    assert not run.is_finished(overwrite=False)
-    run.create(Config(), overwrite=False)
+    assert not run.is_finished(Config(overwrite=False))
+    run.create(Config())
     for state in ("running", "stopped", "failed"):
         run.write_status(state)
         with pytest.raises(
             UserError, match=rf"one is there and not finished \({state}\).*another --run name.*--overwrite"
         ):
-            run.is_finished(overwrite=False)
-        assert not run.is_finished(overwrite=True)
+            run.is_finished(Config(overwrite=False))
+        assert not run.is_finished(Config(overwrite=True))
     run.write_status("finished", exit_code=0, epoch=3, global_step=30)
     assert run.status()["global_step"] == 30
-    assert run.is_finished(overwrite=False)
-    assert not run.is_finished(overwrite=True)
+    assert run.is_finished(Config(overwrite=False))
+    assert not run.is_finished(Config(overwrite=True))
 
 
 def test_a_folder_without_a_status_is_in_the_way(run):
     run.folder.mkdir(parents=True)
     with pytest.raises(UserError, match=r"no status\.json"):
-        run.is_finished(overwrite=False)
+        run.is_finished(Config(overwrite=False))
 
 
 def test_overwrite_starts_anew(run):
-    run.create(Config(), overwrite=False)
+    run.create(Config())
     run.append_metrics({"epoch": 1})
     run.save_best(torch.nn.Linear(1, 1), {})
-    run.create(Config(lr=0.5), overwrite=True)
+    run.create(Config(lr=0.5, overwrite=True))
     assert files(run.folder) == ["config.yaml", "figures", "status.json"]
     assert "lr: 0.5" in (run.folder / "config.yaml").read_text()
 
 
 def test_overwrite_never_removes_what_is_no_run(run):
     run.folder.mkdir(parents=True)
-    run.create(Config(), overwrite=True)  # an empty folder is nobody's
+    run.create(Config(overwrite=True))  # an empty folder is nobody's
     thesis = run.folder.parent / "thesis"
     thesis.mkdir()
     (thesis / "chapter.tex").touch()
     with pytest.raises(UserError, match="thesis is not a run folder"):
-        RunFolder(thesis).create(Config(), overwrite=True)
+        RunFolder(thesis).create(Config(overwrite=True))
     assert files(thesis) == ["chapter.tex"]
 
 
@@ -131,14 +131,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     for run, overwrite in ((tmp_path / "file" / "one", False), (tmp_path / "file", True)):
         with pytest.raises(UserError, match=r"cannot make the folder .*file.*Not a directory.*--runs DIR"):
-            RunFolder(run).create(Config(), overwrite=overwrite)
+            RunFolder(run).create(Config(overwrite=overwrite))
 
 
 # Files
 
 
 def test_metrics_are_one_line_a_row(run):
-    run.create(Config(), overwrite=False)
+    run.create(Config())
     rows = [{"epoch": 1, "train/loss": 0.1 + 0.2}, {"epoch": 2, "train/loss": float("inf")}]
     for row in rows:
         run.append_metrics(row)
@@ -182,7 +182,7 @@ class Unpicklable:
 
 
 def test_best_weights_that_cannot_be_written_leave_the_earlier_ones(run):
-    run.create(Config(), overwrite=False)
+    run.create(Config())
     network = torch.nn.Linear(2, 1)
     run.save_best(network, {"epoch": 1})
     with pytest.raises(MachineError, match="cannot be saved"):
@@ -193,7 +193,7 @@ def test_best_weights_that_cannot_be_written_leave_the_earlier_ones(run):
 
 
 def test_best_weights_are_contiguous_whatever_the_memory_format(run):
-    run.create(Config(), overwrite=False)
+    run.create(Config())
     network = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     run.save_best(network, {})
     weight = torch.load(run.best, weights_only=True)["weight"]
@@ -205,7 +205,7 @@ def test_best_weights_are_contiguous_whatever_the_memory_format(run):
 def test_model_json_says_what_a_reader_needs(photo_folder, run):
     photos = photo_folder({"train": {"ant": 2, "bée": 1}, "val": {"ant": 1}})
     dataset: Dataset = load_dataset(scan_dataset(photos, photos / "cache", 0.2))
-    run.create(Config(), overwrite=False)
+    run.create(Config())
     config = Config(arch="resnet34", image_size=96, resize=128)
     run.save_best(torch.nn.Linear(1, 1), describe_model(config, dataset, {"epoch": 4, "val/top1": 0.75}))
     model = json.loads((run.folder / "model.json").read_text(encoding="utf-8"))

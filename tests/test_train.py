@@ -61,15 +61,6 @@ def val_rows(run: Path) -> list[dict]:
     return [row for row in rows_of(run) if "val/loss" in row]
 
 
-@pytest.fixture(scope="module")
-def random_weights(tmp_path_factory) -> Path:
-    """A state_dict to start from, so that BatchNorm may be frozen."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(resnet18().state_dict(), file)
-    return file
-
-
 def real(name: str) -> str:
     if not os.environ.get(name):
         pytest.skip(f"needs {name}: the ants-and-bees photos and ResNet-18 weights of a user")
