@@ -12,8 +12,8 @@ import train
 
 import pytest
 import torch
-from test_loader import ENGINES
-from test_train import FROZEN, run_script, succeeded, val_rows
+from test_loader import ENGINES, HAS_DALI
+from test_train import FROZEN, ROOT, run_script, succeeded, val_rows
 
 BAD = ["train/a/03.jpg", "train/b/05.jpg", "train/b/06.jpg"]
 
@@ -88,21 +88,45 @@ def test_three_bad_photos_met_or_known_give_the_same_weights(dirty, tmp_path, ra
     assert_same_weights(tmp_path / "runs/met", tmp_path / "runs/known")
 
 
+RUNS_IN_ONE_LAUNCH = """
+import json, os, sys
+from pathlib import Path
+import train
+from pipelines.processes import start_processes
+state = start_processes()
+assert state.num_processes == 2
+for cut_off, flags in json.loads(Path(sys.argv[1]).read_text()):
+    state.wait_for_everyone()
+    for name in cut_off if state.is_main_process else []:
+        Path(name).write_bytes(Path(name).read_bytes()[:-400])
+    state.wait_for_everyone()
+    train.main(flags)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here, engine):
-    flags = settings(dirty, random_weights, tmp_path / "runs", engine)
-    assert run_here(train, *flags, "--run", "sound", "--max-steps", 1).returncode == 0
-    for name in BAD:
-        break_unseen(dirty / name)
-    met = run_script("train.py", *flags, "--run", "met", processes=2)
-    assert "processes: 2 on cpu" in succeeded(met)
-    assert [met.stderr.count(name) for name in BAD] == [1, 1, 1]
-    assert "3 met in the run" in met.stdout
-    for name in BAD:
-        break_openly(dirty / name)
-    assert "processes: 2 on cpu" in succeeded(run_script("train.py", *flags, "--run", "known", processes=2))
-    assert_same_weights(tmp_path / "runs/met", tmp_path / "runs/known")
+def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here):
+    """Runs that share one launch, since each costs ten seconds of imports."""
+    (tmp_path / "script.py").write_text(RUNS_IN_ONE_LAUNCH)
+    runs, plan = tmp_path / "runs", []
+    engines = ["torch", "dali"] if HAS_DALI else ["torch"]
+    for engine in engines:
+        root = tmp_path / engine
+        shutil.copytree(dirty, root)
+        flags = settings(root, random_weights, runs, engine)
+        assert run_here(train, *flags, "--run", f"sound-{engine}", "--max-steps", 1).returncode == 0
+        for name in BAD:
+            break_unseen(root / name)
+        plan += [([], [*flags, "--run", f"met-{engine}"])]
+        plan += [([str(root / name) for name in BAD], [*flags, "--run", f"known-{engine}"])]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    done = run_script(str(tmp_path / "script.py"), tmp_path / "plan.json", processes=2, PYTHONPATH=str(ROOT))
+    assert succeeded(done).count("processes: 2 on cpu") == 2 * len(engines)
+    assert done.stdout.count("3 met in the run") == len(engines)
+    for engine in engines:
+        said = [line for line in done.stderr.splitlines() if "left out" in line and f"/{engine}/train" in line]
+        assert sorted(Path(line.split(":")[1]).name for line in said) == ["03.jpg", "05.jpg", "06.jpg"], "each once"
+        assert_same_weights(runs / f"met-{engine}", runs / f"known-{engine}")
 
 
 @pytest.mark.slow

@@ -127,20 +127,18 @@ def test_the_rows_and_the_tutorials_three_lines(photos, tmp_path, run_here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [5, 1])
-def test_two_processes_train_as_one(photos, random_weights, tmp_path, run_here, batch_size):
-    """Same losses to float tolerance, BatchNorm frozen; 19 photos leave a short last step, and a step of 1 leaves one
-    process without a photo each time."""
-    settings = ["--data", photos, "--weights", random_weights, "--epochs", "2", "--batch-size", batch_size]
+def test_two_processes_train_as_one(photos, random_weights, tmp_path, run_here):
+    """The same losses to float tolerance, BatchNorm frozen. The last step has one place: one process has no photo."""
+    settings = ["--data", photos, "--weights", random_weights, "--epochs", "2", "--batch-size", 6]
     settings += [*FROZEN, "--runs", tmp_path, "--log-every", "1"]
     assert "processes: 1 on cpu" in succeeded(run_here(train, *settings, "--run", "p1"))
     assert "processes: 2 on cpu" in succeeded(run_script("train.py", *settings, "--run", "p2", processes=2))
     one, two = tmp_path / "p1", tmp_path / "p2"
-    assert len(train_rows(one)) == 2 * -(-19 // batch_size)
+    assert len(train_rows(one)) == 2 * 4
     for name in ("train/loss", "train/top1", "lr/head", "global_step"):
-        assert [row[name] for row in train_rows(two)] == pytest.approx([row[name] for row in train_rows(one)], rel=2e-3)
+        assert [row[name] for row in train_rows(two)] == pytest.approx([row[name] for row in train_rows(one)], rel=1e-3)
     assert [row["val/loss"] for row in val_rows(two)] == pytest.approx(
-        [row["val/loss"] for row in val_rows(one)], rel=2e-3
+        [row["val/loss"] for row in val_rows(one)], rel=1e-3
     )
 
     succeeded(run_here(evaluate, one, "--json", tmp_path / "1.json"))
@@ -190,14 +188,21 @@ def test_each_recipe_starts_on_the_real_photos(recipe, tmp_path, run_here):
 
 @pytest.mark.slow
 def test_bf16_and_the_launchers_config_file(photos, tmp_path):
-    settings = ["--data", photos, *SMALL, "--epochs", "1", "--runs", tmp_path]
-    said = succeeded(run_script("train.py", *settings, "--run", "bf16", precision="bf16"))
-    assert "precision bf16" in said
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_config.yaml"]
-    command += [ROOT / "train.py", *settings, "--run", "file"]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert "processes: 1 on" in succeeded(done)
+    launch = [
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_config.yaml",
+        "--mixed_precision",
+        "bf16",
+    ]
+    settings = ["--data", photos, *SMALL, "--epochs", "1", "--runs", tmp_path, "--run", "bf16"]
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, [*launch, ROOT / "train.py", *settings])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert re.search(r"processes: 1 on \w+, precision bf16", succeeded(done))
 
 
 @pytest.mark.slow
@@ -215,17 +220,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(photos, tmp_path, ru
 
 
 @pytest.mark.slow
-def test_a_mistake_is_said_once_however_many_processes_run(photos, tmp_path):
-    done = run_script("train.py", "--data", photos, *SMALL, "--batchsize", "3", "--runs", tmp_path, processes=2)
-    assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
-        line for line in done.stderr.splitlines() if "batch_size" in line
-    ]
-    assert done.stderr.count("error: ") == 1
+def test_a_mistake_is_said_once_however_many_processes_run(photos, tmp_path, run_here, monkeypatch):
     done = run_script("train.py", "--data", tmp_path / "nowhere", *SMALL, "--runs", tmp_path / "runs", processes=2)
+    assert done.returncode != 0
+    assert {f"local_rank: {rank}" for rank in (0, 1)} & set(re.findall(r"local_rank: \d", done.stderr))
     assert done.stderr.count("error: ") == 1
     assert "nowhere" in done.stderr
     assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("RANK", "1")
+    done = run_here(train, "--batchsize", "3")
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 @pytest.mark.parametrize(
