@@ -358,7 +358,7 @@ def _possible(key: str) -> str:
         if "enum" in part:
             words += part["enum"]
         elif "pattern" in part:
-            words.append("a name of at most 100 letters, digits, '.', '_', '-' that begins with no '.' or '-'")
+            words.append("a name of letters, digits, '.', '_' and '-', 100 at most, the first no '.' and no '-'")
         else:
             words.append(" ".join([kinds.get(part["type"], "null"), " and ".join(limits)]).strip())
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

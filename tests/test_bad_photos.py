@@ -69,6 +69,7 @@ def test_a_photo_that_fails_in_the_run_ends_it_with_its_name(dirty, tmp_path, ra
     assert done.returncode == 0, "a file that is gone before the scan is no photo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_three_bad_photos_met_or_known_give_the_same_weights(dirty, tmp_path, random_weights, run_here, engine):
     flags = settings(dirty, random_weights, tmp_path / "runs", engine)

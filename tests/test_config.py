@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config as config_module
-from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, flags_table, parse_config
+from pipelines.config import DEFAULT_RECIPE, GROUPS, SCHEMA, Config, dump_yaml, flags_table, parse_config
 from pipelines.errors import UserError
 
 import pytest
@@ -180,7 +180,7 @@ WRONG = [
     ("freeze", "null", "none, stem"),
     ("step_epochs", "0", "an integer >= 1"),
     ("runs", '""', "text"),
-    *[("run", name, "a name of at most 100 letters") for name in (".", "..", ".a", "-a", "a/b", "a b", "é", "a" * 101)],
+    *[("run", name, "a name of letters") for name in (".", "..", ".a", "-a", "a/b", "a b", "é", "a" * 101)],
 ]
 
 
@@ -416,6 +416,11 @@ def test_the_table_has_a_row_for_every_flag_below_its_group() -> None:
         rows = re.findall(r"^\| `--(\w+)` \| `([^|`]+)` \| ([^|]+) \|$", tables[group], re.MULTILINE)
         assert [key for key, _, _ in rows] == keys
     assert "| `--lr` | `0.01` | learning rate of the head [a finite number > 0] |" in tables["Optimizer"]
+
+
+def test_the_readme_has_the_table_of_flags() -> None:
+    """To renew it: python -c "from pipelines.config import flags_table; print(flags_table())"."""
+    assert flags_table().strip() in (DEFAULT_RECIPE.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_recipes_are_these() -> None:

@@ -98,6 +98,16 @@ def _mkdir_of_an_existing(mkdir: Callable, folder: Path) -> Callable:
     return lambda self, *args, **options: None if self == folder else mkdir(self, *args, **options)
 
 
+def test_no_room_for_the_index(photos, tmp_path, small_disk, run_here, monkeypatch):
+    disk = small_disk("size=4k")
+    (disk / "full").write_bytes(bytes(4096))
+    monkeypatch.setenv("DALITUNE_CACHE", str(disk))
+    done = run_here(train, *SMALL, "--data", photos, "--runs", tmp_path / "runs", "--max-steps", "1")
+    assert done.returncode == 3
+    assert "the index cannot be written" in one_error_line(done)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_read_only_runs_folder(photos, small_disk, run_here):
     disk = small_disk("size=1m")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -115,6 +125,7 @@ def test_nothing_is_written_to_the_data_folder(tmp_path, photo_folder, small_dis
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_into_one_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "r"
     holder = "import sys, time; from pathlib import Path; from pipelines.config import Config; "

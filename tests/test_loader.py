@@ -284,6 +284,38 @@ def test_auto_says_which_engine_and_why():
     assert choose_engine("torch", torch.device("cuda", 0)) == ("torch", "as asked")
 
 
+def test_dali_of_another_cuda_is_refused_before_it_crashes(monkeypatch):
+    """PyTorch's version is a stand-in: no GPU is needed to read two version numbers."""
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "11.8")
+    with pytest.raises(UserError, match=r"DALI is built for CUDA 1\d, PyTorch for CUDA 11: .*--loader torch"):
+        choose_engine("dali", gpu)
+    name, why = choose_engine("auto", gpu)
+    assert name == "torch"
+    assert "CUDA 11" in why
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_damaged_photos_neither_crash_nor_hang_an_engine(tmp_path, engine):
+    """60 JPEGs with bytes changed behind their header: what passes the scan is decoded, or named and left out."""
+    rng = np.random.default_rng(11)
+    for number in range(60):
+        photo = tmp_path / "train" / "ab"[number % 2] / f"{number:02}.jpg"
+        write_photo(photo, 60, 70, number)
+        data = bytearray(photo.read_bytes())
+        start = data.index(b"\xff\xda")
+        for at in rng.integers(start if number % 3 else 200, len(data) - 2, 1 + number % 5):
+            data[at] = rng.integers(256)
+        photo.write_bytes(data)
+    photos = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.1)).splits["train"]
+    loader = make_loader(photos, engine, batch_size=16, micro_batch=16, skip_bad_files=True)
+    seen = [index for step in loader.epoch(0) for batch in step.batches for index in batch.indices.tolist()]
+    loader.close()
+    assert sorted([*seen, *loader.bad, *np.flatnonzero(photos.faults)]) == list(range(len(photos)))
+    assert len(seen) > len(photos) // 2
+
+
 def test_the_gpu_graph_can_be_made_without_a_gpu():
     """DALI checks operators and arguments when the graph is made; only building it needs a driver."""
     pytest.importorskip("nvidia.dali", reason="needs DALI")

@@ -251,6 +251,7 @@ def test_a_mistake_costs_one_line_and_exit_code_2(arguments, named, photos, tmp_
     assert not (tmp_path / "runs").exists(), "nothing is left of a run that never started"
 
 
+@pytest.mark.slow
 def test_fp16_on_a_cpu_is_refused_in_one_line(photos, tmp_path):
     done = run_script(
         "train.py", "--data", photos, *SMALL, "--runs", tmp_path, launcher=False, ACCELERATE_MIXED_PRECISION="fp16"
