@@ -116,9 +116,11 @@ class Dataset:
                 lines.append(f"{printable(split.name)} has no photo of {_listed(absent)}")
         pairs = [f"{printable(train)} = {printable(val)}" for train, val in self.duplicates]
         faulty = [line for split in self.splits.values() for line in split.faulty_files()]
-        for title, items in (("photos of val are in train too", pairs), ("files cannot be used", faulty)):
-            more = [f"  and {len(items) - 10} more"] if len(items) > 10 else []
-            lines += [f"{len(items)} {title}:", *(f"  {item}" for item in items[:10]), *more] if items else []
+        if pairs:
+            more = [f"  and {len(pairs) - 10} more"] if len(pairs) > 10 else []
+            lines += [f"{len(pairs)} photos of val are in train too:", *(f"  {pair}" for pair in pairs[:10]), *more]
+        if faulty:  # each is named: it is left out
+            lines += [f"{len(faulty)} files cannot be used:", *(f"  {file}" for file in faulty)]
         return lines
 
 
@@ -211,8 +213,9 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
             raise UserError(f"{root}: no split {name!r}; it has {_listed(list(dataset.splits))}; {_WANTED}")
     bad = [line for name in splits for line in dataset.splits[name].faulty_files()]
     if bad and not skip_bad_files:
-        first = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
-        raise UserError(f"{root}: {len(bad)} files cannot be used: {first}. Mend them, or add --skip-bad-files")
+        first = "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else "")
+        advice = "Mend them, or add --skip-bad-files, which names each and leaves it out"
+        raise UserError(f"{root}: {len(bad)} files cannot be used: {first}. {advice}")
     counts = {name: dataset.splits[name].class_counts() for name in splits}
     present = {name: {label for label, count in counts[name].items() if count} for name in splits}
     train = present.get("train")

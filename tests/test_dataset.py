@@ -649,8 +649,7 @@ def test_faulty_files_stop_a_run_unless_they_may_be_left_out(tmp_path: Path) -> 
     report = dataset.report()
     assert "train: 4 photos, 2 classes: a 2, b 2" in report
     assert "12 files cannot be used:" in report
-    assert sum("(empty file)" in line for line in report) == 10
-    assert report[-1] == "  and 2 more"
+    assert sum("(empty file)" in line for line in report) == 12, "each is named"
     for photo in (root / "train" / "b").iterdir():
         photo.write_bytes(b"")
     with pytest.raises(UserError, match="one class only"):
