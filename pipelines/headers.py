@@ -1,4 +1,4 @@
-"""The only judge of a file, for both engines: its header, its size and its end. Nothing is decoded."""
+"""The only judge of a file, for both engines: its header, its size, its structure and its end. Nothing is decoded."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 FAULTS: tuple[str, ...] = (
     *("", "missing", "cannot be read", "not a regular file", "empty file", "not an image of a known format"),
-    *("broken header", "truncated", "too many pixels"),
+    *("broken header", "truncated", "too many pixels", "damaged"),
 )
 MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
 _EDGE = 4096  # bytes read at a file's start and at its end
@@ -20,6 +20,11 @@ _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
     rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)",
     re.DOTALL,
 )
+# In a JPEG's coded data 0xff is followed by 0 or is a restart marker; any other marker ends it (ITU-T T.81, B.1).
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_END, _SCAN = 0xD9, 0xDA
+# Between the scans of a picture: Huffman and quantisation tables, number of lines, restart interval, comments, APPn.
+_SEGMENTS = {0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 
 
 def judge(path: bytes) -> tuple[str, tuple[int, int], int]:
@@ -66,20 +71,43 @@ def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> 
         width, height = photo.tag_v2[256], photo.tag_v2[257]
     if width * height > MAX_PIXELS:
         return "too many pixels", (0, 0)
-    if not _is_whole(file, kind, photo, tail, byte_size):
-        return "truncated", (0, 0)
+    if fault := _fault_of_body(file, kind, photo, tail, byte_size):
+        return fault, (0, 0)
     if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
         photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
     return "", (width, height) if exif_orientation(photo) >= 5 else (height, width)
 
 
+def _fault_of_body(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> str:
+    """What is wrong behind the header; bytes behind the picture's end do no harm."""
+    if kind == "JPEG":
+        return _fault_of_scans(file.read())  # from the first scan on, where Pillow stopped
+    return "" if _is_whole(file, kind, photo, tail, byte_size) else "truncated"
+
+
+def _fault_of_scans(data: bytes) -> str:
+    """Walks over a JPEG from its first scan's data to its end marker.
+
+    Every decoder gives up at a marker that has no business there, but only where it comes by: DALI, which decodes a
+    window, takes a photo with one crop that it refuses with another. In all other damage decoders see a photo.
+    """
+    at = 0
+    while marker := _MARKER.search(data, at):
+        while marker and marker[1][0] in _SEGMENTS:
+            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+            marker = _MARKER.match(data, at)
+        if marker and marker[1][0] == _END:
+            return ""
+        if not marker or marker[1][0] != _SCAN:
+            return "damaged" if at + 1 < len(data) else "truncated"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return "truncated"
+
+
 def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> bool:
-    """Whether the file reaches the end of its picture; bytes behind that do no harm."""
+    """Whether a file that is no JPEG reaches the end of its picture."""
     tile = photo.tile[0] if photo.tile else None
     end = 0
-    if kind == "JPEG":
-        # From the start of scan, where Pillow stopped: a thumbnail before it has an end marker of its own.
-        return tile is not None and _holds(file, b"\xff\xd9", tail, byte_size)
     if kind == "PNG":
         return _holds(file, b"IEND\xaeB`\x82", tail, byte_size)
     if isinstance(photo, TiffImageFile):

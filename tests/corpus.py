@@ -181,8 +181,10 @@ def _faulty() -> dict[str, Specimen]:
         "bomb.ppm": b"P6\n%d %d\n255\n" % (side, side) + b"\0" * 1000,
         "bomb, barely.png": png(struct.pack(">IIBBBBB", MAX_PIXELS // 2 + 1, 2, 8, 0, 0, 0, 0), b""),
     }
+    coded = jpeg.index(b"\xff\xda") + 20
     kinds = {
         "truncated": cut,
+        "damaged": {"stray marker.jpg": jpeg[:coded] + b"\xff\x3c" + jpeg[coded + 2 :]},
         "empty file": {"empty.jpg": b"", "empty.png": b""},
         "not an image of a known format": no_image,
         "broken header": broken,

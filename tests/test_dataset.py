@@ -309,6 +309,17 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photo(tmp_path: Path) -> N
     assert judge(tmp_path, photo + b"\0" * 9000) == ("", (200, 200))
 
 
+@pytest.mark.parametrize("name", [name for name in SOUND if name.endswith("jpeg")])
+def test_a_marker_among_the_pixels_of_a_jpeg_is_damage(tmp_path: Path, name: str) -> None:
+    content = SOUND[name]
+    at = content.rindex(b"\xff\xda") + 20
+    for marker, reason in ((b"\xff\x3c", "damaged"), (b"\xff\xc0", "damaged"), (b"\xff\xd3", ""), (b"\xff\x00", "")):
+        assert judge(tmp_path, content[:at] + marker + content[at + 2 :])[0] == reason
+    comment = b"\xff\xfe\x00\x08" + b"\xff\x3c\xff\xd9\xff\x01"
+    assert judge(tmp_path, content[:-2] + comment + content[-2:]) == ("", (20, 30))
+    assert judge(tmp_path, content[:-2] + comment[:4] + b"\xff\xff" + content[-2:])[0] == "truncated"
+
+
 def test_what_is_no_photo_is_named(tmp_path: Path) -> None:
     assert judge(tmp_path, b"") == ("empty file", (0, 0))
     for content in (encoded("GIF"), b"<html>", b"\0\0\0\x20ftypheic" + b"\0" * 100, b"\xff\xd8", b"RIFF\x10\0\0\0WAVE"):
