@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,25 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from pipelines import figures
+from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import check_dataset, map_labels, printable
-from pipelines.errors import MachineError, UserError
-from pipelines.evaluation import FeatureCache, loss_and_top1, predict, share_bad_photos, wilson_interval
+from pipelines.errors import MachineError, Stopped, UserError
+from pipelines.evaluation import (
+    EvaluationStopped,
+    FeatureCache,
+    loss_and_top1,
+    predict,
+    share_bad_photos,
+    wilson_interval,
+)
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
+from pipelines.memory import micro_batch_of
 from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, parameter_counts, read_weights
 from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
 from pipelines.processes import (
     ending_of,
+    launcher_hints,
     main_first,
     main_then_others,
     open_dataset,
@@ -43,8 +54,9 @@ from pipelines.processes import (
     start_accelerator,
     start_processes,
 )
-from pipelines.progress import DivergenceWatch, EpochTable, Interval
-from pipelines.runs import RunFolder, describe_model, new_run_name
+from pipelines.progress import EpochTable, Interval, StepWatch
+from pipelines.runs import RunFolder, describe_model, new_run_name, versions
+from pipelines.stopping import StopRequest
 from pipelines.tracking import Tracking, tracker_names
 
 import torch
@@ -63,6 +75,9 @@ def main(arguments: list[str]) -> None:
     main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
     classes = dataset.splits["train"].classes
     weights = main_then_others(state, partial(read_weights, config))
+    if config.prepare:
+        main_first(state, lambda: print(*dataset.report(), f"weights: {weights.source}", "prepared", sep="\n"))
+        return
     if config.batchnorm == "sync" and state.device.type != "cuda":
         raise UserError("batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: give train or frozen")
     engine, reason = choose_engine(config.loader, state.device)
@@ -70,27 +85,41 @@ def main(arguments: list[str]) -> None:
 
     name = config.run or main_first(state, lambda: new_run_name(recipe))
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
-    if main_first(state, partial(run.is_finished, config)):
+    beginning = main_first(state, partial(run.beginning, config))
+    if beginning == "finished":
         accelerator.print(f"{run.folder} is finished: nothing to do (--overwrite starts it anew)")
         return
+    checkpoints = Checkpoints(run, dataset, accelerator)
+    saved = checkpoints.newest() if beginning == "resumed" else None
 
     # Model, optimizer, loaders. The loaders are not prepared by Accelerate: the plan shards.
     network = build_model(config, weights, classes).to(accelerator.device)
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     model = torch.compile(model) if config.compile else model
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
-    training = train_loader(config, photos["train"], labels["train"], state, engine)
+    micro_batch = micro_batch_of(config, model, network, accelerator)
+    training = train_loader(config, photos["train"], labels["train"], state, engine, micro_batch)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
     features = FeatureCache() if network.backbone_is_fixed else None
     steps_per_epoch = training.steps_per_epoch
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
 
-    best: dict[str, Any] = {"epoch": 0, "val/top1": -1.0}
+    # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
+    at = Progress()
     table = EpochTable(visible=state.is_main_process, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
-    watch, interval, whole_epoch = DivergenceWatch(), Interval(accelerator.device), Interval(accelerator.device)
-    epoch = global_step = skipped_steps = 0
-    main_first(state, partial(run.create, config))
+    watch, interval, whole_epoch = StepWatch(), Interval(accelerator.device), Interval(accelerator.device)
+    stop = StopRequest(run.stop_file if state.is_main_process else None)
+    clock = CheckpointClock(config.checkpoint_minutes)
+    main_first(state, partial(run.create, config, resumed=beginning == "resumed"))
     try:
+        if saved:
+            checkpoints.load(saved, network, optimizer)
+            at = Progress(saved["epoch"], saved["global_step"], saved["skipped_steps"], saved["best"])
+            interval.restore(saved["interval"])
+            whole_epoch.restore(saved["whole_epoch"])
+            watch.not_finite_in_a_row = saved["not_finite_in_a_row"]
+            training.bad, validation.bad = set(saved["bad"]["train"]), set(saved["bad"]["val"])
+        main_first(state, partial(run.cut_metrics, saved["metrics_bytes"] if saved else 0))
         facts = {"world_size": accelerator.num_processes, "precision": accelerator.mixed_precision, "engine": engine}
         tracking = Tracking(accelerator, config, run.folder, {**asdict(config), **facts, "data": dataset.fingerprint})
         all_parameters, trained_parameters = parameter_counts(network)
@@ -100,66 +129,101 @@ def main(arguments: list[str]) -> None:
             f"weights: {weights.source}; {all_parameters:,} parameters, {trained_parameters:,} of them trained; "
             f"BatchNorm {network.batchnorm}",
             f"processes: {facts['world_size']} on {accelerator.device.type}, precision {facts['precision']}",
-            f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all",
+            *launcher_hints(accelerator),
+            f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
+            f"{micro_batch} photos at a time on a process",
             f"run: {run.folder}",
+            *_how_it_goes_on(beginning, saved, facts["world_size"]),
             sep="\n",
             flush=True,
         )
         if network.batchnorm == "train" and (accelerator.num_processes > 1 or config.max_batch_per_device):
             accelerator.print("batchnorm: train: each micro-batch of a process is normalised by itself")
 
-        # The loop: update, log, evaluate, keep the best.
-        while global_step < last_step:
-            epoch += 1
+        def save() -> None:
+            share_bad_photos(training)
+            sums = {"interval": interval, "whole_epoch": whole_epoch}
+            content = asdict(at) | {name: each.state(training.wait_seconds) for name, each in sums.items()}
+            content |= {"bad": {"train": sorted(training.bad), "val": sorted(validation.bad)}}
+            checkpoints.save(network, optimizer, content | {"not_finite_in_a_row": watch.not_finite_in_a_row})
+            clock.start()
+            watch.save = False
+
+        def stop_if_asked() -> None:
+            if watch.stop:
+                stop.tell()
+                save()
+                raise Stopped(
+                    f"stopped at step {at.global_step} by {stop.why()}: --run {name} with the same settings goes on"
+                )
+
+        # The loop: update, log, save, evaluate, keep the best.
+        run.write_status("running", epoch=at.epoch, global_step=at.global_step)
+        rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, max(0, at.global_step - 1)))
+        stop.listen()
+        while at.epoch < -(-last_step // steps_per_epoch):
+            epoch, start_step = at.epoch + 1, at.global_step - at.epoch * steps_per_epoch
             network.train()
-            table.start_epoch(epoch)
-            interval.start(training.wait_seconds)
-            whole_epoch.start(training.wait_seconds)
-            for step in training.epoch(epoch - 1):
-                rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, global_step))
-                sums, batch = update(model, network, optimizer, step, training, accelerator, config)
-                if global_step == 0 and state.is_main_process:
+            table.start_epoch(epoch, start_step)
+            if start_step == 0:
+                interval.start(training.wait_seconds)
+                whole_epoch.start(training.wait_seconds)
+            for step in islice(training.epoch(epoch - 1, start_step), last_step - at.global_step):
+                rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, at.global_step))
+                wishes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
+                sums, batch = update(model, network, optimizer, step, wishes, training, accelerator, config)
+                if at.global_step == 0 and state.is_main_process:
                     _draw(partial(_save_train_batch, run, batch, classes))
-                global_step += 1
-                skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
+                at.global_step += 1
+                at.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
                 interval.add(sums)
                 whole_epoch.add(sums)
-                watch.add(sums, partial(_where, global_step, rates, batch.indices[:3].tolist(), training))
+                watch.add(sums, partial(_where, at.global_step, rates, batch.indices[:3].tolist(), training))
                 table.step()
-                epoch_ends = global_step % steps_per_epoch == 0 or global_step == last_step
-                if epoch_ends or global_step % config.log_every == 0:
-                    row = {"epoch": epoch, "global_step": global_step} | rates | interval.row(training.wait_seconds)
+                epoch_ends = at.global_step % steps_per_epoch == 0 or at.global_step == last_step
+                if epoch_ends or at.global_step % config.log_every == 0:
+                    row = {"epoch": epoch, "global_step": at.global_step} | rates
+                    row |= interval.row(training.wait_seconds)
                     if accelerator.mixed_precision == "fp16":
-                        row["perf/skipped_steps"] = skipped_steps
+                        row["perf/skipped_steps"] = at.skipped_steps
                     interval.start(training.wait_seconds)
                     table.training_row(row, epoch_ends=epoch_ends)
                     run.append_metrics(row)
                     tracking.log(row)
-                if epoch_ends:
-                    break
+                stop_if_asked()
+                if watch.save and not epoch_ends:
+                    save()
             watch.check()
+            stop_if_asked()
             summary = rates | whole_epoch.row(training.wait_seconds)
 
             share_bad_photos(training)
             average_batchnorm_statistics(network, accelerator.num_processes)
-            records = predict(network, validation, accelerator, features)
+            try:
+                records = predict(network, validation, accelerator, features, stop.is_made_anywhere)
+            except EvaluationStopped:
+                watch.stop = True
+                stop_if_asked()
             loss, top1, correct = loss_and_top1(records)
-            row = {"epoch": epoch, "global_step": global_step, "val/loss": loss, "val/top1": top1}
+            row = {"epoch": epoch, "global_step": at.global_step, "val/loss": loss, "val/top1": top1}
             run.append_metrics(row)
             tracking.log(row)
-            if top1 > best["val/top1"] and math.isfinite(loss):  # a tie keeps the earlier
-                best = row | {"correct": correct, "count": len(records)}
-                run.save_best(network.network, describe_model(config, dataset, best))
-            run.write_status("running", epoch=epoch, global_step=global_step)
-            table.end_epoch(epoch, summary | row, best=best["val/top1"])
-        if not best["epoch"]:
+            if top1 > at.best["val/top1"] and math.isfinite(loss):  # a tie keeps the earlier
+                at.best = row | {"correct": correct, "count": len(records)}
+                run.save_best(network.network, describe_model(config, dataset, at.best))
+            at.epoch = epoch
+            run.write_status("running", epoch=epoch, global_step=at.global_step)
+            table.end_epoch(epoch, summary | row, best=at.best["val/top1"])
+            save()
+        if not at.best["epoch"]:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr")
 
         # What is left: curves, the best weights, and what to type next.
         if state.is_main_process:
             _draw(partial(figures.save_curves, run.figures / "curves.png", run.read_metrics(), title=name))
+            best = at.best
             tracking.finish({"best/val_top1": best["val/top1"], "best/epoch": best["epoch"]})
-            run.write_status("finished", "", 0, epoch, global_step)
+            run.write_status("finished", "", 0, at.epoch, at.global_step)
             low, high = wilson_interval(best["correct"], best["count"])
             known = sum(int((loader.split.faults > 0).sum()) for loader in (training, validation))
             met = len(training.bad) + len(validation.bad)
@@ -175,14 +239,20 @@ def main(arguments: list[str]) -> None:
             )
     except BaseException as error:
         ending = ending_of(error)
+        is_stop = ending.exit_code == Stopped.exit_code
         with suppress(MachineError):  # on a full disk; what ended the run is what is to be told
-            run.write_status("failed", ending.line, ending.exit_code, epoch, global_step)
+            run.write_status(
+                "stopped" if is_stop else "failed", ending.line, ending.exit_code, at.epoch, at.global_step
+            )
+        if is_stop and state.is_main_process:
+            run.stop_file.unlink(missing_ok=True)  # it has been answered
         raise
     finally:
         table.close()
         training.close()
         validation.close()
         run.close()
+        stop.close()
 
 
 def update(
@@ -190,18 +260,20 @@ def update(
     network: TransferModel,
     optimizer: torch.optim.Optimizer,
     step: Step,
+    wishes: tuple[bool, bool],
     loader: Loader,
     accelerator: Accelerator,
     config: Config,
 ) -> tuple[torch.Tensor, Batch]:
     """One optimizer update from one global batch.
 
-    Returns float32 [3] over all processes: summed loss, correct answers, photos; and this process's first micro-batch.
+    wishes: whether this process wants to stop, to save. Returns float32 [5], sums over all processes: loss, correct
+    answers, photos, wishes to stop, to save; and this process's first micro-batch.
     The loss is the sum over this process's photos divided by the global number of places. DDP takes the mean of the
     processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
     """
     optimizer.zero_grad()
-    sums = torch.zeros(3, device=accelerator.device)
+    sums = torch.tensor([0.0, 0, 0, *wishes], device=accelerator.device)
     for number in range(step.rounds):
         # A process without a share takes part with a batch of no photos, as the others wait for its gradients.
         batch = next(step.batches, None) or loader.empty_batch()
@@ -215,11 +287,24 @@ def update(
             )
             accelerator.backward(losses * (accelerator.num_processes / step.places))
         correct = (logits.argmax(dim=1) == batch.labels).sum()
-        sums += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])
+        sums[:3] += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])
     if config.clip_grad_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
     optimizer.step()
     return accelerator.reduce(sums, "sum"), first_batch
+
+
+def _how_it_goes_on(beginning: str, saved: dict[str, Any] | None, world_size: int) -> list[str]:
+    if beginning == "new":
+        return []
+    if saved is None:
+        return ["resumed: there is no checkpoint yet, so it begins at step 0"]
+    lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}"]
+    if saved["world_size"] != world_size:
+        lines.append(f"the checkpoint is of {saved['world_size']} processes: the same photos, sums in another order")
+    if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
+        lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
+    return lines
 
 
 def _draw(save_picture: Callable[[], None]) -> None:

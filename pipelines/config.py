@@ -53,11 +53,15 @@ class Config:
     """the folder that holds all runs"""
     overwrite: bool = False
     """start anew where a run of this name exists"""
+    prepare: bool = False
+    """fetch photos and weights, scan the photos, and end: for compute nodes without a network"""
     # 32 bits, so that a seed with something added to it still fits every generator's 64.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """decides order, crops, flips and the head's first weights"""
     deterministic: bool = False
     """ask PyTorch for the same bits every time, at some cost in speed"""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10
+    """minutes from one checkpoint to the next; one is written at every epoch's end as well"""
 
     data: Text | None = None
     """the photos: a folder ROOT/SPLIT/CLASS/*, a CSV path,label[,split] or `shapes`, a folder that is drawn here; null:
@@ -105,8 +109,8 @@ class Config:
     """end the run after this many steps, in the regular way"""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """photos of a step, over all processes together"""
-    max_batch_per_device: Annotated[int | None, Field(ge=1)] = None
-    """a process's larger share of a step is split into micro-batches of this size"""
+    max_batch_per_device: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
+    """a process's larger share of a step is split into micro-batches of this size; auto: what fits on the GPU"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the target that is spread over all classes"""
     clip_grad_norm: Annotated[float | None, Field(gt=0)] = None
@@ -161,7 +165,7 @@ class Config:
 SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["properties"]
 
 GROUPS = {
-    "Run": ["run", "runs", "overwrite", "seed", "deterministic"],
+    "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
     "Data": ["data", "val_fraction", "skip_bad_files"],
     "Images": ["image_size", "resize", "crop_scale_min", "flip_probability"],
     "Loader": ["loader", "loader_threads", "prefetch"],

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends badly, each with its exit code."""
+"""The ways in which a run ends before its end, each with its exit code."""
 
 
 class _Ending(Exception):
@@ -20,3 +20,9 @@ class MachineError(_Ending):
     """A failure of the machine or of something that it reaches: disk, network, another process."""
 
     exit_code = 3
+
+
+class Stopped(_Ending):
+    """A stop on request: all is saved, and the same command goes on from there (75 is EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75

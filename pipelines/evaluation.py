@@ -1,7 +1,7 @@
 """Exact evaluation: every photo counts once, on any number of processes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -36,6 +36,10 @@ class FeatureCache:
     complete: bool = False
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was broken off on request, on all processes."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What an evaluation says.
@@ -57,20 +61,31 @@ class Scores:
 
 
 def predict(
-    model: TransferModel, loader: Loader, accelerator: Accelerator, cache: FeatureCache | None = None
+    model: TransferModel,
+    loader: Loader,
+    accelerator: Accelerator,
+    cache: FeatureCache | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Records (see _RECORD) of every readable photo of the loader's split, by index; the same array on all processes.
 
     model: unwrapped; it is left in eval mode. cache: given for a model with a fixed backbone, filled on the first call.
+    stop: asked before each batch. Where it says yes on any process, EvaluationStopped is raised on all.
     """
     model.eval()
     columns: list[tuple[torch.Tensor, ...]] = []
+    stopped = False
     with torch.inference_mode():
         for hidden, labels, indices in _hidden(model, loader, accelerator, cache):
+            if stopped := stop():
+                break
             with accelerator.autocast():
                 logits = model(hidden)
             columns.append((indices, labels, *_outcomes(logits.float(), labels)))
-    gathered = np.concatenate(gather_object([_records(columns)]))
+    parts = gather_object([(_records(columns), stopped)])
+    if any(stopped for _, stopped in parts):
+        raise EvaluationStopped
+    gathered = np.concatenate([records for records, _ in parts])
     gathered = gathered[np.argsort(gathered["index"], kind="stable")]
     share_bad_photos(loader)
     expected = np.setdiff1d(np.flatnonzero(loader.split.faults == 0), sorted(loader.bad))

@@ -229,8 +229,13 @@ def _dali_misfit() -> str | None:
     return None if dali == ours else f"DALI is built for CUDA {dali}, PyTorch for CUDA {ours}"
 
 
-def train_loader(config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str) -> Loader:
-    """Planned random crops and flips of `split`, `config.batch_size` places a step over all processes."""
+def train_loader(
+    config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str, micro_batch: int
+) -> Loader:
+    """Planned random crops and flips of `split`, `config.batch_size` places a step over all processes.
+
+    micro_batch: the most photos of one batch on one process.
+    """
     plan = TrainPlan(
         split.sizes,
         seed=config.seed,
@@ -238,8 +243,6 @@ def train_loader(config: Config, split: Split, labels: np.ndarray, state: Partia
         crop_scale_min=config.crop_scale_min,
         flip_probability=config.flip_probability,
     )
-    largest_share = -(-config.batch_size // state.num_processes)
-    micro_batch = min(largest_share, config.max_batch_per_device or largest_share)
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch)
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
-from pipelines.errors import MachineError, UserError
+from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.photos import cache_folder, locate
 
 import torch
@@ -168,78 +168,80 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None)
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ends badly: one line, the exit code, and whether another process has said the line."""
+    """How a run ends before its end: one line and the exit code.
+
+    is_said: another process has said the line. needs_trace: the line does not say all, as with an error of our own.
+    """
 
     line: str
     exit_code: int
     is_said: bool = False
+    needs_trace: bool = False
 
 
 class Terminated(BaseException):
-    """SIGTERM: the launcher ends this process, most often because another one has failed."""
+    """SIGTERM outside the training loop; the launcher sends it, too, when another process has failed."""
 
 
 def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs a script's main function and turns its errors into one line on stderr and the exit code of the design."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = signal.signal(signal.SIGTERM, _terminate)
+    numbers = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    before = {number: signal.signal(number, _terminate) for number in numbers}
     try:
         script(arguments)
     except SystemExit:
         raise
     except BaseException as error:
         ending = ending_of(error)
-        is_alone = getattr(error, "on_one_process", False)
+        is_alone = getattr(error, "on_one_process", False) or isinstance(error, torch.OutOfMemoryError)
         if is_alone and dist.is_initialized():
             _default_store().set(_FAILED, json.dumps([ending.line, ending.exit_code]))
-        if not is_known(error):
+        if ending.needs_trace:
             traceback.print_exc()
         elif (speaks() or is_alone) and not ending.is_said:
-            label = "" if isinstance(error, KeyboardInterrupt) else "error: "
+            label = "" if isinstance(error, (KeyboardInterrupt, Stopped, Terminated)) else "error: "
             print(f"{label}{ending.line}", file=sys.stderr, flush=True)
-        return ending.exit_code
+        # A launcher of several processes takes any code but 0 for a failure, and prints its trace.
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return 0 if ending.exit_code == Stopped.exit_code and several else ending.exit_code
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 
 def ending_of(error: BaseException) -> Ending:
     """The line and the exit code for what ended a run: the same for stderr, for the exit and for status.json."""
-    if isinstance(error, (UserError, MachineError)):
+    if not hasattr(error, "ending"):  # the store is asked once
+        error.ending = _ending_of(error)  # type: ignore[attr-defined]
+    return error.ending  # type: ignore[attr-defined]
+
+
+def _ending_of(error: BaseException) -> Ending:
+    if isinstance(error, (UserError, MachineError, Stopped)):
         return Ending(str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         return Ending("interrupted", 130)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return Ending(f"{error.filename or 'disk'}: {error.strerror}", MachineError.exit_code)
     if isinstance(error, torch.OutOfMemoryError):
-        line = "the GPU's memory is full: split the batch with --max-batch-per-device, or --eval-batch-per-device"
+        line = "the GPU's memory is full: add --max-batch-per-device auto, or lower --eval-batch-per-device"
         return Ending(line, MachineError.exit_code)
-    if isinstance(error, Terminated) or _has_lost_a_process(error):
-        return _failure_of_another_process() or Ending(
-            "ended by SIGTERM"
-            if isinstance(error, Terminated)
-            else "another process has ended; its own message says why",
-            MachineError.exit_code,
-        )
-    return Ending(repr(error), MachineError.exit_code)
-
-
-def is_known(error: BaseException) -> bool:
-    """Whether a line says all; of any other error the trace is worth reading."""
-    known = (UserError, MachineError, KeyboardInterrupt, Terminated, torch.OutOfMemoryError)
-    on_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-    return isinstance(error, known) or on_disk or _has_lost_a_process(error)
+    if isinstance(error, Terminated):
+        asked = Ending("stopped on request outside the training loop: the same command begins again", Stopped.exit_code)
+        return _failure_of_another_process() or asked
+    if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+        lost = Ending("another process has ended; its own message says why", MachineError.exit_code)
+        return _failure_of_another_process() or lost
+    return Ending(repr(error), MachineError.exit_code, needs_trace=True)
 
 
 def _terminate(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, and the ending must not be cut off
     raise Terminated
-
-
-def _has_lost_a_process(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
 
 
 def _failure_of_another_process() -> Ending | None:
@@ -261,3 +263,17 @@ def _default_store() -> dist.Store:
 
 def _cpu_is_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+
+
+def launcher_hints(accelerator: Accelerator) -> list[str]:
+    """Lines on what the launcher leaves unused of this machine, each with the flag to add; [] where it uses all."""
+    hints = []
+    if accelerator.device.type == "cuda":
+        gpus, used = torch.cuda.device_count(), local_world_size()
+        if gpus > used:
+            hints.append(
+                f"{gpus} GPUs here, {used} used: accelerate launch --multi_gpu --num_processes {gpus} uses all"
+            )
+        if accelerator.mixed_precision == "no" and torch.cuda.is_bf16_supported(including_emulation=False):
+            hints.append("this GPU is faster in bf16: accelerate launch --mixed_precision bf16")
+    return hints

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from pipelines.errors import UserError
 
@@ -32,8 +33,18 @@ class Interval:
         self._started, self._waited_before = time.perf_counter(), wait_seconds
 
     def add(self, sums: torch.Tensor) -> None:
-        """sums: float [3], of one step over all processes: summed loss, correct answers, photos."""
-        self._sums += sums
+        """sums: float [3 or more], of one step over all processes: summed loss, correct answers, photos, ..."""
+        self._sums += sums[:3]
+
+    def state(self, wait_seconds: float) -> dict[str, Any]:
+        """What `restore` needs to go on with this interval in another life of the run; JSON."""
+        seconds = time.perf_counter() - self._started
+        return {"sums": self._sums.tolist(), "seconds": seconds, "waited": wait_seconds - self._waited_before}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on with an interval, with a loader that has not waited yet."""
+        self._sums.copy_(torch.tensor(state["sums"], dtype=self._sums.dtype))
+        self._started, self._waited_before = time.perf_counter() - state["seconds"], -state["waited"]
 
     def row(self, wait_seconds: float) -> dict[str, float]:
         """The interval's means and rates, under the names of metrics.jsonl."""
@@ -47,18 +58,23 @@ class Interval:
         }
 
 
-class DivergenceWatch:
-    """Ends a run whose loss is not finite for three updates in a row, without waiting for the GPU at each step.
+class StepWatch:
+    """Looks at every step's sums without waiting for the GPU: they are copied in the background and read a step later.
 
-    Each step's loss is copied to the CPU in the background and looked at a step later.
+    Ends a run whose loss is not finite for three updates in a row. stop, save: whether a process has asked, in a step
+    that was looked at, for a stop or for a checkpoint. All processes look at the same steps, so they agree.
     """
 
     def __init__(self) -> None:
+        self.stop = self.save = False
+        self.not_finite_in_a_row = 0
         self._copies: deque[tuple[torch.Tensor, torch.cuda.Event | None, Callable[[], str]]] = deque()
-        self._in_a_row = 0
 
     def add(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
-        """sums: as for `Interval.add`, the same on all processes. where: names step, lr and photos, for the message."""
+        """sums: float [5], of one step over all processes: loss, correct answers, photos, wishes to stop and to save.
+
+        where: names step, lr and photos, for the message.
+        """
         if sums.device.type == "cuda":
             copy, event = torch.empty_like(sums, device="cpu", pin_memory=True), torch.cuda.Event()
             copy.copy_(sums, non_blocking=True)
@@ -74,8 +90,10 @@ class DivergenceWatch:
             copy, event, where = self._copies.popleft()
             if event is not None:
                 event.synchronize()
-            self._in_a_row = 0 if math.isfinite(float(copy[0])) else self._in_a_row + 1
-            if self._in_a_row == _DIVERGED_AFTER:
+            loss, _, _, stop, save = copy.tolist()
+            self.stop, self.save = self.stop or stop > 0, self.save or save > 0
+            self.not_finite_in_a_row = 0 if math.isfinite(loss) else self.not_finite_in_a_row + 1
+            if self.not_finite_in_a_row == _DIVERGED_AFTER:
                 raise UserError(
                     f"the loss was not finite in {_DIVERGED_AFTER} updates in a row, last at {where()}: lower --lr, "
                     "add --warmup-epochs or --clip-grad-norm; earlier best weights, if any, are kept"
@@ -96,12 +114,13 @@ class EpochTable:
         if self._bar is not None:
             self._bar.close()
 
-    def start_epoch(self, epoch: int) -> None:
-        """epoch: 1 is the first. Shows a bar where there is a terminal."""
+    def start_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """epoch: 1 is the first. start_step: steps of it that are done. Shows a bar where there is a terminal."""
         if self._visible and self._bar is None:
             print(f"{'epoch':>{self._width}}  {_HEADER}", flush=True)
         self._bar = tqdm(
             total=self._steps_per_epoch,
+            initial=start_step,
             desc=f"epoch {epoch}/{self._epochs}",
             unit="step",
             leave=False,

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 _OWN_FILES = ("config.yaml", "status.json")
 # Settings that do not change what is learned.
 _MAY_CHANGE = {
-    *("run", "runs", "overwrite", "epochs", "tracker", "project", "log_every"),
+    *("run", "runs", "overwrite", "prepare", "epochs", "tracker", "project", "checkpoint_minutes"),
     *("loader", "loader_threads", "prefetch", "eval_batch_per_device"),
 }
 _LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow", "nvidia-dali-cuda130")
@@ -54,6 +54,7 @@ class RunFolder:
         self.best = folder / "best.pt"
         self.figures = folder / "figures"
         self.metrics = folder / "metrics.jsonl"
+        self.stop_file = folder / "STOP"
 
     def status(self) -> dict[str, Any]:
         """The content of status.json; {} where the run never started."""
@@ -63,51 +64,55 @@ class RunFolder:
         except ValueError:  # damaged: as if it had never started
             return {}
 
-    def is_finished(self, config: Config) -> bool:
-        """True if the run is finished already. UserError where a run with other settings, or an unfinished one, is."""
+    def beginning(self, config: Config) -> str:
+        """How a run of this name begins: "new", "resumed", or "finished" where nothing is left to do.
+
+        UserError where a run with other settings is there.
+        """
         state = self.status().get("state")
-        if config.overwrite or not self.folder.exists():
-            return False
-        if changed := self._changed_settings(config):
+        # A job that Slurm has requeued comes with the flags of its first life, in which --overwrite has done its work.
+        overwrite = config.overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+        if overwrite or not self.folder.exists():
+            return "new"
+        before = self._config_before()
+        changed = [key for key, value in before.items() if key not in _MAY_CHANGE and value != asdict(config)[key]]
+        if changed:
             raise UserError(
                 f"run: {self.folder} was started with other settings ({', '.join(changed)}): give another --run name, "
                 "or start it anew with --overwrite"
             )
-        if state == "finished":
-            return True
-        raise UserError(
-            f"run: {self.folder} is there and not finished ({state or 'no status.json'}); resuming is not built yet: "
-            "give another --run name, or start it anew with --overwrite"
-        )
+        if not before:
+            return "new"
+        return "finished" if state == "finished" and config.epochs <= before["epochs"] else "resumed"
 
-    def _changed_settings(self, config: Config) -> list[str]:
-        """What differs from the run's config.yaml and makes another training of it."""
+    def _config_before(self) -> dict[str, Any]:
+        """The settings in the run's config.yaml; {} where there is none."""
         recipe = self.folder / "config.yaml"
-        if not recipe.exists():
-            return []
-        before, now = asdict(parse_config([f"--config={recipe}"])[0]), asdict(config)
-        return [key for key in now if key not in _MAY_CHANGE and now[key] != before[key]]
+        return asdict(parse_config([f"--config={recipe}"])[0]) if recipe.exists() else {}
 
-    def create(self, config: Config) -> None:
+    def create(self, config: Config, *, resumed: bool = False) -> None:
         """Makes the folder, with config.yaml and the status `running`, and keeps other runs out of it until this ends.
 
-        UserError where it cannot be made, or another run writes into it.
+        resumed: what is in it stays. UserError where it cannot be made, or another run writes into it.
         """
         if not self._writes:
             return
         try:
-            self._check_contents(overwrite=config.overwrite)
+            if not resumed:
+                self._check_contents(overwrite=config.overwrite)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()  # the system lets go of it when the process ends, however it ends
-            self._empty()
-            self.figures.mkdir()
+            if not resumed:
+                self._empty()
+            self.figures.mkdir(exist_ok=True)
         except Timeout:
             raise UserError(f"run: another run is writing into {self.folder}: give another --run name") from None
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
         self._write("config.yaml", dump_yaml(config))
-        self.write_status("running")
+        if not resumed:
+            self.write_status("running")
 
     def close(self) -> None:
         """Lets other runs into the folder."""
@@ -140,14 +145,27 @@ class RunFolder:
         if not self._writes:
             return
         line = json.dumps({key: _finite_or_none(value) for key, value in row.items()}) + "\n"
-        length = self.metrics.stat().st_size if self.metrics.exists() else 0
+        length = self.metrics_bytes()
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self.metrics, length)
-            raise _cannot_save(self.metrics, error) from None
+            raise cannot_save(self.metrics, error) from None
+
+    def metrics_bytes(self) -> int:
+        """The length of metrics.jsonl."""
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
+
+    def cut_metrics(self, length: int) -> None:
+        """Takes back the rows beyond the first `length` bytes: they are computed again."""
+        if self._writes and self.metrics_bytes() > length:
+            os.truncate(self.metrics, length)
+
+    def best_files(self) -> list[Path]:
+        """best.pt and model.json, where they are."""
+        return [path for path in (self.best, self.folder / "model.json") if path.exists()]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -168,7 +186,7 @@ class RunFolder:
             with replacing(self.best) as partial, open(partial, "wb") as file:
                 torch.save(state, file)
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
-            raise _cannot_save(self.best, error) from None
+            raise cannot_save(self.best, error) from None
         self._write_json("model.json", description)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -182,7 +200,7 @@ class RunFolder:
                 # A folder's name need not be UTF-8: what is not, JSON reads back from its escape.
                 partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise _cannot_save(self.folder / name, error) from None
+            raise cannot_save(self.folder / name, error) from None
 
 
 def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,7 +228,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cannot_save(path: Path, error: Exception) -> MachineError:
+def cannot_save(path: Path, error: Exception) -> MachineError:
+    """What a full disk ends a run with. `path` is what should have been saved, in a folder that exists."""
     free = shutil.disk_usage(path.parent).free
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
     return MachineError(

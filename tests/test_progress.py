@@ -1,10 +1,11 @@
 """The numbers a person sees are means over photos, and a training that has gone wrong ends."""
 
 import re
+import json
 import time
 
 from pipelines.errors import UserError
-from pipelines.progress import DivergenceWatch, EpochTable, Interval
+from pipelines.progress import EpochTable, Interval, StepWatch
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ ROW = {
 }
 
 
-def sums(loss: float, correct: int = 1, photos: int = 2) -> torch.Tensor:
-    return torch.tensor([loss, correct, photos], dtype=torch.float32)
+def sums(loss: float, correct: int = 1, photos: int = 2, stop: int = 0, save: int = 0) -> torch.Tensor:
+    return torch.tensor([loss, correct, photos, stop, save], dtype=torch.float32)
 
 
 # Means
@@ -62,7 +63,7 @@ def test_sums_over_a_long_epoch_stay_exact():
 
 
 def watch(losses: list[float], device: torch.device = CPU) -> None:
-    watching = DivergenceWatch()
+    watching = StepWatch()
     for step, loss in enumerate(losses, start=1):
         watching.add(sums(loss).to(device), lambda step=step: f"step {step}, lr 0.1, photos a.jpg")
     watching.check()
@@ -80,6 +81,32 @@ def test_two_losses_that_are_not_finite_may_be_the_scalers_search(losses):
 def test_three_in_a_row_end_the_run_with_step_lr_and_photos(losses, step):
     with pytest.raises(UserError, match=rf"3 updates in a row, last at step {step}, lr 0.1, photos a.jpg: lower --lr"):
         watch(losses)
+
+
+def test_what_one_process_wishes_all_know_until_it_is_answered():
+    watching = StepWatch()
+    watching.add(sums(1.0), str)
+    assert (watching.stop, watching.save) == (False, False)
+    watching.add(sums(1.0, save=1), str)
+    assert (watching.stop, watching.save) == (False, True)
+    watching.add(sums(1.0, stop=2), str)
+    watching.add(sums(1.0), str)
+    assert (watching.stop, watching.save) == (True, True)
+
+
+def test_an_interval_goes_on_in_another_life():
+    before, after = Interval(CPU), Interval(CPU)
+    before.start(2.0)
+    before.add(sums(0.1, 1, 3))
+    before.add(sums(0.2, 2, 3))
+    time.sleep(0.1)
+    after.restore(json.loads(json.dumps(before.state(wait_seconds=2.5))))
+    for interval, waited in ((before, 2.5), (after, 0.0)):  # the second life's loader has not waited yet
+        interval.add(sums(0.7, 0, 3))
+        assert interval.state(waited)["waited"] == pytest.approx(0.5)
+    rows = [interval.row(waited) for interval, waited in ((before, 2.5), (after, 0.0))]
+    assert all(rows[0][name] == rows[1][name] for name in ("train/loss", "train/top1"))
+    assert rows[1]["perf/images_per_s"] == pytest.approx(rows[0]["perf/images_per_s"], rel=0.2)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch) -> None:
-    names = "WANDB_SWEEP_ID WANDB_RUN_ID SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID"
+    names = "WANDB_SWEEP_ID WANDB_RUN_ID SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT"
     for name in names.split():
         monkeypatch.delenv(name, raising=False)
 
@@ -85,26 +85,48 @@ def test_the_other_processes_write_nothing(tmp_path):
     assert run.read_metrics() == []
 
 
-def test_a_run_is_finished_new_or_in_the_way(run):
-    assert not run.is_finished(Config(overwrite=False))
-    run.create(Config())
+def test_a_run_is_new_resumed_or_finished(run, monkeypatch):
+    assert run.beginning(Config()) == "new"
+    run.create(Config(epochs=5))
     for state in ("running", "stopped", "failed"):
         run.write_status(state)
-        with pytest.raises(
-            UserError, match=rf"one is there and not finished \({state}\).*another --run name.*--overwrite"
-        ):
-            run.is_finished(Config(overwrite=False))
-        assert not run.is_finished(Config(overwrite=True))
+        assert run.beginning(Config(epochs=5)) == "resumed"
+        assert run.beginning(Config(epochs=5, overwrite=True)) == "new"
     run.write_status("finished", exit_code=0, epoch=3, global_step=30)
     assert run.status()["global_step"] == 30
-    assert run.is_finished(Config(overwrite=False))
-    assert not run.is_finished(Config(overwrite=True))
+    assert run.beginning(Config(epochs=5)) == "finished"
+    assert run.beginning(Config(epochs=4)) == "finished"
+    assert run.beginning(Config(epochs=6)) == "resumed"
+    assert run.beginning(Config(epochs=5, overwrite=True)) == "new"
+    # The flags of a job that Slurm starts again are those of its first life.
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run.beginning(Config(epochs=6, overwrite=True)) == "resumed"
 
 
-def test_a_folder_without_a_status_is_in_the_way(run):
+def test_a_resumed_run_keeps_what_is_in_its_folder(run):
+    run.create(Config())
+    run.append_metrics({"epoch": 1})
+    length = run.metrics_bytes()
+    run.append_metrics({"epoch": 2})
+    run.write_status("stopped")
+    run.close()
+    again = RunFolder(run.folder)
+    again.create(Config(epochs=7), resumed=True)
+    assert again.status()["state"] == "stopped"
+    assert "epochs: 7" in (run.folder / "config.yaml").read_text()
+    assert len(again.read_metrics()) == 2
+    again.cut_metrics(length)
+    assert again.read_metrics() == [{"epoch": 1}]
+    again.cut_metrics(length + 100)
+    assert again.metrics_bytes() == length
+
+
+def test_a_folder_that_is_no_run_is_in_the_way(run):
     run.folder.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no status\.json"):
-        run.is_finished(Config(overwrite=False))
+    (run.folder / "notes.txt").write_text("mine")
+    assert run.beginning(Config()) == "new"
+    with pytest.raises(UserError, match="is not a run folder"):
+        run.create(Config())
 
 
 def test_overwrite_starts_anew(run):

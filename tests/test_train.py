@@ -116,8 +116,7 @@ def test_the_rows_and_the_tutorials_three_lines(photos, tmp_path, run_here):
 
     again = run_here(train, *SMALL, *settings, "--runs", tmp_path)
     assert "is finished: nothing to do" in succeeded(again)
-    (run / "status.json").write_text('{"state": "running"}')
-    refused = run_here(train, *SMALL, *settings, "--runs", tmp_path)
+    refused = run_here(train, *SMALL, *settings, "--runs", tmp_path, "--lr", "0.5")
     assert refused.returncode == 2
     assert len(refused.stderr.strip().splitlines()) == 1
     assert "--overwrite" in refused.stderr
