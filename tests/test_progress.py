@@ -1,7 +1,7 @@
 """The numbers a person sees are means over photos, and a training that has gone wrong ends."""
 
-import re
 import json
+import re
 import time
 
 from pipelines.errors import UserError

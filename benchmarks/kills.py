@@ -1,0 +1,180 @@
+"""Kills a training over and over, with SIGKILL, and compares what is left with an undisturbed run, bit for bit.
+
+    python benchmarks/kills.py --kills 20                  # one process
+    python benchmarks/kills.py --kills 20 --processes 2    # two, on the CPU
+
+Half of the kills come after a random number of new rows, the others while a checkpoint is being written. After each,
+the same command is started again. Weights, optimizer and best weights must be equal in every bit, and metrics.jsonl
+must have the same rows, each once (but for the speeds in them).
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "image_size": 64,
+    "resize": 72,
+    "batch_size": 4,
+    "epochs": 8,
+    "lr": 0.01,
+    "weights": "none",
+    "tracker": "none",
+    "batchnorm": "train",  # it follows the batches, so each process has statistics of its own between evaluations
+    "deterministic": "true",
+    "log_every": 1,
+    "checkpoint_minutes": 0.02,
+}
+LONGEST_LIFE = 300  # seconds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was seen. differences: what is not as in the undisturbed run, in words."""
+
+    kills: int
+    in_a_checkpoint: int
+    steps: int
+    differences: list[str]
+
+
+def main() -> None:
+    """Parses the command line, runs, prints one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = compare(Path(folder), options.kills, options.processes, options.seed)
+    print(
+        f"{options.processes} process(es), {outcome.steps} steps, {outcome.kills} kills, {outcome.in_a_checkpoint} of "
+        f"them while a checkpoint was written: {', '.join(outcome.differences) or 'no bit differs'}"
+    )
+    sys.exit(bool(outcome.differences))
+
+
+def compare(folder: Path, kills: int, processes: int, seed: int) -> Outcome:
+    """Trains undisturbed and under `kills` kills in `folder`, and compares."""
+    draw = random.Random(seed)
+    _make_photos(folder / "photos")
+    undisturbed, killed = folder / "runs" / "undisturbed", folder / "runs" / "killed"
+    _live(folder, undisturbed.name, processes)
+    in_a_checkpoint = 0
+    for number in range(kills):
+        saving = number % 2 == 1
+        if not _live(folder, killed.name, processes, kill=_Moment(killed, saving, draw.randint(1, 80 // (kills + 1)))):
+            raise SystemExit(f"the training was over before kill {number + 1}: give fewer")
+        in_a_checkpoint += (killed / "checkpoints" / ".unfinished").exists()
+    _live(folder, killed.name, processes)
+    return Outcome(kills, in_a_checkpoint, _rows(killed)[-1]["global_step"], _differences(undisturbed, killed))
+
+
+class _Moment:
+    """When to kill: while a checkpoint is written, or after some new rows."""
+
+    def __init__(self, run: Path, saving: bool, rows: int) -> None:
+        self._metrics, self._unfinished = run / "metrics.jsonl", run / "checkpoints" / ".unfinished"
+        self._saving, self._rows = saving, rows
+        self._was_there = self._unfinished.exists()
+        self._first: int | None = None
+
+    def has_come(self) -> bool:
+        if self._saving:
+            # What an earlier kill left is taken away before the next checkpoint is written.
+            self._was_there = self._was_there and self._unfinished.exists()
+            return self._unfinished.exists() and not self._was_there
+        count = self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
+        if self._first is None or count < self._first:  # the rows since the checkpoint are taken back first
+            self._first = count
+        return count >= self._first + self._rows
+
+
+def _live(folder: Path, name: str, processes: int, kill: _Moment | None = None) -> bool:
+    """One life of the run. Returns True if it was killed, False if it ended by itself, as it should."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
+    command += ["--mixed_precision", "no", "--num_processes", str(processes)]
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    command += [str(ROOT / "train.py"), f"--data={folder / 'photos'}", f"--runs={folder / 'runs'}", f"--run={name}"]
+    command += [f"--{key}={value}" for key, value in SETTINGS.items()]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "DALITUNE_CACHE": str(folder / "cache")}
+    log = folder / f"{name}.log"
+    with open(log, "a+", encoding="utf-8") as file:
+        start = file.tell()
+        launcher = psutil.Popen(command, stdout=file, stderr=file, env=environment)
+        give_up = time.monotonic() + LONGEST_LIFE
+        while launcher.poll() is None and time.monotonic() < give_up:
+            if kill is not None and kill.has_come():
+                _kill_all(launcher)
+                return True
+            time.sleep(0.005)
+        said = log.read_text(encoding="utf-8", errors="replace")[start:]
+        if launcher.poll() != 0:
+            _kill_all(launcher)
+            raise SystemExit(f"the training failed:\n{said[-3000:]}")
+    if f"processes: {processes} on cpu" not in said:
+        raise SystemExit(f"not {processes} processes:\n{said[-3000:]}")
+    return False
+
+
+def _kill_all(launcher: psutil.Popen) -> None:
+    """The workers first: a launcher's death is a stop request to them."""
+    workers = launcher.children(recursive=True)
+    for process in [*workers, launcher]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    launcher.wait()
+    psutil.wait_procs(workers)
+
+
+def _differences(one: Path, other: Path) -> list[str]:
+    pairs = [("best.pt", "best.pt")]
+    last = [max((run / "checkpoints").glob("epoch-*")).relative_to(run) / "state.pt" for run in (one, other)]
+    pairs.append((str(last[0]), str(last[1])))
+    found = [] if last[0] == last[1] else ["the last checkpoint"]
+    for name, same in pairs:
+        states = [torch.load(run / path, weights_only=True) for run, path in ((one, name), (other, same))]
+        found += [name] if not _equal(*states) else []
+    return found + (["metrics.jsonl"] if _rows(one) != _rows(other) else [])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one == other
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
+
+
+def _make_photos(folder: Path) -> None:
+    """37 + 10 noisy photos of two classes: ten steps an epoch, the last one short."""
+    rng = np.random.default_rng(0)
+    for number in range(47):
+        path = folder / ("train" if number < 37 else "val") / "ab"[number % 2] / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (80, 90, 3), dtype=np.uint8)).save(path)
+
+
+if __name__ == "__main__":
+    main()
