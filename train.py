@@ -252,7 +252,6 @@ def main(arguments: list[str]) -> None:
         training.close()
         validation.close()
         run.close()
-        stop.close()
 
 
 def update(

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.photos import cache_folder, locate
+from pipelines.stopping import STOP_SIGNALS
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ Result = TypeVar("Result")
 _POLL_SECONDS = 0.2
 _FAILED = "dalitune/failed"  # where a process that fails alone leaves its line
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
 _keys = itertools.count()  # every process asks for the same tasks in the same order
 
 
@@ -185,9 +188,8 @@ class Terminated(BaseException):
 
 def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs a script's main function and turns its errors into one line on stderr and the exit code of the design."""
+    before = {number: signal.signal(number, _terminate) for number in STOP_SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    numbers = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-    before = {number: signal.signal(number, _terminate) for number in numbers}
     try:
         script(arguments)
     except SystemExit:
@@ -233,7 +235,7 @@ def _ending_of(error: BaseException) -> Ending:
     if isinstance(error, Terminated):
         asked = Ending("stopped on request outside the training loop: the same command begins again", Stopped.exit_code)
         return _failure_of_another_process() or asked
-    if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
         lost = Ending("another process has ended; its own message says why", MachineError.exit_code)
         return _failure_of_another_process() or lost
     return Ending(repr(error), MachineError.exit_code, needs_trace=True)

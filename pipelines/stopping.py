@@ -7,11 +7,10 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch.distributed as dist
 
-_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 _LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 1.0
@@ -20,7 +19,7 @@ _ANOTHER_PRESS = 0.3  # seconds; one Ctrl-C may reach a process twice, from the 
 
 
 class StopRequest:
-    """From `listen` to `close`, SIGTERM, SIGINT, SIGUSR1 and the launcher's death ask for a stop, and end nothing.
+    """From `listen` on, SIGTERM, SIGINT, SIGUSR1 and the launcher's death ask for a stop, and end nothing.
 
     file: a file that asks for a stop by being there; the main process looks for it, the others give None.
     reason: what has asked this process; "" while nothing has.
@@ -31,17 +30,12 @@ class StopRequest:
         self.reason = ""
         self._file = file
         self._looked_at = self._asked_at = self._interrupted = -_POLL_SECONDS
-        self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Takes over the signals."""
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        """Takes over the signals, until `processes.run_script` gives them back."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
         _be_told_of_the_launchers_death()
-
-    def close(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def is_made(self) -> bool:
         """Whether this process has been asked. Cheap: the file is looked for once a second."""
