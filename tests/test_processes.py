@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
-from pipelines.processes import cpu_cores, main_first, run_script, share_file, speaks, start_accelerator
+from pipelines.processes import cpu_cores, launcher_hints, main_first, run_script, share_file, speaks, start_accelerator
 
 import numpy as np
 import pytest
@@ -303,6 +304,19 @@ def test_the_accelerator_scales_nothing_and_makes_no_folder(monkeypatch, tmp_pat
     assert not (tmp_path / "runs").exists()
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_what_the_launcher_leaves_unused_is_said_with_the_flag(monkeypatch):
+    """GPUs and their number are stand-ins: none is here."""
+    unused = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="no")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    lines = launcher_hints(unused)
+    assert ["--num_processes 4" in lines[0], "--mixed_precision bf16" in lines[1]] == [True, True]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    unused.mixed_precision = "bf16"
+    assert launcher_hints(unused) == []
+    assert launcher_hints(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")) == []
 
 
 def test_deterministic_asks_pytorch_for_it(monkeypatch, tmp_path):

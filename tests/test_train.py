@@ -126,26 +126,36 @@ def test_the_rows_and_the_tutorials_three_lines(photos, tmp_path, run_here):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(photos, random_weights, tmp_path, run_here):
-    """The same losses to float tolerance, BatchNorm frozen. The last step has one place: one process has no photo."""
+def test_two_and_four_processes_train_as_one(photos, photo_folder, random_weights, tmp_path, run_here):
+    """The same losses to float tolerance, BatchNorm frozen. The last step has one place: others have no photo then."""
     settings = ["--data", photos, "--weights", random_weights, "--epochs", "2", "--batch-size", 6]
     settings += [*FROZEN, "--runs", tmp_path, "--log-every", "1"]
     assert "processes: 1 on cpu" in succeeded(run_here(train, *settings, "--run", "p1"))
-    assert "processes: 2 on cpu" in succeeded(run_script("train.py", *settings, "--run", "p2", processes=2))
-    one, two = tmp_path / "p1", tmp_path / "p2"
-    assert len(train_rows(one)) == 2 * 4
-    for name in ("train/loss", "train/top1", "lr/head", "global_step"):
-        assert [row[name] for row in train_rows(two)] == pytest.approx([row[name] for row in train_rows(one)], rel=1e-3)
-    assert [row["val/loss"] for row in val_rows(two)] == pytest.approx(
-        [row["val/loss"] for row in val_rows(one)], rel=1e-3
-    )
+    alone = tmp_path / "p1"
+    assert len(train_rows(alone)) == 2 * 4
+    for count in (2, 4):
+        said = succeeded(run_script("train.py", *settings, "--run", f"p{count}", processes=count))
+        assert f"processes: {count} on cpu" in said
+        for select, names in ((train_rows, ("train/loss", "train/top1", "lr/head")), (val_rows, ("val/loss",))):
+            for name in (*names, "epoch", "global_step"):
+                found, expected = ([row[name] for row in select(run)] for run in (tmp_path / f"p{count}", alone))
+                assert found == pytest.approx(expected, rel=1e-3), (count, name)
 
-    succeeded(run_here(evaluate, one, "--json", tmp_path / "1.json"))
-    succeeded(run_script("evaluate.py", one, "--json", tmp_path / "2.json", processes=2))
-    alone, together = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
-    assert (alone["world_size"], together["world_size"]) == (1, 2)
-    assert alone["confusion_matrix"] == together["confusion_matrix"]
-    assert alone["count"] == together["count"] == 11
+    few = photo_folder({"val": {"ant": 1, "bee": 2}})  # fewer than processes
+    for data, photo_count in ((photos, 11), (few, 3)):
+        scores = {}
+        for count in (1, 2, 4) if data == photos else (1, 4):
+            file = tmp_path / f"{photo_count}-{count}.json"
+            arguments = [alone, "--data", data, "--json", file, "--figures", tmp_path / "figures"]
+            done = (
+                run_here(evaluate, *arguments) if count == 1 else run_script("evaluate.py", *arguments, processes=count)
+            )
+            succeeded(done)
+            scores[count] = json.loads(file.read_text())
+            assert scores[count]["world_size"] == count
+            assert scores[count]["count"] == photo_count
+            assert scores[count]["confusion_matrix"] == scores[1]["confusion_matrix"]
+            assert scores[count]["correct"] == scores[1]["correct"]
 
 
 @pytest.mark.slow
