@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipelines.config import Config
-from pipelines.errors import MachineError, UserError
+from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.processes import cpu_cores, launcher_hints, main_first, run_script, share_file, speaks, start_accelerator
 
 import numpy as np
@@ -242,6 +243,10 @@ def raising(error: BaseException):
     return script
 
 
+OUTSIDE = "stopped on request outside the training loop: the same command begins again"
+FULL = "the GPU's memory is full: add --max-batch-per-device auto, or lower --eval-batch-per-device"
+
+
 @pytest.mark.parametrize(
     ("script", "code", "line"),
     [
@@ -249,6 +254,10 @@ def raising(error: BaseException):
         (raising(UserError("data: a\n  b")), 2, "error: data: a b\n"),
         (raising(MachineError("no network")), 3, "error: no network\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted\n"),
+        (raising(Stopped("stopped at step 3")), 75, "stopped at step 3\n"),
+        (lambda arguments: os.kill(os.getpid(), signal.SIGTERM), 75, f"{OUTSIDE}\n"),
+        (lambda arguments: os.kill(os.getpid(), signal.SIGUSR1), 75, f"{OUTSIDE}\n"),
+        (raising(torch.OutOfMemoryError("CUDA out of memory")), 3, f"error: {FULL}\n"),  # a stand-in: a CPU has none
         pytest.param(
             fill_the_disk,
             3,
