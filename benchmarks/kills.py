@@ -116,16 +116,17 @@ def _live(folder: Path, name: str, processes: int, kill: _Moment | None = None) 
     with open(log, "a+", encoding="utf-8") as file:
         start = file.tell()
         launcher = psutil.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
         give_up = time.monotonic() + LONGEST_LIFE
         while launcher.poll() is None and time.monotonic() < give_up:
             if kill is not None and kill.has_come():
-                _kill_all(launcher)
                 return True
             time.sleep(0.005)
-        said = log.read_text(encoding="utf-8", errors="replace")[start:]
-        if launcher.poll() != 0:
-            _kill_all(launcher)
-            raise SystemExit(f"the training failed:\n{said[-3000:]}")
+    finally:
+        _kill_all(launcher)
+    said = log.read_text(encoding="utf-8", errors="replace")[start:]
+    if launcher.returncode != 0:
+        raise SystemExit(f"the training failed:\n{said[-3000:]}")
     if f"processes: {processes} on cpu" not in said:
         raise SystemExit(f"not {processes} processes:\n{said[-3000:]}")
     return False
@@ -133,7 +134,7 @@ def _live(folder: Path, name: str, processes: int, kill: _Moment | None = None) 
 
 def _kill_all(launcher: psutil.Popen) -> None:
     """The workers first: a launcher's death is a stop request to them."""
-    workers = launcher.children(recursive=True)
+    workers = launcher.children(recursive=True) if launcher.is_running() else []
     for process in [*workers, launcher]:
         with suppress(psutil.NoSuchProcess):
             process.kill()

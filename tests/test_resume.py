@@ -283,6 +283,7 @@ def start(tmp_path, photos) -> Iterator[Callable[..., Started]]:
 
 
 @pytest.mark.kills
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_five_times_a_training_ends_as_if_it_had_not_been(count, tmp_path):
     outcome = kills.compare(tmp_path, kills=5, processes=count, seed=count)
