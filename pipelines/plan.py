@@ -6,15 +6,19 @@ gets the same answer. Engines execute what the plan says and draw nothing themse
 
 The random bits come from a counter-based hash (the SplitMix64 finaliser, Steele et al. 2014, absorbed coordinate by
 coordinate) because numpy does not promise that its generators give the same stream in the next version. Beyond it only
-`+ - * / sqrt` and comparisons are used, which IEEE 754 rounds the same way on every machine; `np.exp` is not one.
+`+ - * / % sqrt` and comparisons are used, which IEEE 754 rounds the same way on every machine; `np.exp` is not one.
+The order of an epoch is computed place by place and never stored: the first batch of 14 million photos costs what any
+other does, no process keeps a copy, and a resume in mid-epoch has nothing to replay.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = 24  # of the permutation: all orders of 6 photos then come equally often to 0.05 % (counted exactly)
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten as well
 _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
@@ -78,18 +82,14 @@ class TrainPlan:
         self._seed = seed
         self._crop_scale_min = crop_scale_min
         self._flip_probability = flip_probability
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def order(self, epoch: int) -> np.ndarray:
-        """int64 [N]: the photo at each place, a uniformly random permutation. The last epoch asked for is kept."""
-        if self._order[0] != epoch:
-            keys = random_bits(self._seed, _SHUFFLE, epoch, np.arange(self.length))
-            self._order = (epoch, np.argsort(keys, kind="stable"))
-        return self._order[1]
+    def indices(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """int64 [n]: the photos at `places` of `epoch`. Over all places each photo comes once, in random order."""
+        return permute(places, self.length, random_bits(self._seed, _SHUFFLE, epoch, np.arange(_ROUNDS)))
 
     def views(self, epoch: int, places: np.ndarray) -> Views:
         places = np.asarray(places, np.int64)
-        indices = self.order(epoch)[places]
+        indices = self.indices(epoch, places)
         coordinates = np.arange(_ATTEMPTS * 4)
         draws = uniform(random_bits(self._seed, _CROP, epoch, places[:, None], coordinates[None, :]))
         windows = random_resized_crop(
@@ -137,6 +137,36 @@ def random_bits(*coordinates: int | np.ndarray) -> np.ndarray:
         for coordinate in coordinates:
             state = _mix((state + _GOLDEN) ^ _mix(np.asarray(coordinate).astype(np.uint64) + _GOLDEN))
     return state
+
+
+def permute(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+    """int64, of the shape of `places`: where a pseudo-random permutation of 0..length-1 sends each of them.
+
+    keys: uint64 [rounds], random bits for an even number of rounds.
+    A generalised Feistel cipher with cycle walking (Black and Rogaway 2002): a place is a cell of a table of a little
+    over `length` cells. Each round shifts the row by a hash of the column, or the column by a hash of the row, which
+    could be undone; a cell beyond the length goes through all rounds again until it falls inside.
+    """
+    rows = math.isqrt(max(length - 1, 1)) + 1
+    rows += rows % 2  # were both sides odd, every round would be an even permutation, and half of all orders never come
+    columns = -(-length // rows)
+    sides = np.uint64(rows), np.uint64(columns)
+
+    def shift(line: np.ndarray, across: np.ndarray, key: np.ndarray, side: np.uint64) -> np.ndarray:
+        return (line + (_mix(key + across * _GOLDEN) >> np.uint64(1))) % side  # 63 bits: the sum must not wrap
+
+    def rounds(cells: np.ndarray) -> np.ndarray:
+        row, column = np.divmod(cells, sides[1])
+        for first, second in zip(keys[::2], keys[1::2], strict=True):
+            row = shift(row, column, first, sides[0])
+            column = shift(column, row, second, sides[1])
+        return row * sides[1] + column
+
+    with np.errstate(over="ignore"):
+        cells = rounds(np.asarray(places).astype(np.uint64))
+        while (outside := cells >= length).any():
+            cells = np.where(outside, rounds(cells), cells)
+    return cells.astype(np.int64)
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:

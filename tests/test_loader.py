@@ -177,7 +177,7 @@ def test_batches_have_the_contracts_shapes(split, engine):
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
             assert batch.labels.tolist() == split.labels[batch.indices.numpy()].tolist()
     indices = torch.cat([batch.indices for _, _, batches in steps for batch in batches])
-    assert indices.tolist() == train_plan(split).order(2).tolist()
+    assert indices.tolist() == train_plan(split).indices(2, np.arange(len(split))).tolist()
     assert loader.wait_seconds > 0
 
 
@@ -263,10 +263,9 @@ def test_a_photo_that_breaks_in_the_run_is_named(broken, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_skipped_photo_leaves_its_place_empty_and_moves_nobody(broken, engine, capsys):
     loader = make_loader(broken, engine, batch_size=4, micro_batch=4, skip_bad_files=True)
-    order = train_plan(broken).order(0)
     bad = {index for index in range(12) if Path(broken.path(index)).name in ("04.jpg", "07.jpg")}
     for epoch in range(2):
-        order = train_plan(broken).order(epoch)
+        order = train_plan(broken).indices(epoch, np.arange(len(broken)))
         for number, step in enumerate(loader.epoch(epoch)):
             planned = order[number * 4 : number * 4 + 4]
             assert step.places == 4

@@ -1,6 +1,9 @@
 """The plan is pure, the same on any number of processes, and does what torchvision's transforms do."""
 
-from pipelines.plan import EvalPlan, TrainPlan, Views, random_bits, random_resized_crop, share, uniform
+from collections import Counter
+from itertools import permutations
+
+from pipelines.plan import EvalPlan, TrainPlan, Views, permute, random_bits, random_resized_crop, share, uniform
 
 import numpy as np
 import pytest
@@ -13,17 +16,18 @@ from torchvision.transforms import functional as F
 FIELDS = ("indices", "windows", "resized", "anchors", "flips")
 sizes_of_photos = st.lists(st.tuples(st.integers(1, 6000), st.integers(1, 6000)), min_size=1, max_size=40)
 
-GOLDEN_INDICES = [3, 6, 0, 5, 2, 4, 1]
+GOLDEN_INDICES = [4, 2, 5, 3, 6, 1, 0]
 GOLDEN_WINDOWS = [
-    [0, 0, 1, 1],
-    [23, 0, 74, 61],
-    [36, 69, 303, 381],
-    [1931, 136, 765, 645],
+    [25, 9, 196, 192],
     [0, 546, 80, 107],
-    [13, 2, 197, 222],
-    [145, 1, 331, 332],
+    [838, 385, 1015, 1159],
+    [0, 0, 1, 1],
+    [15, 13, 34, 35],
+    [168, 77, 231, 209],
+    [21, 101, 351, 352],
 ]
 GOLDEN_FLIPS = [False, False, False, False, False, True, False]
+GOLDEN_OF_MANY = [12134852, 9985261, 1848716]
 GOLDEN_BITS = 17824878756907967
 
 
@@ -44,6 +48,8 @@ def test_golden_stream():
     assert views.indices.tolist() == GOLDEN_INDICES
     assert views.windows.tolist() == GOLDEN_WINDOWS
     assert views.flips.tolist() == GOLDEN_FLIPS
+    of_many = train_plan(np.zeros((14_000_000, 2)), seed=7).indices(3, np.array([0, 1, 13_999_999]))
+    assert of_many.tolist() == GOLDEN_OF_MANY
     assert random_bits(1, 2, 3).item() == GOLDEN_BITS
     assert views.windows.dtype == views.resized.dtype == views.anchors.dtype == np.int32
     assert views.indices.dtype == np.int64
@@ -82,17 +88,60 @@ def test_seven_photos_on_four_ranks_and_one_photo():
 
 
 def test_epochs_and_seeds_give_other_orders():
-    plan = train_plan([(10, 10)] * 100, seed=1)
-    orders = [plan.order(epoch).tolist() for epoch in range(3)] + [train_plan([(10, 10)] * 100, 2).order(0).tolist()]
+    plan, places = train_plan([(10, 10)] * 100, seed=1), np.arange(100)
+    orders = [plan.indices(epoch, places).tolist() for epoch in range(3)]
+    orders.append(train_plan([(10, 10)] * 100, 2).indices(0, places).tolist())
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_the_shuffle_is_uniform():
-    """Where photo 0 of 10 stands, over 4000 epochs: chi-square of 9 degrees, over 27.9 once in 1000."""
-    plan = train_plan([(10, 10)] * 10, seed=5)
-    places = [int(np.argmax(plan.order(epoch) == 0)) for epoch in range(4000)]
-    counts = np.bincount(places, minlength=10)
-    assert ((counts - 400) ** 2 / 400).sum() < 27.9
+@given(st.integers(1, 5000), st.integers(0, 2**32), st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_every_photo_comes_once(length, seed, epoch):
+    order = permute(np.arange(length), length, random_bits(seed, epoch, np.arange(24)))
+    assert (np.bincount(order, minlength=length) == 1).all()
+
+
+def orders_of(length: int, epochs: int) -> np.ndarray:
+    """int64 [epochs, length]: the orders of a training's epochs, at once."""
+    plan = train_plan([(10, 10)] * length, seed=5)
+    return np.stack([plan.indices(epoch, np.arange(length)) for epoch in range(epochs)])
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_every_order_of_few_photos_is_equally_likely(length):
+    orders, epochs = list(permutations(range(length))), 6000
+    found = Counter(map(tuple, orders_of(length, epochs).tolist()))
+    expected = epochs / len(orders)
+    chi_square = sum((found[order] - expected) ** 2 / expected for order in orders)
+    degrees = len(orders) - 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5 + 5, "five standard deviations and more"
+
+
+@pytest.mark.parametrize("length", [10, 97, 244])
+def test_photos_stand_anywhere_and_neighbours_are_strangers(length):
+    """Two chi-squares: where a photo stands, and how far in front of it its neighbour in the folder stands."""
+    epochs = 3000
+    places = np.argsort(orders_of(length, epochs), axis=1)
+    for values, kinds in ((places, length), ((places[:, 1:] - places[:, :-1]) % length - 1, length - 1)):
+        for column in (0, values.shape[1] // 2, values.shape[1] - 1):
+            counts = np.bincount(values[:, column], minlength=kinds)
+            chi_square = ((counts - epochs / kinds) ** 2).sum() / (epochs / kinds)
+            assert abs(chi_square - (kinds - 1)) < 5 * (2 * (kinds - 1)) ** 0.5
+
+
+def test_a_batch_of_a_million_photos_is_a_random_sample():
+    """The share of one class in a batch varies as in drawing without replacement; no drift along the epoch."""
+    length, batch = 1_000_003, 256
+    order = train_plan(np.full((length, 2), 9), seed=3).indices(2, np.arange(length))
+    assert (np.bincount(order, minlength=length) == 1).all()
+    batches = order[: length // batch * batch].reshape(-1, batch)
+    for of_class in (batches < length // 4, batches % 4 == 0):  # sorted by class, as a folder is; and in turn
+        counts = of_class.sum(axis=1)
+        variance, n = batch * 0.25 * 0.75, len(counts)
+        assert abs(counts.mean() - batch / 4) < 5 * (variance / n) ** 0.5
+        assert abs(counts.var() / variance - 1) < 5 * (2 / n) ** 0.5
+    for lag in (1, 2, 256, 1000, 1002):  # 1000 and 1002: about the sides of the table behind the permutation
+        assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / length**0.5
 
 
 def test_uniform_draws_are_uniform_and_uncorrelated_between_neighbours():
