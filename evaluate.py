@@ -54,10 +54,9 @@ def main(arguments: list[str]) -> None:
     accelerator = start_accelerator(config, state, trackers=None)
 
     engine, reason = choose_engine(config.loader, accelerator.device)
-    accelerator.print(f"{weights.source} on {dataset.root}, split {options.split}: {len(split)} photos")
-    accelerator.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}; loader: {engine} ({reason})"
-    )
+    if accelerator.is_main_process:
+        print(f"{weights.source} on {dataset.root}, split {options.split}: {len(split)} photos")
+        print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}; loader: {engine} ({reason})")
     loader = eval_loader(config, split, labels, state, engine)
     try:
         model = restore_model(config.arch, weights).to(accelerator.device)

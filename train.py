@@ -87,7 +87,8 @@ def main(arguments: list[str]) -> None:
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
     beginning = main_first(state, partial(run.beginning, config))
     if beginning == "finished":
-        accelerator.print(f"{run.folder} is finished: nothing to do (--overwrite starts it anew)")
+        if state.is_main_process:
+            print(f"{run.folder} is finished: nothing to do (--overwrite starts it anew)")
         return
     checkpoints = Checkpoints(run, dataset, accelerator)
     saved = checkpoints.newest() if beginning == "resumed" else None
@@ -123,22 +124,23 @@ def main(arguments: list[str]) -> None:
         facts = {"world_size": accelerator.num_processes, "precision": accelerator.mixed_precision, "engine": engine}
         tracking = Tracking(accelerator, config, run.folder, {**asdict(config), **facts, "data": dataset.fingerprint})
         all_parameters, trained_parameters = parameter_counts(network)
-        accelerator.print(
-            dump_yaml(config).rstrip(),
-            *dataset.report(),
-            f"weights: {weights.source}; {all_parameters:,} parameters, {trained_parameters:,} of them trained; "
-            f"BatchNorm {network.batchnorm}",
-            f"processes: {facts['world_size']} on {accelerator.device.type}, precision {facts['precision']}",
-            *launcher_hints(accelerator),
-            f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
-            f"{micro_batch} photos at a time on a process",
-            f"run: {run.folder}",
-            *_how_it_goes_on(beginning, saved, facts["world_size"]),
-            sep="\n",
-            flush=True,
-        )
-        if network.batchnorm == "train" and (accelerator.num_processes > 1 or config.max_batch_per_device):
-            accelerator.print("batchnorm: train: each micro-batch of a process is normalised by itself")
+        if state.is_main_process:  # accelerator.print would speak once on every node
+            print(
+                dump_yaml(config).rstrip(),
+                *dataset.report(),
+                f"weights: {weights.source}; {all_parameters:,} parameters, {trained_parameters:,} of them trained; "
+                f"BatchNorm {network.batchnorm}",
+                f"processes: {facts['world_size']} on {accelerator.device.type}, precision {facts['precision']}",
+                *launcher_hints(accelerator),
+                f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
+                f"{micro_batch} photos at a time on a process",
+                f"run: {run.folder}",
+                *_how_it_goes_on(beginning, saved, facts["world_size"]),
+                sep="\n",
+                flush=True,
+            )
+            if network.batchnorm == "train" and (accelerator.num_processes > 1 or config.max_batch_per_device):
+                print("batchnorm: train: each micro-batch of a process is normalised by itself", flush=True)
 
         def save() -> None:
             share_bad_photos(training)

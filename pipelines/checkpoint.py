@@ -20,14 +20,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.model import TransferModel
-from pipelines.processes import main_first
+from pipelines.processes import file_digest, main_first
 from pipelines.runs import RunFolder, cannot_save, versions
 
 import torch
@@ -158,7 +157,7 @@ class Checkpoints:
                 "dataset_fingerprint": self._dataset.fingerprint,
                 "metrics_bytes": self._run.metrics_bytes(),
                 "versions": versions(),
-                "files": {path.name: _digest(path) for path in unfinished.iterdir()},
+                "files": {path.name: file_digest(path) for path in unfinished.iterdir()},
             }
             (unfinished / _PROGRESS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for path in (*unfinished.iterdir(), self._run.metrics, unfinished):
@@ -185,17 +184,9 @@ def _read(folder: Path) -> dict[str, Any]:
     """The progress of a checkpoint. Raises OSError, ValueError or KeyError where the checkpoint is not whole."""
     progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
     for name, digest in progress["files"].items():
-        if _digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise ValueError(f"{name} is not what was written")
     return {**progress, "checkpoint": folder.name}
-
-
-def _digest(path: Path) -> str:
-    digest = blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -189,16 +189,18 @@ def load_dataset(index_file: Path) -> Dataset:
 
 
 def map_labels(split: Split, classes: Sequence[str]) -> np.ndarray:
-    """int64 [N]: the labels of the split's photos as positions in a model's `classes`, matched by name.
+    """int32 [N]: the labels of the split's photos as positions in a model's `classes`, matched by name.
 
+    Where they are the split's own, its memory-mapped column is given: no copy for every process.
     Raises UserError where photos have a class that the model lacks.
     """
     position = {name: index for index, name in enumerate(classes)}
-    lookup = np.array([position.get(name, -1) for name in split.classes], np.int64)
+    lookup = np.array([position.get(name, -1) for name in split.classes], np.int32)
     if unknown := [split.classes[label] for label in np.unique(split.labels) if lookup[label] < 0]:
         known = _listed(classes)
         raise UserError(f"split {split.name!r} has classes that the model lacks: {_listed(unknown)}; it knows {known}")
-    return lookup[split.labels]
+    same = np.array_equal(lookup, np.arange(len(lookup)))
+    return split.labels if same else lookup[split.labels]
 
 
 def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[str] = ("train", "val")) -> None:

@@ -91,7 +91,7 @@ class Engine(Protocol):
 class Loader:
     """Executes `plan` on the photos of `split` through `engine`.
 
-    labels: int64 [N], the model's class of each photo. batch_size: places of a global step. micro_batch: the most
+    labels: int [N], the model's class of each photo. batch_size: places of a global step. micro_batch: the most
     photos of one `Batch`. prefetch: how many micro-batches are kept in the making. skip_bad_files: leave out a photo
     that cannot be decoded, its place staying empty, instead of ending with a UserError that names it.
     """
@@ -178,7 +178,7 @@ class Loader:
         self.wait_seconds += time.perf_counter() - started
         if pixels.failed:
             views = self._without_failed(views, pixels.failed)
-        labels = torch.from_numpy(self._labels[views.indices])
+        labels = torch.from_numpy(self._labels[views.indices].astype(np.int64))
         if self._device.type == "cuda":
             labels = labels.pin_memory()
         return Batch(pixels.images, labels.to(self._device, non_blocking=True), torch.from_numpy(views.indices))

@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
@@ -30,6 +31,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.2
+_BLOCK = 1 << 24  # bytes of a file in memory at once
 _FAILED = "dalitune/failed"  # where a process that fails alone leaves its line
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
@@ -54,7 +56,7 @@ def start_processes() -> PartialState:
         group = InitProcessGroupKwargs(timeout=timedelta(minutes=30)).to_kwargs()
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or each process would warn that it is not set
     # Accelerator() asks for the CPU by the same variable; the group that is opened here is the one it finds.
-    state = PartialState(cpu=_cpu_is_asked_for(), **group)
+    state = PartialState(cpu=cpu_is_asked_for(), **group)
     if state.device.type == "cpu":
         # The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves all other cores idle.
         torch.set_num_threads(threads)
@@ -129,20 +131,38 @@ def share_file(state: PartialState, path: Path) -> None:
     """Gives every node the main process's file `path` under the same name, where it is not on a shared file system."""
     if state.num_processes == 1:
         return
-    digest = [blake2b(path.read_bytes()).digest()] if state.is_main_process else [b""]
+    own = file_digest(path) if state.is_local_main_process and path.exists() else ""
+    digest, anywhere = [own], [False] * state.num_processes
     dist.broadcast_object_list(digest, src=0)
-    missing = state.is_local_main_process and not (path.exists() and blake2b(path.read_bytes()).digest() == digest[0])
-    anywhere: list[bool] = [False] * state.num_processes
+    missing = state.is_local_main_process and own != digest[0]
     dist.all_gather_object(anywhere, missing)
-    if any(anywhere):
-        content = [path.read_bytes() if state.is_main_process else b""]
-        dist.broadcast_object_list(content, src=0)
+    if not any(anywhere):
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with ExitStack() as files:
+        source = files.enter_context(open(path, "rb")) if state.is_main_process else None
         if missing:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            partial.write_bytes(content[0])
-            os.replace(partial, path)
-        dist.barrier()
+        target = files.enter_context(open(partial, "wb")) if missing else None
+        # Block by block: the index of 14 million photos is a gigabyte, which every process would hold.
+        block = [b"more"]
+        while block[0]:
+            block = [source.read(_BLOCK) if source else b""]
+            dist.broadcast_object_list(block, src=0)
+            if target:
+                target.write(block[0])
+    if missing:
+        os.replace(partial, path)
+    dist.barrier()
+
+
+def file_digest(path: Path) -> str:
+    """Hex, of a file's content."""
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def start_accelerator(config: Config, state: PartialState, trackers: str | None) -> Accelerator:
@@ -158,7 +178,7 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None)
     # Accelerate knows only the older name of DDP's setting.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return Accelerator(
-        cpu=_cpu_is_asked_for(),
+        cpu=cpu_is_asked_for(),
         # Micro-batches are the loop's own. A launcher's setting would scale the gradient twice, and it would win over
         # gradient_accumulation_steps=1.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -263,7 +283,8 @@ def _default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def _cpu_is_asked_for() -> bool:
+def cpu_is_asked_for() -> bool:
+    """Whether the launcher's environment rules the GPUs out."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
 
 

@@ -1,0 +1,145 @@
+"""Before a training on a cluster: names the nodes, tries what they must share, and then trains in the same processes.
+
+    accelerate launch --config_file accelerate_config.yaml -m slurm.preflight ARGUMENTS OF train.py
+
+`slurm/train.sbatch` starts it on every node. A start of its own would load the libraries twice on each of them.
+"""
+
+import os
+import secrets
+import sys
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from socket import gethostname
+
+import train
+from pipelines.config import parse_config
+from pipelines.errors import MachineError, UserError
+from pipelines.processes import (
+    cpu_cores,
+    cpu_is_asked_for,
+    local_world_size,
+    main_first,
+    run_script,
+    speaks,
+    start_processes,
+)
+from pipelines.runs import new_run_name
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+_PATIENCE = 300  # seconds for all nodes to meet and for their first all-reduce; PyTorch itself would wait half an hour
+_SIGHT = 15  # seconds until a new file is to be seen on every node; NFS may remember for some that there was none
+
+
+def main(arguments: list[str]) -> None:
+    """Checks, then `train.main`. Raises UserError or MachineError."""
+    config, recipe = parse_config(arguments)
+    _check_gpus()
+    waiting = threading.Timer(_PATIENCE, _give_up)
+    waiting.daemon = True
+    waiting.start()
+    state = start_processes()
+    _name_the_nodes(state)
+    name = config.run or main_first(state, lambda: new_run_name(recipe))
+    _check_run_folder(state, Path(os.path.abspath(config.runs)) / name)
+    waiting.cancel()
+    train.main(arguments)
+
+
+def _check_gpus() -> None:
+    """Without its GPUs the launcher would start as many trainings of one process each, in silence."""
+    wanted, seen = local_world_size(), torch.cuda.device_count()
+    if cpu_is_asked_for() or seen >= wanted:
+        return
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        raise SystemExit(MachineError.exit_code)
+    raise MachineError(
+        f"{gethostname()}: {wanted} processes, and PyTorch sees {seen} GPUs: its driver, or a build of PyTorch for "
+        "CPUs (nodes without GPUs: sbatch --gpus-per-node=0)",
+        on_one_process=True,
+    )
+
+
+def _give_up() -> None:
+    """Nothing but an exit ends a process that waits in a collective."""
+    print(
+        f"error: {gethostname()}, process {os.environ.get('RANK', '0')}: not all processes have met within "
+        f"{_PATIENCE} s: the nodes do not reach each other (NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO help)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(MachineError.exit_code)
+
+
+def _name_the_nodes(state: PartialState) -> None:
+    """A line for every node, and the first all-reduce."""
+    cuda = state.device.type == "cuda"
+    device = torch.cuda.get_device_name(state.device) if cuda else f"CPU, {cpu_cores()} cores"
+    processes: dict[tuple[str, str], list[int]] = defaultdict(list)
+    started = time.perf_counter()
+    total = torch.ones(1, device=state.device)
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(total)
+    count, seconds = int(total.item()), time.perf_counter() - started
+    for node, number, its_device in gather_object([(gethostname(), state.process_index, device)]):
+        processes[node, its_device].append(number)
+    if speaks():
+        for (node, its_device), numbers in processes.items():
+            print(f"preflight: {node}: processes {', '.join(map(str, numbers))}; {its_device}")
+        print(f"preflight: the first all-reduce of {count} processes took {seconds:.2f} s", flush=True)
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if not count == state.num_processes == expected:
+        raise MachineError(f"{expected} processes were started, and {count} have met")
+
+
+def _check_run_folder(state: PartialState, folder: Path) -> None:
+    """Has every node read what the main process writes there, and gives the batch script a link to the folder."""
+    token, link = folder / ".preflight", os.environ.get("DALITUNE_JOB_FOLDER")
+
+    def write() -> str:
+        word = secrets.token_hex(8)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            token.write_text(word, encoding="utf-8")
+            if link:
+                Path(link, "run").unlink(missing_ok=True)
+                Path(link, "run").symlink_to(folder)
+        except OSError as error:
+            raise UserError(f"run folder {folder}: {error.strerror}: give --runs DIR on a shared file system") from None
+        return word
+
+    word = main_first(state, write)
+    blind = gather_object([gethostname()] if state.is_local_main_process and not _is_there(token, word) else [])
+    main_first(state, partial(_remove, token))
+    if blind:
+        raise UserError(
+            f"run folder {folder}: what the main process writes there is not seen on {', '.join(blind)}: "
+            "give --runs DIR on a file system that all nodes share"
+        )
+
+
+def _is_there(token: Path, word: str) -> bool:
+    give_up = time.monotonic() + _SIGHT
+    while time.monotonic() < give_up:
+        with suppress(OSError):
+            if token.read_text(encoding="utf-8") == word:
+                return True
+        time.sleep(0.2)
+    return False
+
+
+def _remove(token: Path) -> None:
+    token.unlink(missing_ok=True)
+    with suppress(OSError):  # a run that never starts leaves no folder; that of a run that goes on is not empty
+        token.parent.rmdir()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

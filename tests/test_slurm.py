@@ -1,0 +1,287 @@
+"""The real job scripts on a real Slurm: a private cluster of two nodes, without GPUs (`slurm_cluster.sh`)."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+MISSING = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
+PATIENCE = 600  # seconds for any one thing: a start takes half a minute, and more where others work beside it
+STEPS = 12  # of an epoch
+SMALL = [*("--image-size", "64", "--resize", "72", "--batch-size", "8", "--epochs", "2", "--log-every", "1")]
+SMALL += ["--tracker", "none", "--deterministic", "--lr", "0.005", "--batchnorm", "frozen"]
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(bool(MISSING), reason=f"Slurm's daemons are not all installed: {', '.join(MISSING)} missing"),
+    pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="the cluster's daemons need root"),
+]
+
+
+class Job:
+    """A submitted job, or a task of an array, seen from outside."""
+
+    def __init__(self, lab: "Lab", number: str) -> None:
+        self.lab, self.number = lab, number
+        self.log = lab.folder / f"slurm-{number}.out"
+        self.folder = lab.folder / f"slurm-{number}"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def facts(self) -> dict[str, str]:
+        """What `scontrol show job` says: JobState, Restarts, ExitCode, ..."""
+        words = self.lab.slurm("scontrol", "show", "job", "-o", self.number).splitlines()[0].split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def status(self) -> dict:
+        return json.loads((self.run / "status.json").read_text())
+
+    def rows(self) -> list[dict]:
+        """metrics.jsonl without what depends on time."""
+        lines = (self.run / "metrics.jsonl").read_text().splitlines() if (self.run / "metrics.jsonl").exists() else []
+        rows = [json.loads(line) for line in lines]
+        return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+
+    def wait(self, what: str, condition: Callable[[], object]) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < give_up, f"no sign of {what}\n{self.facts()}\n{self.text()[-3000:]}"
+            assert what == "its end" or not self.has_ended(), f"ended before {what}\n{self.facts()}\n{self.text()}"
+            time.sleep(0.05)
+
+    def has_ended(self) -> bool:
+        return self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
+    def ends(self) -> str:
+        self.wait("its end", self.has_ended)
+        return self.facts()["JobState"]
+
+    def reaches(self, global_step: int) -> None:
+        self.wait(f"step {global_step}", lambda: any(row["global_step"] >= global_step for row in self.rows()))
+
+    def ranks(self) -> list[int]:
+        """The process ids of the training processes, on both nodes."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            of_job = f"DALITUNE_JOB_FOLDER={self.folder.name}".encode() in environment
+            if of_job and b"slurm.preflight" in command and b"accelerate" not in command and b"bash" not in command:
+                found.append(int(folder.name))
+        return found
+
+    def hold(self, sign: signal.Signals) -> None:
+        """SIGSTOP makes a short training a long one, until SIGCONT."""
+        for rank in self.ranks():
+            os.kill(rank, sign)
+
+
+class Lab:
+    """The cluster, and a folder to submit from: the suite by links, so that logs do not land in the checkout."""
+
+    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
+        self.folder = folder
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "WANDB_"))}
+        # The nodes have no GPU: where one is asked for, it is a name, and the training is to use the CPU.
+        self.environment = {**kept, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE", **variables}
+        self.environment.pop("DALITUNE_DATA", None)
+        for name in ("train.py", "pipelines", "slurm", "configs", "accelerate_config.yaml"):
+            (folder / name).symlink_to(ROOT / name)
+
+    def slurm(self, *command: str, **variables: str) -> str:
+        environment = {**self.environment, **variables}
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def submit(self, script: str, options: list[str], arguments: list[object], **variables: str) -> Job:
+        words = [str(argument) for argument in arguments]
+        number = self.slurm("sbatch", "--parsable", *options, f"slurm/{script}", *words, **variables).strip()
+        return Job(self, number)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("lab")
+    tools = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "SLURM_CLUSTER": str(folder / "cluster")}
+    environment = {**os.environ, **tools}
+    (folder / "job").mkdir()
+    started = subprocess.run([CLUSTER, "start"], env=environment, capture_output=True, text=True, timeout=120)
+    try:
+        if started.returncode:
+            pytest.skip(f"the cluster does not start on this machine: {started.stderr.strip()[-500:]}")
+        variables = {**tools, "SLURM_CONF": str(folder / "cluster" / "slurm.conf"), "DALITUNE_CACHE": str(folder / "c")}
+        yield Lab(folder / "job", variables)
+    finally:
+        subprocess.run([CLUSTER, "stop"], env=environment, capture_output=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def training(photo_folder, random_weights) -> list[object]:
+    photos = photo_folder({"train": {"ant": 4 * STEPS, "bee": 4 * STEPS}, "val": {"ant": 5, "bee": 6}})
+    return ["--data", photos, "--weights", random_weights, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab, training) -> Job:
+    job = lab.submit("train.sbatch", ["--gpus-per-node=0"], training)
+    assert job.ends() == "COMPLETED", job.text()
+    return job
+
+
+def revive(lab: Lab) -> None:
+    subprocess.run([CLUSTER, "start"], env=lab.environment, capture_output=True, timeout=120, check=True)
+
+
+def assert_same_training(job: Job, undisturbed: Job, *, tolerance: float | None = None) -> None:
+    """The same rows, each once: bit for bit, or to a tolerance where another number of processes sums otherwise."""
+    rows, expected = job.rows(), undisturbed.rows()
+    assert [row["global_step"] for row in rows] == [row["global_step"] for row in expected]
+    if tolerance is None:
+        assert rows == expected
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=tolerance, abs=tolerance)
+
+
+def test_one_node(undisturbed):
+    text = undisturbed.text()
+    assert re.search(r"preflight: node\d: processes 0; CPU, \d+ cores", text)
+    assert "the first all-reduce of 1 processes" in text
+    assert (undisturbed.folder / "rank-0.log").read_text().strip() in text
+    assert undisturbed.run.resolve() == undisturbed.lab.folder / "runs" / f"finetune-{undisturbed.number}"
+    assert undisturbed.status()["state"] == "finished"
+    assert undisturbed.status()["global_step"] == 2 * STEPS
+
+
+def test_two_nodes_of_which_one_dies_in_mid_epoch(lab, training, undisturbed):
+    job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], training)
+    job.reaches(STEPS + 3)
+    job.hold(signal.SIGSTOP)
+    assert len(job.ranks()) == 2
+    other = "node2" if job.facts()["BatchHost"] == "node1" else "node1"
+    subprocess.run([CLUSTER, "kill", other], env=lab.environment, timeout=60, check=True)
+    job.hold(signal.SIGCONT)
+    job.wait("the requeue", lambda: job.facts()["Restarts"] == "1")
+    revive(lab)
+    assert job.ends() == "COMPLETED", job.text()
+    text = job.text()
+    for node in ("node1", "node2"):
+        assert text.count(f"preflight: {node}: ") == 2, "once in each life"
+    assert text.count(f"\nrun: runs/finetune-{job.number}\n") == 2, "said once for all nodes"
+    assert "the first all-reduce of 2 processes" in text
+    assert f"resumed at step {STEPS}" in text
+    assert (job.folder / "rank-1.log").exists()
+    assert_same_training(job, undisturbed, tolerance=1e-3)
+
+
+def test_the_time_limit_comes_near(lab, training, undisturbed):
+    """Slurm's warning comes up to a minute early, and is sent every half minute."""
+    job = lab.submit("train.sbatch", ["--gpus-per-node=0", "--signal=B:USR1@60", "--time=20"], training)
+    job.reaches(STEPS + 3)
+    job.hold(signal.SIGSTOP)
+    hours, minutes, seconds = map(int, job.facts()["RunTime"].split(":"))
+    lab.slurm("scontrol", "update", f"jobid={job.number}", f"timelimit={hours * 60 + minutes + 1 + (seconds > 30)}")
+    job.wait("the warning", (job.run / "STOP").exists)
+    job.hold(signal.SIGCONT)
+    job.wait("the requeue", lambda: job.facts()["Restarts"] == "1")
+    assert job.status()["state"] == "stopped"
+    stopped_at = job.status()["global_step"]
+    assert STEPS + 3 <= stopped_at < 2 * STEPS
+    lab.slurm("scontrol", "update", f"jobid={job.number}", "timelimit=20")
+    assert job.ends() == "COMPLETED", job.text()
+    assert f"resumed at step {stopped_at}" in job.text()
+    assert_same_training(job, undisturbed)
+
+
+def test_sent_back_by_hand_and_then_cancelled(lab, training):
+    """Two processes on one node. Slurm decides both times, and the script does not bring a cancelled job back."""
+    job = lab.submit("train.sbatch", ["--gpus-per-node=2"], training)
+    job.reaches(3)
+    assert len(job.ranks()) == 2
+    lab.slurm("scontrol", "requeue", job.number)
+    job.wait("the second life", lambda: "resumed at step" in job.text())
+    stopped_at = int(re.search(r"resumed at step (\d+)", job.text())[1])
+    assert stopped_at >= 3, "saved on the way out, in mid-epoch"
+    job.reaches(stopped_at + 1)
+    lab.slurm("scancel", job.number)
+    assert job.ends() == "CANCELLED"
+    job.wait("its end", lambda: not job.ranks())
+    assert job.status()["state"] == "stopped"
+    assert job.facts()["Restarts"] == "1"
+    assert job.text().count("preflight: the first all-reduce of 2 processes") == 2
+    assert (job.folder / "rank-1.log").exists()
+
+
+def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
+    photos = Path(str(training[1]))
+    with tarfile.open(f"{photos}.tar", "w") as tar:
+        tar.add(photos, arcname=".")
+    staged = {"STAGE": "1", "LOCAL_DISK": str(tmp_path), "DALITUNE_DATA": str(photos)}
+    job = lab.submit("train.sbatch", ["--gpus-per-node=2", "--nodelist=node1"], training[2:], **staged)
+    job.reaches(STEPS + 3)
+    lab.slurm("sbatch", "-p", "urgent", "--nodelist=node1", "--gpus-per-node=2", "-o", "urgent.out", "--wrap", "date")
+    job.wait("the requeue", lambda: job.facts()["Restarts"] == "1")
+    assert job.ends() == "COMPLETED", job.text()
+    assert re.search(r"resumed at step 1[5-9]|resumed at step 2\d", job.text()), "not at the end of an epoch: saved"
+    assert f"data: {tmp_path}/dalitune-{job.number} " in job.text()
+    assert not any(tmp_path.iterdir()), "the node's disk is left as it was"
+    assert_same_training(job, undisturbed, tolerance=1e-3)
+
+
+def test_a_sweep_gives_each_task_its_run_and_refuses_bad_lines(lab, training):
+    lines = ["--lr 0.01 --max-steps 2", "--lr 0.02 --max-steps=2", "--lrr 0.1", "--run mine"]
+    (lab.folder / "sweep.txt").write_text("\n".join(lines) + "\n")
+    common = [*training]
+    del common[common.index("--lr") : common.index("--lr") + 2]
+    array = lab.submit("sweep.sbatch", ["--gpus-per-node=0", "--array=1-4%2"], ["sweep.txt", *common]).number
+    tasks = [Job(lab, f"{array}_{number}") for number in range(1, 5)]
+    assert [task.ends() for task in tasks] == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"]
+    for number, rate in ((1, 0.01), (2, 0.02)):
+        run = tasks[number - 1].run.resolve()
+        assert run.name == f"finetune-{array}-{number}"
+        assert f"lr: {rate}\n" in (run / "config.yaml").read_text()
+    assert "lrr" in tasks[2].text()
+    assert tasks[2].text().count("error: ") == 1
+    assert "preflight" not in tasks[2].text(), "before anything was started"
+    assert not tasks[2].run.exists()
+    assert "--run" in tasks[3].text()
+
+
+def test_a_run_folder_that_is_not_shared(lab, training):
+    runs = lab.folder / "unshared"
+    runs.mkdir()
+    holder = (Path(lab.environment["SLURM_CLUSTER"]) / "run" / "node2.pid").read_text().strip()
+    own_disk = ["nsenter", "-t", holder, "-m", "mount", "-t", "tmpfs", "tmpfs", str(runs)]
+    subprocess.run(own_disk, check=True, timeout=60)
+    try:
+        job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], [*training, "--runs", runs])
+        assert job.ends() == "FAILED"
+    finally:
+        subprocess.run(["nsenter", "-t", holder, "-m", "umount", str(runs)], check=True, timeout=60)
+    assert re.search(rf"error: run folder {runs}/finetune-\d+: .* not seen on node2", job.text()), job.text()
+    assert not any(runs.iterdir())
