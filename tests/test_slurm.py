@@ -62,12 +62,15 @@ class Job:
         rows = [json.loads(line) for line in lines]
         return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
 
-    def wait(self, what: str, condition: Callable[[], object]) -> None:
+    def wait(self, what: str, condition: Callable[[], object], *, pause: float = 0.5) -> None:
         give_up = time.monotonic() + PATIENCE
+        looked = 0.0
         while not condition():
-            assert time.monotonic() < give_up, f"no sign of {what}\n{self.facts()}\n{self.text()[-3000:]}"
-            assert what == "its end" or not self.has_ended(), f"ended before {what}\n{self.facts()}\n{self.text()}"
-            time.sleep(0.05)
+            if time.monotonic() > looked + 1:  # not more often: each look at Slurm takes time from the training
+                looked = time.monotonic()
+                assert looked < give_up, f"no sign of {what}\n{self.facts()}\n{self.text()[-3000:]}"
+                assert what == "its end" or not self.has_ended(), f"ended before {what}\n{self.facts()}\n{self.text()}"
+            time.sleep(pause)
 
     def has_ended(self) -> bool:
         return self.facts()["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -77,7 +80,9 @@ class Job:
         return self.facts()["JobState"]
 
     def reaches(self, global_step: int) -> None:
-        self.wait(f"step {global_step}", lambda: any(row["global_step"] >= global_step for row in self.rows()))
+        self.wait(
+            f"step {global_step}", lambda: any(row["global_step"] >= global_step for row in self.rows()), pause=0.05
+        )
 
     def ranks(self) -> list[int]:
         """The process ids of the training processes, on both nodes."""
