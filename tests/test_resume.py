@@ -282,6 +282,7 @@ def start(tmp_path, photos) -> Iterator[Callable[..., Started]]:
         each.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.kills
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [1, 2])
@@ -292,6 +293,7 @@ def test_killed_five_times_a_training_ends_as_if_it_had_not_been(count, tmp_path
     assert outcome.in_a_checkpoint >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.kills
 def test_stopped_on_two_processes_a_run_goes_on_on_one_and_on_three(start, photos, random_weights, tmp_path, run_here):
     settings = [*FROZEN, "--weights", random_weights, "--data", photos, "--batch-size", "5", "--log-every", "1"]
@@ -319,6 +321,7 @@ def test_stopped_on_two_processes_a_run_goes_on_on_one_and_on_three(start, photo
                 assert [row[name] for row in select(run)] == pytest.approx(expected, rel=2e-3), (run, name)
 
 
+@pytest.mark.slow
 @pytest.mark.kills
 def test_one_of_two_processes_dies_and_the_other_ends_with_the_cause_on_top(start):
     both = start("r", count=2).wait_for_rows()
@@ -333,6 +336,7 @@ def test_one_of_two_processes_dies_and_the_other_ends_with_the_cause_on_top(star
     assert not (both.run / "checkpoints" / ".unfinished").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.kills
 def test_a_signal_to_the_launcher_or_to_a_worker_stops_all_at_one_step(start):
     for name, count, to_launcher, number in (
@@ -355,6 +359,7 @@ def test_a_signal_to_the_launcher_or_to_a_worker_stops_all_at_one_step(start):
             assert started.launcher.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.kills
 def test_the_second_ctrl_c_leaves_at_once(start, monkeypatch):
     alone = start("r", launcher=False).wait_for_rows()
