@@ -27,10 +27,10 @@ from pipelines.errors import UserError
 from pipelines.evaluation import Scores, predict, score
 from pipelines.loader import choose_engine, eval_loader
 from pipelines.model import Weights, read_description, read_run_weights, read_state_dict, restore_model
-from pipelines.plan import EvalPlan
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.runs import replacing
-from pipelines.torch_engine import view_of
+from pipelines.torch_engine import central_views
+from pipelines.tracking import add_to_summary, check_tracked
 
 import numpy as np
 
@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> None:
     config = _read_config(options)
     folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
     _check_writable(folder, options.json)
+    if options.tracker == "wandb":
+        check_tracked(options.model)
     state = start_processes()
     dataset = open_dataset(state, config.data, config.val_fraction)
     main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(options.split,)))
@@ -74,6 +76,10 @@ def main(arguments: list[str]) -> None:
         facts = {"split": options.split, "world_size": accelerator.num_processes, "classes": list(classes)}
         _write_json(options.json, facts | {"dataset_fingerprint": dataset.fingerprint} | asdict(scores))
     _print_scores(scores, classes)
+    if options.tracker == "wandb":
+        top5 = {"test/top5": scores.topk[5]} if 5 in scores.topk and len(classes) > 5 else {}
+        found = {"test/loss": scores.loss, "test/top1": scores.top1, **top5, "test/ece": scores.ece}
+        add_to_summary(options.model, config, found | {"test/photos": scores.count, "test/split": options.split})
     print(f"confusion matrix: {matrix}\npredictions:      {grid}")
 
 
@@ -84,6 +90,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", help="folder or CSV; default: the run's own")
     parser.add_argument("--split", default="val", help="which split (default: val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores there")
+    parser.add_argument(
+        "--tracker", choices=("wandb", "none"), default="none", help="wandb: add test/* to the run's summary"
+    )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="where pictures go (default: the run's figures/)")
     parser.add_argument("--arch", help="of a bare state_dict (default: resnet18)")
     parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
@@ -141,8 +150,7 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, classes: tu
     """The worst mistakes first, then the right answers that were closest to being wrong."""
     right = records["predicted"] == records["label"]
     shown = records[np.lexsort((-records["loss"], right))][:_SHOWN_PREDICTIONS]
-    views = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize).views(0, shown["index"])
-    images = [np.asarray(view_of(split, views, position, config.image_size)) for position in range(len(views))]
+    images = central_views(split, shown["index"], image_size=config.image_size, resize=config.resize)
     predicted, true = ([classes[label] for label in shown[name]] for name in ("predicted", "label"))
     figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
 

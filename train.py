@@ -35,14 +35,15 @@ from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.evaluation import (
     EvaluationStopped,
     FeatureCache,
-    loss_and_top1,
     predict,
+    score,
     share_bad_photos,
+    validation_row,
     wilson_interval,
 )
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
 from pipelines.memory import micro_batch_of
-from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, parameter_counts, read_weights
+from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, read_weights
 from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
 from pipelines.processes import (
     ending_of,
@@ -57,11 +58,13 @@ from pipelines.processes import (
 from pipelines.progress import EpochTable, Interval, StepWatch
 from pipelines.runs import RunFolder, describe_model, new_run_name, versions
 from pipelines.stopping import StopRequest
-from pipelines.tracking import Tracking, tracker_names
+from pipelines.tracking import Tracking, describe_run, tracker_names
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional
+from torch.nn.utils import get_total_norm
 
 
 def main(arguments: list[str]) -> None:
@@ -111,6 +114,8 @@ def main(arguments: list[str]) -> None:
     watch, interval, whole_epoch = StepWatch(), Interval(accelerator.device), Interval(accelerator.device)
     stop = StopRequest(run.stop_file if state.is_main_process else None)
     clock = CheckpointClock(config.checkpoint_minutes)
+    tracking: Tracking | None = None
+    records: Any = None  # of the last evaluation in this life of the run
     main_first(state, partial(run.create, config, resumed=beginning == "resumed"))
     try:
         if saved:
@@ -121,21 +126,20 @@ def main(arguments: list[str]) -> None:
             watch.not_finite_in_a_row = saved["not_finite_in_a_row"]
             training.bad, validation.bad = set(saved["bad"]["train"]), set(saved["bad"]["val"])
         main_first(state, partial(run.cut_metrics, saved["metrics_bytes"] if saved else 0))
-        facts = {"world_size": accelerator.num_processes, "precision": accelerator.mixed_precision, "engine": engine}
-        tracking = Tracking(accelerator, config, run.folder, {**asdict(config), **facts, "data": dataset.fingerprint})
-        all_parameters, trained_parameters = parameter_counts(network)
+        facts = describe_run(accelerator, dataset, network, engine)
+        tracking = Tracking(accelerator, config, run, dataset, facts)
         if state.is_main_process:  # accelerator.print would speak once on every node
             print(
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
-                f"weights: {weights.source}; {all_parameters:,} parameters, {trained_parameters:,} of them trained; "
-                f"BatchNorm {network.batchnorm}",
+                f"weights: {weights.source}; {facts['parameters']:,} parameters, "
+                f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
                 f"processes: {facts['world_size']} on {accelerator.device.type}, precision {facts['precision']}",
                 *launcher_hints(accelerator),
                 f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
                 f"{micro_batch} photos at a time on a process",
                 f"run: {run.folder}",
-                *_how_it_goes_on(beginning, saved, facts["world_size"]),
+                *_how_it_goes_on(beginning, saved, accelerator.num_processes),
                 sep="\n",
                 flush=True,
             )
@@ -176,6 +180,7 @@ def main(arguments: list[str]) -> None:
                 sums, batch = update(model, network, optimizer, step, wishes, training, accelerator, config)
                 if at.global_step == 0 and state.is_main_process:
                     _draw(partial(_save_train_batch, run, batch, classes))
+                    tracking.show(run.figures / "train_batch.png")
                 at.global_step += 1
                 at.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
                 interval.add(sums)
@@ -191,7 +196,7 @@ def main(arguments: list[str]) -> None:
                     interval.start(training.wait_seconds)
                     table.training_row(row, epoch_ends=epoch_ends)
                     run.append_metrics(row)
-                    tracking.log(row)
+                    tracking.log(row, hold=epoch_ends)
                 stop_if_asked()
                 if watch.save and not epoch_ends:
                     save()
@@ -206,13 +211,14 @@ def main(arguments: list[str]) -> None:
             except EvaluationStopped:
                 watch.stop = True
                 stop_if_asked()
-            loss, top1, correct = loss_and_top1(records)
-            row = {"epoch": epoch, "global_step": at.global_step, "val/loss": loss, "val/top1": top1}
+            row = {"epoch": epoch, "global_step": at.global_step, **validation_row(records, len(classes))}
             run.append_metrics(row)
-            tracking.log(row)
-            if top1 > at.best["val/top1"] and math.isfinite(loss):  # a tie keeps the earlier
+            tracking.log(row, records, hold=at.global_step == last_step)
+            if row["val/top1"] > at.best["val/top1"] and math.isfinite(row["val/loss"]):  # a tie keeps the earlier
+                correct = int((records["predicted"] == records["label"]).sum())
                 at.best = row | {"correct": correct, "count": len(records)}
                 run.save_best(network.network, describe_model(config, dataset, at.best))
+                tracking.log_best(at.global_step)
             at.epoch = epoch
             run.write_status("running", epoch=epoch, global_step=at.global_step)
             table.end_epoch(epoch, summary | row, best=at.best["val/top1"])
@@ -222,7 +228,9 @@ def main(arguments: list[str]) -> None:
 
         # What is left: curves, the best weights, and what to type next.
         if state.is_main_process:
-            _draw(partial(figures.save_curves, run.figures / "curves.png", run.read_metrics(), title=name))
+            _draw(partial(_save_last_figures, run, records, classes))
+            for picture in ("curves", "confusion_matrix", "per_class"):
+                tracking.show(run.figures / f"{picture}.png")
             best = at.best
             tracking.finish({"best/val_top1": best["val/top1"], "best/epoch": best["epoch"]})
             run.write_status("finished", "", 0, at.epoch, at.global_step)
@@ -248,6 +256,8 @@ def main(arguments: list[str]) -> None:
             )
         if is_stop and state.is_main_process:
             run.stop_file.unlink(missing_ok=True)  # it has been answered
+        if tracking:
+            tracking.stopped() if is_stop else tracking.abandon(ending.exit_code)
         raise
     finally:
         table.close()
@@ -268,13 +278,14 @@ def update(
 ) -> tuple[torch.Tensor, Batch]:
     """One optimizer update from one global batch.
 
-    wishes: whether this process wants to stop, to save. Returns float32 [5], sums over all processes: loss, correct
-    answers, photos, wishes to stop, to save; and this process's first micro-batch.
+    wishes: whether this process wants to stop, to save. Returns float32 [7], sums over all processes: loss, correct
+    answers, photos, norm of the gradient before it is clipped (0 where it is not finite), 1 where it is finite, wishes
+    to stop, to save; and this process's first micro-batch.
     The loss is the sum over this process's photos divided by the global number of places. DDP takes the mean of the
     processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
     """
     optimizer.zero_grad()
-    sums = torch.tensor([0.0, 0, 0, *wishes], device=accelerator.device)
+    sums = torch.tensor([0.0, 0, 0, 0, 0, *wishes], device=accelerator.device)
     for number in range(step.rounds):
         # A process without a share takes part with a batch of no photos, as the others wait for its gradients.
         batch = next(step.batches, None) or loader.empty_batch()
@@ -290,7 +301,12 @@ def update(
         correct = (logits.argmax(dim=1) == batch.labels).sum()
         sums[:3] += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])
     if config.clip_grad_norm is not None:
-        accelerator.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+    else:
+        accelerator.unscale_gradients(optimizer)
+        norm = get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    if accelerator.is_main_process:  # it is the same on all
+        sums[3:5] = torch.stack([norm.nan_to_num(0, 0, 0), norm.isfinite()])
     optimizer.step()
     return accelerator.reduce(sums, "sum"), first_batch
 
@@ -320,6 +336,15 @@ def _save_train_batch(run: RunFolder, batch: Batch, classes: tuple[str, ...]) ->
     titles = [classes[label] for label in batch.labels[:16].tolist()]
     images = batch.images[:16].float().cpu().numpy()
     figures.save_train_batch(run.figures / "train_batch.png", images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def _save_last_figures(run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...]) -> None:
+    """The curves, and what the last evaluation says of each class."""
+    figures.save_curves(run.figures / "curves.png", run.read_metrics(), title=run.folder.name)
+    if records is not None:  # a run that was killed between its last evaluation and its end has them already
+        scores = score(records, classes)
+        figures.save_confusion_matrix(run.figures / "confusion_matrix.png", scores.confusion_matrix, classes)
+        figures.save_per_class(run.figures / "per_class.png", scores.per_class, classes)
 
 
 def _where(global_step: int, rates: dict[str, float], indices: list[int], loader: Loader) -> str:

@@ -142,8 +142,14 @@ class Config:
     """steps per training row"""
     tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
     """where metrics go besides metrics.jsonl"""
-    project: Text = "dalitune"
-    """the tracker's project"""
+    project: Text | None = None
+    """the tracker's project; null: WANDB_PROJECT, or else dalitune"""
+    tags: Text | None = None
+    """W&B tags of the run, with commas between; null: WANDB_TAGS"""
+    group: Text | None = None
+    """W&B group of the run; null: WANDB_RUN_GROUP"""
+    log_model: Literal["never", "best", "end"] = "best"
+    """when the best weights go to W&B: each time they improve, once at the end, or never"""
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
@@ -183,7 +189,7 @@ GROUPS = {
         "warmup_epochs",
     ],
     "Evaluation": ["eval_batch_per_device"],
-    "Logging": ["log_every", "tracker", "project"],
+    "Logging": ["log_every", "tracker", "project", "tags", "group", "log_model"],
 }
 
 

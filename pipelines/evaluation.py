@@ -1,5 +1,6 @@
 """Exact evaluation: every photo counts once, on any number of processes."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,9 +107,35 @@ def loss_and_top1(records: np.ndarray) -> tuple[float, float, int]:
     return float(records["loss"].sum(dtype=np.float64) / count), correct / count, correct
 
 
+def validation_row(records: np.ndarray, classes: int) -> dict[str, float]:
+    """`val/loss`, `val/top1`, `val/ece` and, of more than five classes, `val/top5`, as metrics.jsonl has them."""
+    loss, top1, _ = loss_and_top1(records)
+    top5 = {"val/top5": top_k(records, 5)} if classes > 5 else {}
+    return {"val/loss": loss, "val/top1": top1, **top5, "val/ece": calibration_error(records)}
+
+
+def top_k(records: np.ndarray, k: int) -> float:
+    """The share of photos whose true class is among the k best-scored ones."""
+    return int((records["rank"] < k).sum()) / max(1, len(records))
+
+
+def calibration_error(records: np.ndarray) -> float:
+    """The expected calibration error in 15 bins: how far confidence is from accuracy (Guo et al. 2017).
+
+    NaN for a network that has diverged, 0 without photos.
+    """
+    if not len(records) or not np.isfinite(records["confidence"]).all():
+        return math.nan if len(records) else 0.0
+    from torchmetrics.functional.classification import binary_calibration_error  # seconds to import
+
+    # The multi-class error is the binary one of "the prediction is right" against its confidence.
+    right = torch.from_numpy((records["predicted"] == records["label"]).astype(np.int64))
+    return float(binary_calibration_error(torch.from_numpy(records["confidence"].copy()), right, 15))
+
+
 def score(records: np.ndarray, classes: Sequence[str], ks: Sequence[int] = (5,)) -> Scores:
     """All scores of `records`, through torchmetrics. k of top-k is clamped to the number of classes."""
-    from torchmetrics.functional import classification as tm  # slow to import, and training does without it
+    from torchmetrics.functional import classification as tm  # seconds to import
 
     predicted, labels = torch.from_numpy(records["predicted"].copy()), torch.from_numpy(records["label"].copy())
     each = {"num_classes": len(classes), "average": "none"}
@@ -120,16 +147,14 @@ def score(records: np.ndarray, classes: Sequence[str], ks: Sequence[int] = (5,))
         strict=True,
     )
     loss, top1, correct = loss_and_top1(records)
-    # The multi-class error is the binary one of "the prediction is right" against its confidence.
-    ece = tm.binary_calibration_error(torch.from_numpy(records["confidence"].copy()), (predicted == labels).int(), 15)
     return Scores(
         loss=loss,
         top1=top1,
         correct=correct,
         count=len(records),
         interval=wilson_interval(correct, len(records)),
-        topk={k: float((records["rank"] < k).mean()) for k in {min(k, len(classes)) for k in ks}},
-        ece=float(ece),
+        topk={k: top_k(records, k) for k in {min(k, len(classes)) for k in ks}},
+        ece=calibration_error(records),
         confusion_matrix=tm.multiclass_confusion_matrix(predicted, labels, len(classes)).numpy(),
         per_class=[dict(zip(("precision", "recall", "f1", "count"), values, strict=True)) for values in per_class],
     )

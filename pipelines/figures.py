@@ -27,6 +27,8 @@ from PIL import Image
 
 MAX_PHOTOS = 16  # a grid of 4 x 4
 MAX_COUNTED_CLASSES = 25  # up to here a cell of the confusion matrix has room for its count
+MAX_BARS = 40
+MAX_NAMED_RUNS = 10
 MAX_CELLS = 250  # along a side of that matrix; more would be too small to see
 TILE, CAPTION, NAME = 122, 118, 110  # points: width of a photo in a grid, of its caption, of a class name elsewhere
 
@@ -120,6 +122,27 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, float | None]], *, title
             _finish_panel(panel, name, unit)
 
 
+def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
+    """Loss and top-1 accuracy on the validation photos over epochs, a line for each run; the first 10 have a name.
+
+    runs: rows of `metrics.jsonl` by the run's name, the best run first.
+    """
+    with _picture(path, 10, 4) as figure:
+        panels = figure.subplots(1, 2)
+        for place, (name, rows) in reversed(list(enumerate(runs.items()))):  # the best one on top
+            named = place < MAX_NAMED_RUNS
+            for panel, key in zip(panels, ("val/loss", "val/top1"), strict=True):
+                color, label = (f"C{place}", _shortened(name, 200)) if named else ("#d0d0d0", f"_{name}")
+                _line(panel, _column(rows, "epoch"), _column(rows, key), color=color, label=label)
+        for panel, name in zip(panels, ("validation loss", "validation top-1 accuracy"), strict=True):
+            panel.set_title(name)
+            panel.set_xlabel("epoch")
+            panel.grid(True)
+            panel.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=min(3, max(1, len(labels))))
+
+
 def save_confusion_matrix(path: Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
     """The confusion matrix: colours are shares of the true class, printed numbers are photos.
 
@@ -156,6 +179,24 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray, classes: Sequence[str]
         else:
             listing = _commonest_confusions(matrix, classes)
             axes.text(1 + 1 / side, 1, listing, va="top", linespacing=1.5, transform=axes.transAxes)
+
+
+def save_per_class(path: Path, per_class: Sequence[Mapping[str, float]], classes: Sequence[str]) -> None:
+    """Recall and precision of each class, the worst recall above; of more than 40 classes only the worst 40.
+
+    per_class: C times `recall`, `precision` (fractions) and `count`; classes: C names.
+    """
+    order = sorted(range(len(classes)), key=lambda place: per_class[place]["recall"])[:MAX_BARS]
+    names = [f"{_shortened(classes[place], NAME)}  ({per_class[place]['count']:,})" for place in order]
+    with _picture(path, 7, 0.9 + 0.32 * len(order)) as figure:
+        axes = figure.subplots()
+        for name, color, shift in (("recall", BLUE, -0.2), ("precision", ORANGE, 0.2)):
+            values = [per_class[place][name] for place in order]
+            axes.barh(np.arange(len(order)) + shift, values, height=0.38, color=color, label=name)
+        axes.set_yticks(range(len(order)), names)
+        axes.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6))
+        axes.set_title("per class (photos)" + (f": the worst {MAX_BARS}" if len(order) < len(classes) else ""))
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
 @contextmanager

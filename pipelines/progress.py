@@ -17,24 +17,29 @@ _DIVERGED_AFTER = 3  # losses in a row that are not finite; fp16's search for a 
 
 
 class Interval:
-    """Sums over the photos since the last row: loss, correct answers, photos, steps, seconds, waiting.
+    """Sums over the photos and steps since the last row; seconds, waiting.
 
     Everything stays on the device until `row` is asked for.
     """
 
     def __init__(self, device: torch.device) -> None:
         # Apple's GPUs have no float64.
-        self._sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self._device = device
+        self._sums = torch.zeros(5, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
         self._started, self._waited_before = time.perf_counter(), 0.0
 
     def start(self, wait_seconds: float) -> None:
         """Begins a new interval now. wait_seconds: how long the loader has waited so far, all in all."""
         self._sums.zero_()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._started, self._waited_before = time.perf_counter(), wait_seconds
 
     def add(self, sums: torch.Tensor) -> None:
-        """sums: float [3 or more], of one step over all processes: summed loss, correct answers, photos, ..."""
-        self._sums += sums[:3]
+        """sums: float [5 or more], of one step over all processes: summed loss, correct answers, photos, norm of the
+        gradient, 1 where that is finite, ...
+        """
+        self._sums += sums[:5]
 
     def state(self, wait_seconds: float) -> dict[str, Any]:
         """What `restore` needs to go on with this interval in another life of the run; JSON."""
@@ -48,14 +53,18 @@ class Interval:
 
     def row(self, wait_seconds: float) -> dict[str, float]:
         """The interval's means and rates, under the names of metrics.jsonl."""
-        loss, correct, photos = self._sums.tolist()
+        loss, correct, photos, norms, steps = self._sums.tolist()
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        return {
+        row = {
             "train/loss": loss / max(1, photos),
             "train/top1": correct / max(1, photos),
             "perf/images_per_s": photos / seconds,
             "perf/data_wait": min(1.0, (wait_seconds - self._waited_before) / seconds),
+            "grad_norm": norms / max(1, steps),
         }
+        if self._device.type == "cuda":
+            row["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+        return row
 
 
 class StepWatch:
@@ -71,7 +80,7 @@ class StepWatch:
         self._copies: deque[tuple[torch.Tensor, torch.cuda.Event | None, Callable[[], str]]] = deque()
 
     def add(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
-        """sums: float [5], of one step over all processes: loss, correct answers, photos, wishes to stop and to save.
+        """sums: float [7], of one step over all processes: as for `Interval.add`, then wishes to stop and to save.
 
         where: names step, lr and photos, for the message.
         """
@@ -90,7 +99,7 @@ class StepWatch:
             copy, event, where = self._copies.popleft()
             if event is not None:
                 event.synchronize()
-            loss, _, _, stop, save = copy.tolist()
+            loss, *_, stop, save = copy.tolist()
             self.stop, self.save = self.stop or stop > 0, self.save or save > 0
             self.not_finite_in_a_row = 0 if math.isfinite(loss) else self.not_finite_in_a_row + 1
             if self.not_finite_in_a_row == _DIVERGED_AFTER:

@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 _OWN_FILES = ("config.yaml", "status.json")
 # Settings that do not change what is learned.
 _MAY_CHANGE = {
-    *("run", "runs", "overwrite", "prepare", "epochs", "tracker", "project", "checkpoint_minutes"),
+    *("run", "runs", "overwrite", "prepare", "epochs", "checkpoint_minutes"),
+    *("tracker", "project", "tags", "group", "log_model"),
     *("loader", "loader_threads", "prefetch", "eval_batch_per_device"),
 }
 _LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow", "nvidia-dali-cuda130")

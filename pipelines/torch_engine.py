@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pipelines.dataset import Split
 from pipelines.headers import exif_orientation
 from pipelines.loader import Pixels
-from pipelines.plan import Views
+from pipelines.plan import EvalPlan, Views
 
 import numpy as np
 import torch
@@ -113,6 +113,12 @@ def view_of(split: Split, views: Views, position: int, image_size: int) -> Image
     top, left = anchor
     box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
     return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+
+
+def central_views(split: Split, indices: np.ndarray, *, image_size: int, resize: int) -> list[np.ndarray]:
+    """What the network sees of validation photos (positions in the split): uint8 [image_size, image_size, 3] each."""
+    views = EvalPlan(split.sizes, image_size=image_size, resize=resize).views(0, indices)
+    return [np.asarray(view_of(split, views, position, image_size)) for position in range(len(views))]
 
 
 def _reason(error: Exception) -> str:

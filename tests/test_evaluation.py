@@ -5,7 +5,16 @@ from pathlib import Path
 from pipelines.config import Config
 from pipelines.dataset import Split, load_dataset, scan_dataset
 from pipelines.errors import UserError
-from pipelines.evaluation import _RECORD, FeatureCache, _outcomes, loss_and_top1, predict, score, wilson_interval
+from pipelines.evaluation import (
+    _RECORD,
+    FeatureCache,
+    _outcomes,
+    loss_and_top1,
+    predict,
+    score,
+    validation_row,
+    wilson_interval,
+)
 from pipelines.loader import Loader, eval_loader, make_engine
 from pipelines.model import TransferModel
 from pipelines.plan import EvalPlan, Views
@@ -225,3 +234,24 @@ def test_wilson_interval_gives_newcombes_published_values(correct, count, low, h
 
 def test_wilson_interval_of_nothing_says_nothing():
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_a_row_of_metrics_has_top5_only_where_it_says_something():
+    row = validation_row(example(), classes=3)
+    assert row == {
+        "val/loss": pytest.approx(0.9),
+        "val/top1": 0.5,
+        "val/ece": pytest.approx(score(example(), CLASSES).ece),
+    }
+    many = example()
+    many["rank"] = [0, 5, 1, 0, 4, 9]
+    assert validation_row(many, classes=6)["val/top5"] == 4 / 6
+
+
+def test_a_row_of_a_diverged_network_or_of_no_photo_is_no_error():
+    records = example()
+    records["confidence"] = records["loss"] = np.nan
+    row = validation_row(records, classes=6)
+    assert np.isnan(row["val/loss"])
+    assert np.isnan(row["val/ece"])
+    assert validation_row(example()[:0], classes=6) == {"val/loss": 0, "val/top1": 0, "val/top5": 0, "val/ece": 0}

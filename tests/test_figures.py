@@ -9,7 +9,14 @@ from pathlib import Path
 
 from pipelines import figures
 from pipelines.errors import MachineError
-from pipelines.figures import save_confusion_matrix, save_curves, save_predictions, save_train_batch
+from pipelines.figures import (
+    save_comparison,
+    save_confusion_matrix,
+    save_curves,
+    save_per_class,
+    save_predictions,
+    save_train_batch,
+)
 
 import matplotlib
 import numpy as np
@@ -220,3 +227,24 @@ def test_the_settings_of_the_machine_neither_change_nor_matter(tmp_path: Path) -
 def test_pyplot_is_never_imported() -> None:
     code = "import sys, pipelines.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(figures.__file__).parents[1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 41])
+def test_the_class_that_is_found_worst_stands_above(tmp_path: Path, texts: list[tuple[str, float]], count: int) -> None:
+    per_class = [{"recall": place / count, "precision": 0.5, "count": place} for place in range(count, 0, -1)]
+    save_per_class(tmp_path / "bars.png", per_class, [f"class {row['count']}" for row in per_class])
+    pixels(tmp_path / "bars.png")
+    names = [text for text, _ in texts if text.startswith("class ")]
+    assert names == [f"class {place}  ({place})" for place in range(1, min(count, 40) + 1)]
+    assert any("the worst 40" in text for text, _ in texts) == (count > 40)
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_runs_are_compared_in_one_picture(tmp_path: Path, texts: list[tuple[str, float]], count: int) -> None:
+    rows = [
+        {"epoch": epoch, "val/loss": 1 / epoch, "val/top1": None if epoch == 2 else epoch / 5} for epoch in (1, 2, 3)
+    ]
+    save_comparison(tmp_path / "runs.png", {f"run-{place}": rows for place in range(count)} | {"empty": []})
+    pixels(tmp_path / "runs.png")
+    names = [text for text, _ in texts if text.startswith("run-")]
+    assert names == [f"run-{place}" for place in range(min(count, 10))]

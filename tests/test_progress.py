@@ -22,8 +22,10 @@ ROW = {
 }
 
 
-def sums(loss: float, correct: int = 1, photos: int = 2, stop: int = 0, save: int = 0) -> torch.Tensor:
-    return torch.tensor([loss, correct, photos, stop, save], dtype=torch.float32)
+def sums(
+    loss: float, correct: int = 1, photos: int = 2, norm: float | None = None, stop: int = 0, save: int = 0
+) -> torch.Tensor:
+    return torch.tensor([loss, correct, photos, norm or 0, norm is not None, stop, save], dtype=torch.float32)
 
 
 # Means
@@ -46,6 +48,14 @@ def test_an_interval_takes_means_over_photos_and_not_over_steps():
     interval.add(sums(3.0, correct=1, photos=1))
     row = interval.row(wait_seconds=5.05)
     assert (row["train/loss"], row["train/top1"], row["perf/data_wait"]) == (3.0, 1.0, 0.0)
+
+
+def test_the_gradients_norm_is_a_mean_over_the_steps_that_had_a_finite_one():
+    interval = Interval(CPU)
+    for norm in (1.0, None, 3.0):
+        interval.add(sums(1.0, norm=norm))
+    assert interval.row(0.0)["grad_norm"] == 2.0
+    assert Interval(CPU).row(0.0)["grad_norm"] == 0.0
 
 
 def test_an_interval_without_photos_has_no_division_by_zero():

@@ -18,7 +18,7 @@ from pipelines.memory import largest_that_fits
 import psutil
 import pytest
 import torch
-from test_disk import one_error_line, small_disk  # noqa: F401
+from test_disk import one_error_line
 from test_train import FROZEN, ROOT, SMALL, rows_of, run_script, succeeded, train_rows, val_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -191,7 +191,7 @@ def test_other_photos_are_refused_and_more_epochs_go_on(photos, tmp_path, run_he
 
 
 @pytest.mark.slow
-def test_no_room_for_a_checkpoint_leaves_the_one_before_whole(command, small_disk, run_here):  # noqa: F811
+def test_no_room_for_a_checkpoint_leaves_the_one_before_whole(command, small_disk, run_here):
     """A ResNet-18 with its momentum takes 90 MB, its best weights 45: there is room for one checkpoint, not for two."""
     runs = small_disk("size=200m")
     done = run_here(train, *command[:-1], runs, "--run", "r")

@@ -1,39 +1,71 @@
-"""Trackers get every row; whatever is wrong with them, a training hears one line and goes on."""
+"""Trackers get every row once; whatever is wrong with them, a training hears one line and goes on.
 
+What W&B gets is read back from its own files, and, online, from a stand-in for its server.
+"""
+
+import json
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from pipelines.config import Config
-from pipelines.errors import UserError
-from pipelines.tracking import Tracking, tracker_names
-
-import pytest
+import evaluate
+import train
 import wandb
-from accelerate import Accelerator
+from pipelines import wandb_sync
+from pipelines.config import Config, parse_config
+from pipelines.dataset import Dataset, load_dataset, scan_dataset
+from pipelines.errors import UserError
+from pipelines.runs import RunFolder, new_run_name
+from pipelines.tracking import Tracking, tracker_names
+from pipelines.wandb_sync import has_key, history_row, life_folders, read_records
 
-ROWS = [
-    {"epoch": 1, "global_step": 1, "train/loss": 0.7},
-    {"epoch": 1, "global_step": 1, "val/top1": 0.5},
-    {"epoch": 2, "global_step": 2, "val/top1": 0.75},
-]
+import psutil
+import pytest
+import yaml
+from accelerate import Accelerator
+from test_train import ROOT
+from wandb_server_standin import KEY, StandInServer
+
+LATER = "send the run later with: python -m pipelines.wandb_sync"
+TRAINING = ["--image-size", "64", "--resize", "72", "--weights", "none", "--batchnorm", "train", "--batch-size", "4"]
 
 
 @pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path):
+def no_account(monkeypatch, tmp_path) -> Iterator[None]:
     """No W&B account, settings or server of this machine, and none left by another test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+    for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "5")
     # A prompt would now be read from a terminal.
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     wandb.teardown()
     yield
     wandb.teardown()
+    os.environ.pop("WANDB_DATA_DIR", None)
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[StandInServer]:
+    server = StandInServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")  # seconds; W&B's own default is 15
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def dataset(photos, tmp_path_factory) -> Dataset:
+    return load_dataset(scan_dataset(photos, tmp_path_factory.mktemp("index"), 0.2))
 
 
 @pytest.fixture
@@ -43,21 +75,77 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def track(tracker: str, folder: Path) -> Tracking:
-    config = Config(tracker=tracker, runs=str(folder.parent))
-    accelerator = Accelerator(cpu=True, log_with=tracker_names(config), project_dir=config.runs)
-    return Tracking(accelerator, config, folder, {**asdict(config), "world_size": 1})
+class Life:
+    """One life of a run's tracking, with the calls of the training loop in the loop's order."""
+
+    def __init__(self, folder: Path, dataset: Dataset, checkpoint: int = 0, **settings: Any) -> None:
+        """checkpoint: the step that the run is resumed at; later rows are taken back, as in the loop."""
+        config = Config(**{"tracker": "wandb", "runs": str(folder.parent), **settings})
+        self.run = RunFolder(folder)
+        rows = [row for row in self.run.read_metrics() if row["global_step"] <= checkpoint]
+        self.run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        accelerator = Accelerator(cpu=True, log_with=tracker_names(config), project_dir=config.runs)
+        self.tracking = Tracking(accelerator, config, self.run, dataset, {"world_size": 1})
+        self.at = checkpoint
+
+    def steps(self, last: int) -> "Life":
+        """Up to step `last`: a training row every 2 steps, and every 4 a validation row, which belongs to it."""
+        for step in range(self.at + 2, last + 1, 2):
+            self._row({"global_step": step, "train/loss": 1 / step}, hold=step % 4 == 0)
+            if step % 4 == 0:
+                self._row({"global_step": step, "val/top1": step / 100})
+        self.at = last
+        return self
+
+    def _row(self, row: dict[str, Any], hold: bool = False) -> None:
+        self.run.append_metrics(row)
+        self.tracking.log(row, hold=hold)
+
+    def finish(self) -> None:
+        self.tracking.finish({"best/val_top1": 0.75})
 
 
-def run_through(tracker: str, folder: Path) -> None:
-    tracking = track(tracker, folder)
-    for row in ROWS:
-        tracking.log(row)
-    tracking.finish({"best/val_top1": 0.75})
+def rows_until(last: int) -> list[dict[str, Any]]:
+    """What W&B must have of such a run, whatever happened to it: each step once, in order."""
+    rows = [{"global_step": step, "train/loss": 1 / step} for step in range(2, last + 1, 2)]
+    return [row | ({"val/top1": row["global_step"] / 100} if row["global_step"] % 4 == 0 else {}) for row in rows]
 
 
-def offline_runs(folder: Path) -> list[Path]:
-    return sorted(folder.glob("wandb/offline-run-*"))
+def without_own(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+def lives(folder: Path) -> list[Path]:
+    return life_folders(folder, (folder / "wandb_id").read_text())
+
+
+def records_of(life: Path) -> list[Any]:
+    (file,) = life.glob("run-*.wandb")
+    for _ in range(20):  # it is closed a moment after `finish`
+        records = list(read_records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.1)
+    return records
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [row for life in lives(folder) for record in records_of(life) if (row := history_row(record))]
+    assert all(row["_step"] == row["global_step"] for row in rows)
+    return [without_own(row) for row in rows]
+
+
+def killed(life: Callable[[], Any]) -> None:
+    """Runs `life` in a process of its own, which is then killed, together with W&B's, as Slurm kills a job."""
+    if not (child := os.fork()):
+        try:
+            life()
+            for process in psutil.Process().children(recursive=True):
+                process.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def one_line(capfd) -> str:
@@ -67,116 +155,503 @@ def one_line(capfd) -> str:
     return output.err.rstrip("\n")
 
 
-# Weights & Biases
+# Weights & Biases, offline
 
 
-def test_without_a_key_wandb_is_offline_and_says_how_to_send_the_run(folder, capfd):
-    run_through("wandb", folder)
-    (run,) = offline_runs(folder)
-    assert one_line(capfd) == f"wandb: offline (no key); send the run later with: wandb sync {run}"
-    (file,) = run.glob("*.wandb")
-    run_id = (folder / "wandb_id").read_text()
-    assert file.name == f"run-{run_id}.wandb"
-    content = file.read_bytes()
-    for part in (b"train/loss", b"val/top1", b"best/val_top1", b"world_size", b"0.75"):
-        assert part in content
+def test_without_a_key_wandb_is_offline_and_says_how_to_send_the_run(folder, dataset, capfd):
+    Life(folder, dataset).steps(8).finish()
+    assert one_line(capfd) == f"wandb: offline (no key); {LATER} {folder}"
+    assert history_of(folder) == rows_until(8)
 
 
 @pytest.mark.parametrize("mode", ["offline", "online", "disabled"])
-def test_the_mode_of_the_environment(folder, capfd, monkeypatch, mode):
+def test_the_mode_of_the_environment(folder, dataset, capfd, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
-    run_through("wandb", folder)
+    Life(folder, dataset).steps(4).finish()
     if mode == "disabled":
         assert capfd.readouterr() == ("", "")
-        assert not offline_runs(folder)
+        assert not lives(folder)
         return
     reason = "WANDB_MODE=offline" if mode == "offline" else "no key"
     assert one_line(capfd).startswith(f"wandb: offline ({reason}); ")
-    assert len(offline_runs(folder)) == 1
+    assert history_of(folder) == rows_until(4)
 
 
-def test_a_run_keeps_its_id_for_life(folder, capfd, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "fromagent")
-    run_through("wandb", folder)
+def test_wandbs_own_variables_are_respected_and_flags_win_over_them(folder, dataset, monkeypatch, tmp_path):
+    variables = {"PROJECT": "p", "TAGS": "x,y", "RUN_GROUP": "g", "NAME": "n", "DIR": tmp_path, "RUN_ID": "fromagent"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    Life(folder, dataset).finish()
     assert (folder / "wandb_id").read_text() == "fromagent"
-    monkeypatch.delenv("WANDB_RUN_ID")
+    (life,) = life_folders(tmp_path, "fromagent")
+    run = next(record.run for record in records_of(life) if record.WhichOneof("record_type") == "run")
+    assert (run.project, list(run.tags), run.run_group, run.display_name) == ("p", ["x", "y"], "g", "n")
+
+    monkeypatch.setenv("WANDB_RUN_ID", "another")  # the run has its id for life
     time.sleep(1.1)  # the folders of W&B are named by the second
-    run_through("wandb", folder)
-    assert [run.name.split("-")[-1] for run in offline_runs(folder)] == ["fromagent"] * 2
+    Life(folder, dataset, project="q", tags="a, b", group="h").finish()
+    (_, life) = life_folders(tmp_path, "fromagent")
+    run = next(record.run for record in records_of(life) if record.WhichOneof("record_type") == "run")
+    assert (run.project, list(run.tags), run.run_group) == ("q", ["a", "b"], "h")
 
 
-def test_a_tracker_that_fails_is_left_behind_in_one_line(folder, capfd):
-    tracking = track("wandb", folder)
+def test_what_a_torn_file_has_lost_is_sent_by_the_next_life_and_nothing_twice(folder, dataset, capfd):
+    Life(folder, dataset).steps(20).tracking.abandon()
+    (first,) = lives(folder)
+    records_of(first)
+    (file,) = first.glob("run-*.wandb")
+    whole = file.read_bytes()
+    step_of = {history_row(record).get("_step"): record for record in read_records(file)}
+    lost_from = whole.index(step_of[14].history.item[0].value_json.encode(), len(whole) // 2)
+    for cut, checkpoint in ((lost_from, 16), (lost_from, 12), (len(whole), 16), (7, 16), (0, 4)):
+        file.write_bytes(whole[:cut])  # as a kill leaves it
+        for life in lives(folder)[1:]:
+            shutil.rmtree(life)
+        RunFolder(folder).metrics.write_text(
+            "".join(
+                json.dumps({"global_step": step} | part) + "\n"
+                for step in range(2, 21, 2)
+                for part in ({"train/loss": 1 / step}, {"val/top1": step / 100})[: 1 + (step % 4 == 0)]
+            )
+        )
+        time.sleep(1.1)
+        Life(folder, dataset, checkpoint).steps(24).finish()
+        assert history_of(folder) == rows_until(24), (cut, checkpoint)
+    assert "tracking has stopped" not in capfd.readouterr().err
+
+
+def test_a_killed_life_offline(folder, dataset, monkeypatch):
+    monkeypatch.setenv("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "0.2")  # seconds; W&B's own default is 15
+
+    def life() -> None:
+        first = Life(folder, dataset).steps(12)
+        time.sleep(1)
+        first.steps(20)
+
+    killed(life)
+    (first,) = lives(folder)
+    (file,) = first.glob("run-*.wandb")
+    kept = wandb_sync.steps_on_disk([first])
+    assert kept
+    assert not [record for record in read_records(file) if record.WhichOneof("record_type") == "exit"]
+    time.sleep(1.1)
+    Life(folder, dataset, checkpoint=16).steps(24).finish()
+    assert history_of(folder) == rows_until(24)
+
+
+def test_a_stopped_run_is_preempting_and_a_failed_one_has_failed(folder, dataset):
+    Life(folder, dataset).steps(4).tracking.stopped()
+    time.sleep(1.1)
+    Life(folder, dataset, checkpoint=4).steps(8).tracking.abandon()
+    first, second = ([record.WhichOneof("record_type") for record in records_of(life)] for life in lives(folder))
+    assert "preempting" in first
+    assert "preempting" not in second
+    assert [records_of(life)[-1].exit.exit_code for life in lives(folder)] == [75, 1]
+    assert history_of(folder) == rows_until(8)
+
+
+def test_the_newest_row_waits_for_its_validation_row_also_in_another_life(folder, dataset):
+    first = Life(folder, dataset).steps(6)
+    first._row({"global_step": 8, "train/loss": 1 / 8}, hold=True)
+    first.tracking.stopped()  # in the evaluation
+    assert history_of(folder) == rows_until(6)
+    time.sleep(1.1)
+    second = Life(folder, dataset, checkpoint=8)
+    second._row({"global_step": 8, "val/top1": 8 / 100})
+    second.steps(12).finish()
+    assert history_of(folder) == rows_until(12)
+
+
+def test_a_killed_wandb_core_is_replaced_and_no_row_is_lost(folder, dataset, capfd):
+    life = Life(folder, dataset).steps(8)
     one_line(capfd)
-    wandb.finish()
-    for row in ROWS:
-        tracking.log(row)
-    tracking.finish({})
-    assert one_line(capfd).startswith("tracking has stopped (")
+    time.sleep(1.1)
+    for process in psutil.Process().children(recursive=True):
+        if "wandb-core" in process.name():
+            process.kill()
+    started = time.monotonic()
+    life.steps(16).finish()
+    assert time.monotonic() - started < 10
+    assert one_line(capfd).startswith("wandb: offline (W&B's own process has ended: ")
+    assert history_of(folder) == rows_until(16)
 
 
-def test_a_tracker_that_cannot_start_is_left_behind_in_one_line(folder, capfd, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "nonsense")
-    run_through("wandb", folder)
-    assert one_line(capfd).startswith("tracking has stopped (")
+def test_a_full_disk_is_said_and_costs_nothing_else(folder, dataset, capfd, monkeypatch, small_disk):
+    disk = small_disk("size=4m")
+    monkeypatch.setenv("WANDB_DIR", str(disk))
+    life = Life(folder, dataset).steps(8)
+    (disk / "full").write_bytes(b"x" * (4 * 2**20 - 200_000))
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "fuller").write_bytes(b"x" * 2**20)
+    capfd.readouterr()
+    life.steps(16).finish()
+    assert "rows are not in" in one_line(capfd)
+    Life(folder, dataset, checkpoint=16).steps(20).finish()
+    assert one_line(capfd).startswith(f"tracking has stopped (the disk under {disk} is full)")
+    assert len(RunFolder(folder).read_metrics()) == 15
+
+
+# Weights & Biases, online: a stand-in for its server
+
+
+def test_online_a_run_is_created_and_streamed(folder, dataset, capfd, server):
+    life = Life(folder, dataset, tags="a,b", group="g").steps(12)
+    deadline = time.monotonic() + 10
+    while len(server.run(life.tracking._wandb.id)["history"]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run_id = (folder / "wandb_id").read_text()
+    assert server.runs[run_id]["history"]  # while it runs
+    life.finish()
+    run = server.runs[run_id]
+    assert [without_own(row) for row in run["history"]] == rows_until(12)
+    assert run["summary"]["best/val_top1"] == 0.75
+    assert (run["displayName"], run["groupName"], run["tags"]) == ("one", "g", ["a", "b"])
+    assert run["config"]["lr"]["value"] == 0.01
+    assert run["exit_code"] == 0
+    assert one_line(capfd) == f"wandb: {server.url}/me/dalitune/runs/{run_id}"
+    assert [artifact["artifactTypeName"] for artifact in server.artifacts] == ["dataset"]
+
+
+@pytest.mark.parametrize("sent_before", [0.0, 3.0])  # seconds
+def test_online_a_killed_run_goes_on_under_its_id_with_no_row_twice(folder, dataset, server, sent_before):
+    def life() -> None:
+        first = Life(folder, dataset).steps(12)
+        time.sleep(sent_before)
+        first.steps(20)
+
+    killed(life)
+    run_id = (folder / "wandb_id").read_text()
+    time.sleep(0.5)
+    before = len(server.runs[run_id]["history"])
+    assert before < 10
+    assert before > 0 or not sent_before
+    Life(folder, dataset, checkpoint=16).steps(24).finish()
+    assert list(server.runs) == [run_id]
+    assert [without_own(row) for row in server.runs[run_id]["history"]] == rows_until(24)
+    assert server.runs[run_id]["exit_code"] == 0
+
+
+def test_online_a_server_that_dies_in_mid_run_holds_nothing_up(folder, dataset, capfd, server):
+    life = Life(folder, dataset).steps(8)
+    time.sleep(3)
+    server.stop()
+    capfd.readouterr()
+    started = time.monotonic()
+    life.steps(16).finish()
+    wandb.teardown()  # as at the end of the process
+    assert time.monotonic() - started < 15
+    line = one_line(capfd)
+    assert line == f"wandb: the server has not taken everything; {LATER.replace('run', 'rest', 1)} {folder}"
+    server.start()
+    (run,) = server.runs.values()
+    assert 0 < len(run["history"]) < 8
+    for _ in range(2):
+        assert wandb_sync.main([str(folder)]) == 0
+        assert [without_own(row) for row in run["history"]] == rows_until(16)
+    assert run["summary"]["best/val_top1"] == 0.75
+
+
+def test_weights_may_take_longer_than_a_dead_server_may(folder, dataset, capfd, server):
+    life = Life(folder, dataset).steps(4)
+    (folder / "best.pt").write_bytes(b"weights")
+    (folder / "model.json").write_text('{"arch": "resnet18", "classes": [], "scores": {"val/top1": 0.5}}')
+    life.tracking.log_best(4)
+    capfd.readouterr()
+    server.upload_seconds = 7.0  # W&B's `finish` has 5
+    life.finish()
+    assert server.uploads["artifact/best.pt"] == b"weights"
+    assert "is being sent" in capfd.readouterr().err
+    (model,) = (artifact for artifact in server.artifacts if artifact["artifactTypeName"] == "model")
+    assert {"best", "one"} <= {alias["alias"] for alias in model["aliases"]}
+    assert json.loads(model["metadata"]) == {"val/top1": 0.5}
+
+
+def test_a_run_goes_on_offline_without_its_server_and_is_whole_once_it_is_back(folder, dataset, capfd, server):
+    Life(folder, dataset).steps(8).tracking.stopped()
+    (run,) = server.runs.values()
+    assert run["preempting"]
+    server.stop()
+    capfd.readouterr()
+    started = time.monotonic()
+    second = Life(folder, dataset, checkpoint=8)
+    assert time.monotonic() - started < 10
+    assert one_line(capfd).startswith("wandb: offline (the server does not answer); send the run later with: ")
+    second.steps(16).tracking.abandon()
+
+    server.start()
+    time.sleep(1.1)
+    # The second life has to be sent before a third one may go on online, or the order would be lost.
+    Life(folder, dataset, checkpoint=16).steps(20).finish()
+    assert one_line(capfd).startswith("wandb: offline (as the earlier parts of the run, which are not sent yet); ")
+    assert wandb_sync.main([str(folder)]) == 0
+    assert [without_own(row) for row in run["history"]] == rows_until(20)
+    time.sleep(1.1)
+    Life(folder, dataset, checkpoint=20).steps(24).finish()
+    assert [without_own(row) for row in run["history"]] == rows_until(24)
+    assert wandb_sync.main([str(folder)]) == 0
+    assert [without_own(row) for row in run["history"]] == rows_until(24)
+
+
+def test_sending_that_broke_off_goes_on_where_it_was(folder, dataset, server, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Life(folder, dataset).steps(16).finish()
+    monkeypatch.delenv("WANDB_MODE")
+    run_id = (folder / "wandb_id").read_text()
+    server.run(run_id)["history"] = [row | {"_step": row["global_step"]} for row in rows_until(6)]
+    for said in ("sent, 5 rows", ""):
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        script = [str(ROOT / "slurm" / "wandb_sync.sh")]  # in its default, all of runs/
+        done = subprocess.run(
+            script, env={**os.environ, "PATH": path}, cwd=folder.parent.parent, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+        assert [without_own(row) for row in server.runs[run_id]["history"]] == rows_until(16)
+    assert [artifact["artifactTypeName"] for artifact in server.artifacts] == ["dataset"]
+
+
+def test_a_run_that_is_being_trained_is_not_sent(folder, dataset, capfd, server):
+    Life(folder, dataset, tracker="wandb").finish()
+    lock = RunFolder(folder)._lock
+    lock.acquire()
+    assert wandb_sync.main([str(folder)]) == 1
+    assert "is being trained" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["refuses", "is silent"])
+def test_a_server_that_cannot_be_reached_costs_seconds_and_one_line(folder, dataset, capfd, monkeypatch, kind):
+    silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
+    port = silent.getsockname()[1] if kind == "is silent" else 9
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    started = time.monotonic()
+    Life(folder, dataset).steps(4).finish()
+    assert time.monotonic() - started < 10
+    assert one_line(capfd).startswith("wandb: offline (the server does not answer); ")
+    assert history_of(folder) == rows_until(4)
+    silent.close()
+
+
+# Whole runs
+
+
+def content(life: Path) -> dict[str, Any]:
+    """What W&B shows of a life: records by type, config and summary flat."""
+    found: dict[str, Any] = {"config": {}, "summary": {}, "history": [], "artifacts": [], "files": [], "metrics": []}
+    for record in records_of(life):
+        kind = record.WhichOneof("record_type")
+        if kind in ("config", "summary"):
+            for item in getattr(record, kind).update:
+                found[kind][".".join(item.nested_key) or item.key] = json.loads(item.value_json)
+        elif kind == "history":
+            found["history"].append(history_row(record))
+        elif kind == "artifact":
+            found["artifacts"].append(record.artifact)
+        elif kind == "files":
+            found["files"] += [file.path for file in record.files.files]
+        elif kind == "metric":
+            found["metrics"].append((record.metric.name or record.metric.glob_name, record.metric.step_metric))
+        elif kind == "exit":
+            found["exit"] = record.exit.exit_code
+    return found
+
+
+def merged(run: Path) -> dict[int, dict[str, Any]]:
+    rows = dict[int, dict[str, Any]]()
+    for row in RunFolder(run).read_metrics():
+        rows[row["global_step"]] = rows.get(row["global_step"], {}) | row
+    return rows
+
+
+@pytest.fixture
+def whole(photo_folder, tmp_path, run_here) -> Path:
+    """The folder of a small training of six classes, three epochs."""
+    classes = dict.fromkeys("abcdef", 4)
+    settings = [*TRAINING, "--data", photo_folder({"train": classes, "val": classes}), "--runs", tmp_path]
+    settings += ["--run", "whole", "--epochs", "3", "--log-every", "4", "--lr", "0.002", "--tags", "a,b"]
+    done = run_here(train, *settings)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "whole"
+
+
+def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
+    (life,) = lives(whole)
+    found, rows = content(life), merged(whole)
+
+    # The config is flat and says what explains a difference between runs.
+    config = found["config"]
+    expected = {"lr": 0.002, "batch_size": 4, "train_photos": 24, "val_photos": 24, "classes": 6, "world_size": 1}
+    expected |= {"engine": "torch", "precision": "no", "devices": "cpu", "parameters": 11179590}
+    assert expected.items() <= config.items()
+    assert config["trained_parameters"] == config["parameters"]
+    assert len(config["dataset_fingerprint"]) == 32
+    assert {"git_commit", "git_dirty", "version_torch", "version_python"} <= config.keys()
+    assert not [key for key, value in config.items() if isinstance(value, dict) and key != "_wandb"]
+
+    # Every step once, with what metrics.jsonl has, under names that stay.
+    assert found["metrics"] == [("global_step", ""), ("*", "global_step")]
+    assert [row["_step"] for row in found["history"]] == [4, 6, 8, 12, 16, 18] == list(rows)
+    for row in found["history"]:
+        assert rows[row["global_step"]].items() <= row.items()
+    training = {"train/loss", "train/top1", "lr/head", "lr/body", "grad_norm", "perf/images_per_s", "perf/data_wait"}
+    assert all(training | {"epoch"} <= row.keys() for row in found["history"])
+    evaluated = [row["global_step"] for row in found["history"] if "val/loss" in row]
+    assert evaluated == [6, 12, 18]
+    evaluation = {"val/loss", "val/top1", "val/top5", "val/ece", "predictions.path"}
+    assert all(evaluation <= row.keys() for row in found["history"] if row["global_step"] in evaluated)
+    assert all(row["grad_norm"] > 0 for row in found["history"])
+    best = max(rows.values(), key=lambda row: row.get("val/top1", -1))
+    assert (found["summary"]["best/val_top1"], found["summary"]["best/epoch"]) == (best["val/top1"], best["epoch"])
+
+    # The pictures, and the same photos in each table.
+    pictures = {Path(path).name.rsplit("_", 2)[0] for path in found["files"] if path.startswith("media/images/")}
+    assert {"train_batch", "curves", "confusion_matrix", "per_class"} <= pictures
+    tables = [json.loads(path.read_text()) for path in (life / "files/media/table").glob("predictions_*.json")]
+    assert len(tables) == 3
+    assert tables[0]["columns"] == ["photo", "file", "truth", "prediction", "confidence", "right"]
+    shown = [[tuple(row[:3]) for row in table["data"]] for table in tables]
+    assert shown[0] == shown[1] == shown[2]
+    assert len(set(shown[0])) == 16
+    assert {truth for _, _, truth in shown[0]} == set("abcdef")
+
+    # The weights each time they improved, and the index of the photos.
+    scores = [-1.0, *(rows[step]["val/top1"] for step in evaluated)]
+    improved = sum(score > max(scores[:place]) for place, score in enumerate(scores) if place)
+    models = [artifact for artifact in found["artifacts"] if artifact.type == "model"]
+    assert len(models) == improved
+    assert {"best", "whole"} <= set(models[-1].aliases)
+    weights = {entry.path: Path(entry.local_path) for entry in models[-1].manifest.contents}
+    assert weights["best.pt"].read_bytes() == (whole / "best.pt").read_bytes()
+    assert json.loads(weights["model.json"].read_text())["scores"]["val/top1"] == best["val/top1"]
+    (index,) = (artifact for artifact in found["artifacts"] if artifact.type == "dataset")
+    assert config["dataset_fingerprint"] in index.metadata
+    lines = Path(index.manifest.contents[0].local_path).read_text().splitlines()
+    assert (lines[0], lines[1], len(lines)) == ("split,label,path", "train,a,train/a/00.jpg", 1 + 48)
+    assert found["exit"] == 0
+
+    # An evaluation is added to the summary of the same run.
+    time.sleep(1.1)
+    done = run_here(evaluate, whole, "--tracker", "wandb", "--figures", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (_, life) = lives(whole)
+    found = content(life)
+    assert found["summary"]["test/top1"] == best["val/top1"]
+    assert {"test/loss", "test/top5", "test/ece"} <= found["summary"].keys()
+    assert not found["history"]
+    assert found["exit"] == 0
+
+
+def test_an_evaluation_of_what_wandb_does_not_know_is_refused(tmp_path, run_here):
+    done = run_here(evaluate, tmp_path, "--tracker", "wandb", "--data", "shapes")
+    assert done.returncode == 2
+    assert "is no run that was trained with --tracker wandb" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_be_reached_costs_seconds_and_one_line(folder, capfd, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    started = time.monotonic()
-    run_through("wandb", folder)
-    assert time.monotonic() - started < 30
-    assert len(offline_runs(folder)) == 1
-    line = one_line(capfd)
-    assert line.startswith("wandb: offline (")
-    assert "wandb sync" in line
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_killed_training_and_its_resumed_half_are_one_run(photos, tmp_path, run_here, server, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "0.5")
+    settings = [*TRAINING, "--data", photos, "--runs", tmp_path, "--run", "r", "--epochs", "3", "--log-every", "1"]
+    settings = [str(setting) for setting in [*settings, "--log-model", "never"]]
+    run = tmp_path / "r"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    first = psutil.Popen([sys.executable, ROOT / "train.py", *settings], env=environment, stdout=subprocess.DEVNULL)
+    while first.poll() is None and (not (run / "metrics.jsonl").exists() or len(merged(run)) < 8):
+        time.sleep(0.05)
+    for process in (*first.children(recursive=True), first):
+        process.kill()
+    assert first.wait() == -signal.SIGKILL
+    done = run_here(train, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stdout
+    run_id = (run / "wandb_id").read_text()
+    if mode == "online":
+        history = server.runs[run_id]["history"]
+        assert server.runs[run_id]["exit_code"] == 0
+    else:
+        assert len(lives(run)) == 2
+        history = [row for life in lives(run) for record in records_of(life) if (row := history_row(record))]
+    rows = merged(run)
+    assert [row["global_step"] for row in history] == list(range(1, 16)) == list(rows)
+    for row in history:  # the steps that were computed twice took another time
+        expected = {key: value for key, value in rows[row["global_step"]].items() if not key.startswith("perf/")}
+        assert expected.items() <= row.items()
+
+
+# Keys
 
 
 def test_a_key_that_wandb_login_has_stored_is_found(monkeypatch, tmp_path):
-    from pipelines.tracking import _has_key
-
-    assert not _has_key()
+    assert not has_key()
     netrc = tmp_path / "netrc"
     monkeypatch.setenv("NETRC", str(netrc))
     netrc.write_text("machine api.wandb.ai\n  login user\n  password 0123456789\n")
-    assert _has_key()
+    assert has_key()
     # As `wandb login --host` leaves it: the server in W&B's settings, its key in the netrc file.
     settings = tmp_path / "home" / "wandb_config_dir" / "settings"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text("[default]\nbase_url = http://wandb.example.org:8080\n")
     wandb.teardown()
-    assert not _has_key()
+    assert not has_key()
     netrc.write_text("machine wandb.example.org:8080\n  login user\n  password 0123456789\n")
-    assert _has_key()
+    assert has_key()
     netrc.write_text("no netrc file")
-    assert not _has_key()
+    assert not has_key()
+
+
+# Sweeps
+
+
+def test_what_an_agent_of_the_sweep_starts_is_accepted(monkeypatch):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    sweep = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
+    assert (ROOT / sweep["program"]).is_file()
+    chosen = {}
+    for name, parameter in sweep["parameters"].items():
+        chosen[name] = {"value": parameter.get("value", parameter.get("max", parameter.get("values", [None])[-1]))}
+    flags = create_sweep_command_args({"args": chosen})["args"]
+    assert "--lr=0.1" in flags
+    config, recipe = parse_config(flags)
+    assert recipe == "finetune"
+    assert all(getattr(config, name) == given["value"] for name, given in chosen.items())
+    assert create_sweep_command(sweep["command"])[-4:] == ["accelerate", "launch", "${program}", "${args}"]
+
+    # No two tasks meet in one folder: it has the name of the agent's run, also in a Slurm array.
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for task in ("1", "2"):
+        monkeypatch.setenv("WANDB_RUN_ID", f"run{task}")
+        assert new_run_name(recipe) == f"run{task}"
 
 
 # TensorBoard, and none
 
 
-def test_tensorboard_has_every_row_in_the_runs_folder(folder, capfd):
+def test_tensorboard_has_every_row_once_in_the_runs_folder_after_a_resume_too(folder, dataset, capfd):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_through("tensorboard", folder)
+    Life(folder, dataset, tracker="tensorboard").steps(8).tracking.abandon()
+    time.sleep(1.1)
+    Life(folder, dataset, checkpoint=4, tracker="tensorboard").steps(12).finish()
     assert "tracking has stopped" not in capfd.readouterr().err
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(1, 0.5), (2, 0.75)]
-    assert [event.step for event in events.Scalars("global_step")] == [1, 1, 2]
+    values = [(event.step, round(event.value, 4)) for event in events.Scalars("val/top1")]
+    assert values == [(4, 0.04), (8, 0.08), (12, 0.12)]
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
 def test_tensorboard_that_is_not_installed_is_the_users_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="tensorboard is not installed: pip install tensorboard"):
         tracker_names(Config(tracker="tensorboard"))
     assert tracker_names(Config(tracker="wandb")) == "wandb"
 
 
-def test_no_tracker_makes_nothing(folder, capfd):
+def test_no_tracker_makes_nothing(folder, dataset, capfd):
     assert tracker_names(Config(tracker="none")) is None
-    run_through("none", folder)
-    assert list(folder.iterdir()) == []
+    Life(folder, dataset, tracker="none").steps(4).finish()
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
     assert capfd.readouterr() == ("", "")

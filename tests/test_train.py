@@ -9,6 +9,8 @@ from pathlib import Path
 
 import evaluate
 import train
+from pipelines.config import parse_config
+from pipelines.model import build_model, read_weights
 
 import pytest
 import torch
@@ -268,3 +270,18 @@ def test_fp16_on_a_cpu_is_refused_in_one_line(photos, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "fp16" in done.stderr
+
+
+def test_grad_norm_is_that_of_the_gradient_before_it_is_clipped(photos, tmp_path, random_weights, run_here):
+    settings = [*FROZEN, "--data", photos, "--weights", random_weights, "--runs", tmp_path, "--max-steps", "1"]
+    settings += ["--lr-body", "0.005", "--momentum", "0", "--weight-decay", "0", "--warmup-epochs", "0"]
+    succeeded(run_here(train, *settings, "--run", "whole"))
+    succeeded(run_here(train, *settings, "--run", "clipped", "--clip-grad-norm", "0.01"))
+    config, _ = parse_config([str(setting) for setting in settings])
+    before = build_model(config, read_weights(config), ("ant", "bee", "wasp")).network.state_dict()
+    norms = [train_rows(tmp_path / run)[0]["grad_norm"] for run in ("whole", "clipped")]
+    assert norms[0] == norms[1] > 0.1
+    for run, expected in (("whole", norms[0]), ("clipped", 0.01)):
+        after = torch.load(tmp_path / run / "best.pt", weights_only=True)
+        step = sum(float((after[name] - before[name]).double().square().sum()) for name in before) ** 0.5
+        assert step / 0.005 == pytest.approx(expected, rel=1e-3)
