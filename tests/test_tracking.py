@@ -17,7 +17,6 @@ from typing import Any
 
 import evaluate
 import train
-import wandb
 from pipelines import wandb_sync
 from pipelines.config import Config, parse_config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
@@ -28,6 +27,7 @@ from pipelines.wandb_sync import has_key, history_row, life_folders, read_record
 
 import psutil
 import pytest
+import wandb
 import yaml
 from accelerate import Accelerator
 from test_train import ROOT
