@@ -3,9 +3,10 @@
     python benchmarks/scaling.py                          # 10 thousand, 1 million and 14 million photos, 4 processes
     python benchmarks/scaling.py --photos 100000 --processes 8
 
-An index is made as a scan makes it, of made-up paths and sizes; no photo is opened, so the reading itself is not in it.
-Then several processes map that file, as those of a node do, and plan batches from all over an epoch. A stand-in for the
-engine takes paths and decodes nothing. Memory is Linux's own account, /proc/self/smaps_rollup.
+First some thousand links to two photos are scanned for real, from memory: how fast a disk is stays out of it.
+Then an index is made as a scan makes it, of made-up paths and sizes; no photo is opened. Several processes map that
+file, as those of a node do, and plan batches from all over an epoch. A stand-in for the engine takes paths and decodes
+nothing. Memory is Linux's own account, /proc/self/smaps_rollup.
 """
 
 import argparse
@@ -23,15 +24,16 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from pipelines.dataset import _LAYOUT as INDEX_LAYOUT
-from pipelines.dataset import Split, _collect, _fingerprint, _write_index, load_dataset, map_labels
+from pipelines.dataset import Split, _collect, _fingerprint, _write_index, load_dataset, map_labels, scan_dataset
 from pipelines.loader import Loader, Pixels
 from pipelines.plan import TrainPlan, Views
 from pipelines.runs import versions
 
 import numpy as np
 import torch
+from PIL import Image
 
-CLASSES, BATCH, PREFETCH, BATCHES, RESUMES = 1000, 256, 2, 300, 21
+CLASSES, BATCH, PREFETCH, BATCHES, RESUMES, SCANNED = 1000, 256, 2, 300, 21, 4000
 
 
 class PathsOnly:
@@ -64,30 +66,52 @@ def main() -> None:
 
     print(f"{platform.machine()}, {os.cpu_count()} cores; {options.processes} processes; batches of {BATCH}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    spawn = multiprocessing.get_context("spawn")
+    print("\n".join(f"{name:<40}{value:>16,.3f}" for name, value in scan_costs().items()), flush=True)
+    fork, spawn = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        for photos in options.photos:
-            index, answers = Path(folder) / f"{photos}.safetensors", spawn.Queue()
-            barrier = spawn.Barrier(options.processes)
-            builder = spawn.Process(target=build_index, args=(photos, index, answers))
+        built, indices = [], [Path(folder) / f"{photos}.safetensors" for photos in options.photos]
+        for photos, index in zip(options.photos, indices, strict=True):
+            answers = fork.Queue()
+            builder = fork.Process(target=build_index, args=(photos, index, answers))
             builder.start()
-            result = {"photos": photos} | answers.get()
+            built.append({"photos": photos} | answers.get())
             builder.join()
-            readers = [
-                spawn.Process(target=use_index, args=(index, barrier, answers)) for _ in range(options.processes)
-            ]
-            for reader in readers:
-                reader.start()
+        # The readers begin as a launcher's processes do, with nothing in common.
+        answers, barrier = spawn.Queue(), spawn.Barrier(options.processes)
+        readers = [
+            spawn.Process(target=use_indices, args=(indices, barrier, answers)) for _ in range(options.processes)
+        ]
+        for reader in readers:
+            reader.start()
+        for result in built:
             each = [answers.get() for _ in readers]
-            for reader in readers:
-                reader.join()
             result |= {name: statistics.median(one[name] for one in each) for name in each[0]}
-            result["bytes_per_photo_on_the_node"] = sum(one["share_bytes"] for one in each) / photos
-            index.unlink()
-            print("\n".join([""] + [f"{name:<40}{value:>16,.3f}" for name, value in result.items()]), flush=True)
+            result["megabytes_of_all_processes"] = sum(one["share_megabytes"] for one in each)
+            print("\n".join(["", *(f"{name:<40}{value:>16,.3f}" for name, value in result.items())]), flush=True)
             if options.out:
                 with open(options.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
+        for reader in readers:
+            reader.join()
+
+
+def scan_costs() -> dict[str, float]:
+    """CPU time of a first scan, which reads JPEGs of 115 kB to their end, and of the next, which finds all unchanged."""
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, split in enumerate(("train", "val")):
+            photo = Path(folder) / f"{split}.jpg"
+            noise = np.random.default_rng(seed).integers(0, 256, (375, 500, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(photo, quality=75)
+            for label in ("a", "b"):
+                (Path(folder) / "photos" / split / label).mkdir(parents=True)
+                for number in range(SCANNED // 4):
+                    os.link(photo, Path(folder) / "photos" / split / label / f"{number}.jpg")
+        costs = {}
+        for name in ("first_scan_cpu_ms_a_photo", "next_scan_cpu_ms_a_photo"):
+            started = time.process_time()
+            scan_dataset(Path(folder) / "photos", Path(folder), 0.2)
+            costs[name] = 1000 * (time.process_time() - started) / SCANNED
+        return costs
 
 
 def build_index(photos: int, index: Path, answers: "Queue[dict[str, float]]") -> None:
@@ -112,9 +136,17 @@ def build_index(photos: int, index: Path, answers: "Queue[dict[str, float]]") ->
     )
 
 
-def use_index(index: Path, barrier: Barrier, answers: "Queue[dict[str, float]]") -> None:
-    """Opens the index, plans batches from all over an epoch, and starts epochs at their first and their last step."""
+def use_indices(indices: list[Path], barrier: Barrier, answers: "Queue[dict[str, float]]") -> None:
+    """Measures the use of one index after another, all processes at the same time."""
     train_plan(np.zeros((1, 2))).views(0, np.arange(1))  # what is loaded at a first use is not the data's
+    load_dataset(indices[0])
+    for index in indices:
+        answers.put(_use_index(index, barrier))
+        barrier.wait()
+
+
+def _use_index(index: Path, barrier: Barrier) -> dict[str, float]:
+    """Opens the index, plans batches from all over an epoch, and starts epochs at their first and their last step."""
     before, started = _memory(), time.perf_counter()
     split = load_dataset(index).splits["train"]
     labels = map_labels(split, split.classes)
@@ -131,22 +163,23 @@ def use_index(index: Path, barrier: Barrier, answers: "Queue[dict[str, float]]")
     result["plan_batch_ms"] = 1000 * statistics.median(times)
 
     last = plan.length // BATCH - PREFETCH - 2  # as many batches are left as are made ready at the first step
-    for name, step in {"first": 0, "middle": last // 2, "last": last}.items():
-        # The least of many, as timeit's: a busy machine only ever adds.
-        result[f"begin_at_{name}_step_ms"] = 1000 * min(_begin(split, labels, epoch, step) for epoch in range(RESUMES))
+    seconds = [[_begin(split, labels, epoch, step) for step in (0, last)] for epoch in range(RESUMES)]
+    # Of this thread's CPU: a busy machine stretches milliseconds to tens of them, now here, now there.
+    first, last = 1000 * np.median(seconds, axis=0)
+    result |= {"begin_at_first_step_cpu_ms": first, "begin_at_last_step_cpu_ms": last}
     for column in (split.labels, split.sizes, split.faults, split.path_offsets, split.path_blob):
         column.max()  # all of it, as after many epochs
     barrier.wait()
     after = _memory()
     barrier.wait()
-    result["own_bytes_per_photo_of_a_process"] = (after["Anonymous"] - before["Anonymous"]) / len(split)
-    result["share_bytes"] = after["Pss"] - before["Pss"]
-    answers.put(result)
+    result["own_megabytes_of_a_process"] = (after["Anonymous"] - before["Anonymous"]) / 1e6
+    result["share_megabytes"] = (after["Pss"] - before["Pss"]) / 1e6
+    return result
 
 
 def _begin(split: Split, labels: np.ndarray, epoch: int, step: int) -> float:
-    """Seconds to the first batch of an epoch that begins at `step`, as a resumed run's does."""
-    started = time.perf_counter()
+    """CPU seconds to the first batch of an epoch that begins at `step`, as a resumed run's does."""
+    started = time.thread_time()
     loader = Loader(
         train_plan(split.sizes),
         split,
@@ -158,7 +191,7 @@ def _begin(split: Split, labels: np.ndarray, epoch: int, step: int) -> float:
         device=torch.device("cpu"),
     )
     next(next(loader.epoch(epoch, step)).batches)
-    return time.perf_counter() - started
+    return time.thread_time() - started
 
 
 def train_plan(sizes: np.ndarray) -> TrainPlan:

@@ -196,7 +196,7 @@ def map_labels(split: Split, classes: Sequence[str]) -> np.ndarray:
     """
     position = {name: index for index, name in enumerate(classes)}
     lookup = np.array([position.get(name, -1) for name in split.classes], np.int32)
-    if unknown := [split.classes[label] for label in np.unique(split.labels) if lookup[label] < 0]:
+    if unknown := [split.classes[label] for label in np.flatnonzero(lookup < 0) if (split.labels == label).any()]:
         known = _listed(classes)
         raise UserError(f"split {split.name!r} has classes that the model lacks: {_listed(unknown)}; it knows {known}")
     same = np.array_equal(lookup, np.arange(len(lookup)))

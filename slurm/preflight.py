@@ -18,7 +18,7 @@ from socket import gethostname
 
 import train
 from pipelines.config import parse_config
-from pipelines.errors import MachineError, UserError
+from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.processes import (
     cpu_cores,
     cpu_is_asked_for,
@@ -50,7 +50,12 @@ def main(arguments: list[str]) -> None:
     name = config.run or main_first(state, lambda: new_run_name(recipe))
     _check_run_folder(state, Path(os.path.abspath(config.runs)) / name)
     waiting.cancel()
-    train.main(arguments)
+    try:
+        train.main(arguments)
+    except Stopped:
+        # A launcher that was told to end fails whatever its processes do, and srun ends all other nodes with it.
+        main_first(state, lambda: None)
+        raise
 
 
 def _check_gpus() -> None:

@@ -227,8 +227,8 @@ def test_the_time_limit_comes_near(lab, training, undisturbed):
 
 
 def test_sent_back_by_hand_and_then_cancelled(lab, training):
-    """Two processes on one node. Slurm decides both times, and the script does not bring a cancelled job back."""
-    job = lab.submit("train.sbatch", ["--gpus-per-node=2"], training)
+    """Two nodes. Slurm decides both times, and the script does not bring a cancelled job back."""
+    job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], training)
     job.reaches(3)
     assert len(job.ranks()) == 2
     lab.slurm("scontrol", "requeue", job.number)
@@ -242,7 +242,6 @@ def test_sent_back_by_hand_and_then_cancelled(lab, training):
     assert job.status()["state"] == "stopped"
     assert job.facts()["Restarts"] == "1"
     assert job.text().count("preflight: the first all-reduce of 2 processes") == 2
-    assert (job.folder / "rank-1.log").exists()
 
 
 def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
@@ -256,6 +255,7 @@ def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
     job.wait("the requeue", lambda: job.facts()["Restarts"] == "1")
     assert job.ends() == "COMPLETED", job.text()
     assert re.search(r"resumed at step 1[5-9]|resumed at step 2\d", job.text()), "not at the end of an epoch: saved"
+    assert "preflight: node1: processes 0, 1; CPU" in job.text(), "a process for each GPU that was asked for"
     assert f"data: {tmp_path}/dalitune-{job.number} " in job.text()
     assert not any(tmp_path.iterdir()), "the node's disk is left as it was"
     assert_same_training(job, undisturbed, processes=2)
