@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def scan_costs() -> dict[str, float]:
-    """CPU time of a first scan, which reads JPEGs of 115 kB to their end, and of the next, which finds all unchanged."""
+    """CPU time of a first scan, which reads each JPEG (115 kB) to its end, and of one that finds nothing changed."""
     with tempfile.TemporaryDirectory() as folder:
         for seed, split in enumerate(("train", "val")):
             photo = Path(folder) / f"{split}.jpg"
