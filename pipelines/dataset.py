@@ -254,7 +254,7 @@ def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
         if strict and not classes:
             raise UserError(f"{printable(folder)}: no class folders in it; {_WANTED}")
         for name in classes:
-            photos = _photos_below(str(folder / name))
+            photos = photos_below(str(folder / name))
             if strict and not photos:
                 raise UserError(
                     f"{printable(folder / name)}: a class without photos ({', '.join(EXTENSIONS)}); add some, or "
@@ -264,7 +264,7 @@ def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
                 yield split or "train", name, os.fsencode(path[below_root:])
 
 
-def _photos_below(folder: str) -> list[str]:
+def photos_below(folder: str) -> list[str]:
     """The paths that torchvision's `make_dataset` finds in a class folder, in its order.
 
     That passes over a subfolder which it may not read, and follows links round in circles: here both are errors.

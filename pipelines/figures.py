@@ -88,6 +88,19 @@ def save_predictions(
             tile.spines[:].set(color=color, linewidth=width)
 
 
+def save_answers(
+    path: Path, images: np.ndarray, names: Sequence[str], predicted: Sequence[str], confidence: Sequence[float]
+) -> None:
+    """The first 16 photos, each with its file's name and its predicted class, where the truth is not known.
+
+    images: uint8 [N, H, W, 3]; names: N; predicted: N class names; confidence: N probabilities of that class.
+    """
+    with _photo_grid(path, images[:MAX_PHOTOS], caption_lines=3) as tiles:
+        for tile, *texts, sureness in zip(tiles, names, predicted, confidence, strict=False):
+            name, guess = (_shortened(text, CAPTION) for text in texts)
+            tile.set_title(f"{name}\n{guess}\nconfidence {sureness:.2f}")
+
+
 def save_curves(path: Path, rows: Sequence[Mapping[str, float | None]], *, title: str) -> None:
     """Loss, top-1 accuracy and learning rate over epochs, or over `global_step` where epochs do not tell rows apart.
 

@@ -86,7 +86,7 @@ class TorchEngine:
         try:
             pixels = np.asarray(view_of(self._split, views, position, self._image_size))
         except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
-            return _reason(error)
+            return decoding_error(error)
         target[position] = pixels[:, ::-1] if views.flips[position] else pixels
         return None
 
@@ -94,25 +94,31 @@ class TorchEngine:
 def view_of(split: Split, views: Views, position: int, image_size: int) -> Image.Image:
     """The RGB picture, image_size x image_size, of one view (not flipped).
 
-    Only the window is converted, turned and resized, and of a larger resized window only the square that is kept.
+    Of a larger resized window only the square that is kept is computed. Raises as `window_of` does.
+    """
+    picture = window_of(split, views, position)
+    # resize(box=...) computes the pixels that resizing the whole window and cutting out would give, but for roundings:
+    # by the sizes Pillow chooses which axis comes first, and rounds to 8 bits in between.
+    (top, left), resized = views.anchors[position], views.resized[position]
+    scale_y, scale_x = picture.height / resized[0], picture.width / resized[1]
+    box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
+    return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+
+
+def window_of(split: Split, views: Views, position: int) -> Image.Image:
+    """The window of one view in the photo's own pixels, upright and RGB; nothing beside it is turned or converted.
+
     Raises ValueError where the photo is not of the size that was planned for, and whatever Pillow raises.
     """
     index = int(views.indices[position])
-    window, resized, anchor = views.windows[position], views.resized[position], views.anchors[position]
     with Image.open(split.path(index)) as photo:
         photo.load()  # Pillow turns a TIFF now, and reads what stands behind the pixels of a PNG
         orientation = exif_orientation(photo)
         upright = photo.size if orientation >= 5 else photo.size[::-1]
         if upright != tuple(split.sizes[index].tolist()):
             raise ValueError(SIZE_HAS_CHANGED)
-        picture = _to_rgb(photo.crop(_stored_box(window, orientation, photo.size)))
-    if orientation in _UPRIGHT:
-        picture = picture.transpose(_UPRIGHT[orientation])
-    # resize(box=...) computes exactly the pixels that resizing the whole window and cutting out would give.
-    scale_y, scale_x = picture.height / resized[0], picture.width / resized[1]
-    top, left = anchor
-    box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
-    return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+        picture = _to_rgb(photo.crop(_stored_box(views.windows[position], orientation, photo.size)))
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
 def central_views(split: Split, indices: np.ndarray, *, image_size: int, resize: int) -> list[np.ndarray]:
@@ -121,7 +127,7 @@ def central_views(split: Split, indices: np.ndarray, *, image_size: int, resize:
     return [np.asarray(view_of(split, views, position, image_size)) for position in range(len(views))]
 
 
-def _reason(error: Exception) -> str:
+def decoding_error(error: Exception) -> str:
     """Why a photo cannot be decoded, in a few words and without its path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -1,11 +1,15 @@
 """What the tests of several rooms share."""
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from pipelines import processes
+from pipelines.evaluation import predict
+from pipelines.model import read_description
 
 import numpy as np
 import pytest
@@ -77,3 +81,59 @@ def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run of train.py, and what evaluate.py says of its validation photos: class and confidence by path."""
+
+    folder: Path
+    evaluated: Mapping[str, tuple[str, float]]
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, random_weights) -> TrainedRun:
+    """A short run on ants and bees where DALITUNE_DATA and DALITUNE_WEIGHTS name them, else on plain colours."""
+    import evaluate
+    import train
+
+    runs = tmp_path_factory.mktemp("runs")
+    flags = ["--config=configs/feature_extract.yaml", "--epochs=1", "--tracker=none", f"--runs={runs}"]
+    if not {"DALITUNE_DATA", "DALITUNE_WEIGHTS"} <= set(os.environ):
+        data = tmp_path_factory.mktemp("colours")
+        _draw_colours(data)
+        flags += [f"--data={data}", f"--weights={random_weights}", "--image-size=64", "--resize=72"]
+        flags += ["--lr=0.1", "--batch-size=6"]
+    records = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(train.__file__).parent)
+        run = runs / "ants-and-bees"
+        assert processes.run_script(train.main, [*flags, f"--run={run.name}"]) == 0
+        patch.setattr(evaluate, "predict", lambda *given: records.append((given[1], predict(*given))) or records[-1][1])
+        assert processes.run_script(evaluate.main, [str(run)]) == 0
+    (loader, rows), classes = records[0], read_description(run, "run")["classes"]
+    answers = {
+        loader.split.path(int(row["index"])): (classes[row["predicted"]], float(row["confidence"])) for row in rows
+    }
+    return TrainedRun(run, answers)
+
+
+def _draw_colours(root: Path) -> None:
+    """Three classes of photos that any network can tell apart, of odd sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 8)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 90, (*rng.integers(60, 200, 2), 3), dtype=np.uint8)
+                pixels[..., 2 - channel] += 140
+                Image.fromarray(pixels).save(root / split / name / f"{number:02}.jpg", quality=90)
+
+
+@pytest.fixture(scope="session")
+def exported_run(trained_run) -> TrainedRun:
+    """The same with its export/."""
+    from deploy import export
+
+    assert processes.run_script(export.main, [str(trained_run.folder)]) == 0
+    return trained_run

@@ -1,0 +1,437 @@
+"""Writes a trained run for use elsewhere: RUN/export/ with model.onnx, model.safetensors and a model card.
+
+    python deploy/export.py runs/NAME                    # checked on the run's own validation photos
+    python deploy/export.py runs/NAME --photos photos/   # where those are not on this machine
+
+The graph takes uint8 pictures of any size and resizes, crops and normalises them itself. On the spot onnxruntime must
+find the same class as PyTorch in every photo, or nothing is written.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
+
+from pipelines import figures
+from pipelines.config import GROUPS, SCHEMA, Config, parse_config
+from pipelines.dataset import Dataset, load_dataset, map_labels, printable, scan_dataset
+from pipelines.errors import MachineError, UserError
+from pipelines.evaluation import wilson_interval
+from pipelines.inference import Classifier, Preprocess, find_photos, import_extra, open_onnx, open_run
+from pipelines.model import Weights, read_description, read_run_weights, restore_model
+from pipelines.photos import cache_folder
+from pipelines.processes import cpu_cores, run_script
+
+import numpy as np
+import safetensors.torch
+import torch
+from tqdm import tqdm
+
+_OPSET = 18  # the first whose Resize knows antialiasing
+_IR_VERSION = 10  # what onnxruntime reads since 1.18
+
+# In ONNX's own notation. onnxruntime's Resize is Pillow's filter, rounded otherwise: at most one grey level apart, in a
+# hundredth of the pixels of ants and bees. N x H x W x 3, as its optimiser breaks a Resize between two transposes.
+_PREPROCESS = """
+<ir_version: {ir}, opset_import: ["" : {opset}]>
+preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}] normalised)
+<
+    int64[1] shorter_side = {{{resize}}}, int64[2] square = {{{size}, {size}}}, int64[2] rows_and_columns = {{1, 2}},
+    int64[1] three = {{3}}, float half = {{0.5}}, float[0] no_roi = {{}}, float[0] no_scales = {{}},
+    float[1, 3, 1, 1] scale = {{{scale}}}, float[1, 3, 1, 1] shift = {{{shift}}}
+>
+{{
+    photos = Shape <start = 0, end = 1> (pictures)
+    rows = Shape <start = 1, end = 2> (pictures)
+    columns = Shape <start = 2, end = 3> (pictures)
+    shorter = Min (rows, columns)
+    wanted_rows = Mul (rows, shorter_side)
+    wanted_columns = Mul (columns, shorter_side)
+    resized_rows = Div (wanted_rows, shorter)
+    resized_columns = Div (wanted_columns, shorter)
+    sizes = Concat <axis = 0> (photos, resized_rows, resized_columns, three)
+    resized = Resize <mode = "linear", antialias = 1> (pictures, no_roi, no_scales, sizes)
+    resized_size = Concat <axis = 0> (resized_rows, resized_columns)
+    surplus = Sub (resized_size, square)
+    surplus_as_float = Cast <to = 1> (surplus)
+    margin = Mul (surplus_as_float, half)
+    whole_margin = Round (margin)
+    start = Cast <to = 7> (whole_margin)
+    end = Add (start, square)
+    cropped = Slice (resized, start, end, rows_and_columns)
+    channels_first = Transpose <perm = [0, 3, 1, 2]> (cropped)
+    as_float = Cast <to = 1> (channels_first)
+    scaled = Mul (as_float, scale)
+    normalised = Add (scaled, shift)
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a graph's answers compare with PyTorch's. differing: photos with another top-1 class. largest: difference of
+    a logit. predicted: PyTorch's class of each photo, int64 [photos], -1 where there is no picture.
+    """
+
+    count: int
+    differing: list[str]
+    largest: float
+    predicted: np.ndarray
+
+
+def main(arguments: list[str]) -> None:
+    """One export. Raises UserError or MachineError."""
+    options = _parse(arguments)
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        import_extra(name)
+    run = options.run
+    description, config = read_description(run, "run"), _read_config(run)
+    weights = read_run_weights(run, description["arch"], "run")
+    reference = open_run(run, torch.device("cpu"), batch_size=8, threads=cpu_cores())
+    dataset = _own_dataset(description, config)
+    paths, labels = _photos(options, dataset, reference.classes)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as temporary:
+            folder = Path(temporary)
+            network = _network_graph(description, weights)
+            graph, check = _export_checked(network, reference, paths, folder / "model.onnx")
+            tensors = safetensors.torch.save(dict(weights.state or {}), _properties(reference) | {"format": "pt"})
+            (folder / "model.safetensors").write_bytes(tensors)  # by its own hand the file is for its owner alone
+            if labels is not None:
+                matrix = _confusion_matrix(labels, check.predicted, len(reference.classes))
+                figures.save_confusion_matrix(folder / "confusion_matrix.png", matrix, reference.classes)
+            facts = _facts(run, description, config, dataset, reference.preprocess)
+            card = _model_card(facts, graph, check, has_matrix=labels is not None)
+            (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
+            (run / "export").mkdir(exist_ok=True)
+            for file in folder.iterdir():
+                os.replace(file, run / "export" / file.name)
+    except OSError as error:
+        raise MachineError(f"{run}: cannot be written to ({error.strerror or error})") from None
+    print(f"{run / 'export'}: {', '.join(sorted(file.name for file in (run / 'export').iterdir()))}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best.pt and model.json")
+    parser.add_argument("--photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="check the graph on these")
+    parser.error = _raise  # type: ignore[assignment, method-assign]
+    return parser.parse_args(arguments)
+
+
+def _raise(message: str) -> None:
+    raise UserError(f"{message} (export.py --help lists what there is)")
+
+
+def _read_config(run: Path) -> Config | None:
+    """The run's settings, for the card; weights and model.json alone do for the rest."""
+    recipe = run / "config.yaml"
+    return parse_config([f"--config={recipe}"])[0] if recipe.exists() else None
+
+
+def _own_dataset(description: Mapping[str, Any], config: Config | None) -> Dataset | None:
+    """The run's own photos, where they are on this machine."""
+    data = str(description.get("data", ""))
+    if not data or not os.path.exists(data):
+        return None
+    fraction = config.val_fraction if config else SCHEMA["val_fraction"]["default"]
+    dataset = load_dataset(scan_dataset(Path(data), cache_folder(), fraction))
+    if dataset.fingerprint != description.get("dataset_fingerprint"):
+        print(f"{printable(data)}: the photos have changed since the training", file=sys.stderr)
+    return dataset
+
+
+def _photos(
+    options: argparse.Namespace, dataset: Dataset | None, classes: tuple[str, ...]
+) -> tuple[list[str], np.ndarray | None]:
+    """What the graph is checked on, with labels where they are the run's own validation photos."""
+    if options.photos:
+        return find_photos(options.photos), None
+    if dataset is None or "val" not in dataset.splits:
+        raise UserError(f"{options.run}: its validation photos are not on this machine: give some with --photos FOLDER")
+    split = dataset.splits["val"]
+    sound = np.flatnonzero(split.faults == 0)
+    return [split.path(int(index)) for index in sound], map_labels(split, classes)[sound]
+
+
+def _confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [C, C], rows truth, columns prediction, of the photos that could be read."""
+    matrix, read = np.zeros((classes, classes), np.int64), predicted >= 0
+    np.add.at(matrix, (labels[read], predicted[read]), 1)
+    return matrix
+
+
+def _export_checked(network: Any, reference: Classifier, paths: Sequence[str], file: Path) -> tuple[str, Check]:
+    """Writes the graph; returns its input, "pictures" or "normalised", and how it did.
+
+    Where a photo is so close to a tie that one grey level decides, the graph begins behind the preprocessing.
+    """
+    for graph in ("pictures", "normalised"):
+        _write_graph(network, graph, reference, file)
+        check = compare(reference, open_onnx(file, threads=cpu_cores()), paths)
+        print(
+            f"model.onnx, from {graph}: the same top-1 as PyTorch on {check.count - len(check.differing)} of "
+            f"{check.count} photos, largest difference of a logit {check.largest:.2g}",
+            flush=True,
+        )
+        if not check.count:
+            raise UserError("none of the photos can be read, so the graph cannot be checked: give others with --photos")
+        if not check.differing:
+            return graph, check
+    named = ", ".join(printable(path) for path in check.differing[:3])
+    raise MachineError(f"onnxruntime does not find PyTorch's class in {len(check.differing)} photos ({named}, ...)")
+
+
+def compare(reference: Classifier, other: Classifier, paths: Sequence[str]) -> Check:
+    """Both models' answers for the same files."""
+    count, differing, largest = 0, [], 0.0
+    predicted = np.full(len(paths), -1, np.int64)
+    answers = zip(reference.classify(paths), other.classify(paths), strict=True)
+    for place, (ours, theirs) in enumerate(tqdm(answers, "check", len(paths), leave=False, disable=None)):
+        if ours.logits is None or theirs.logits is None:
+            print(f"not checked: {printable(ours.path)} ({ours.error or theirs.error})", file=sys.stderr)
+            continue
+        count += 1
+        predicted[place] = ours.logits.argmax()
+        largest = max(largest, float(np.abs(ours.logits - theirs.logits).max()))
+        if theirs.logits.argmax() != predicted[place]:
+            differing.append(ours.path)
+    return Check(count, differing, largest, predicted)
+
+
+def _network_graph(description: Mapping[str, Any], weights: Weights) -> Any:
+    """The ONNX model from the normalised tensor to the logits, for any number of photos."""
+    network = restore_model(description["arch"], weights).network.eval().to(memory_format=torch.contiguous_format)
+    size = description["image_size"]
+    program = torch.onnx.export(
+        network,
+        (torch.zeros(2, 3, size, size),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+        input_names=["normalised"],
+        output_names=["logits"],
+        opset_version=_OPSET,
+        verbose=False,
+    )
+    assert program is not None  # which it is where a file is written
+    model = program.model_proto
+    model.ir_version = _IR_VERSION
+    for node in model.graph.node:
+        del node.metadata_props[:]  # traces with this machine's paths
+    return model
+
+
+def _write_graph(network: Any, graph: str, reference: Classifier, file: Path) -> None:
+    import onnx
+
+    model = network
+    if graph == "pictures":
+        chosen = reference.preprocess
+        mean, std = np.asarray(chosen.mean, np.float32), np.asarray(chosen.std, np.float32)
+        text = _PREPROCESS.format(
+            ir=_IR_VERSION,
+            opset=_OPSET,
+            size=chosen.image_size,
+            resize=chosen.resize,
+            scale=_listed(1 / (255 * std)),  # the engines' own arithmetic: x * scale + shift
+            shift=_listed(-mean / std),
+        )
+        model = onnx.compose.merge_models(onnx.parser.parse_model(text), network, [("normalised", "normalised")])
+    onnx.helper.set_model_props(model, _properties(reference))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, file)
+
+
+def _listed(values: np.ndarray) -> str:
+    return ", ".join(repr(float(value)) for value in values)
+
+
+def _properties(reference: Classifier) -> dict[str, str]:
+    """What a file of weights must carry with it, as JSON."""
+    return {"classes": json.dumps(list(reference.classes)), "preprocess": json.dumps(asdict(reference.preprocess))}
+
+
+_CARD = """---
+library_name: torchvision
+pipeline_tag: image-classification
+tags: [image-classification, {arch}]
+---
+
+# {name}
+
+A {arch} that tells {count} classes apart: {classes}.
+
+## Scores
+
+{scores}
+
+{picture}
+
+## Intended use
+
+Photos of the kind that it was trained on, with one of these classes in them. It gives every photo one of its classes, a
+photo of something else too, and its confidence is then no warning: have a person look where a mistake would matter. It
+was not examined for biases in its data.
+
+## Data
+
+{data}
+
+## Recipe
+
+```yaml
+{recipe}
+```
+
+{versions}
+
+## Use
+
+The photo upright (by its EXIF orientation) and RGB; shorter side to {resize} pixels, bilinear with antialiasing; the
+central {image_size} x {image_size}; then minus {mean}, divided by {std}, on the 0..1 scale.
+
+```python
+import torchvision
+from safetensors.torch import load_file
+
+model = torchvision.models.{arch}(num_classes={count})
+model.load_state_dict(load_file("model.safetensors"))
+model.eval()
+```
+
+```python
+import torch
+from PIL import Image, ImageOps
+from torchvision import transforms
+
+classes = {class_list}
+preprocess = transforms.Compose([
+    transforms.Resize({resize}),
+    transforms.CenterCrop({image_size}),
+    transforms.ToTensor(),
+    transforms.Normalize({mean}, {std}),
+])
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+with torch.inference_mode():
+    logits = model(preprocess(photo)[None])
+print(classes[logits.argmax()])
+```
+
+`model.onnx`, opset {opset}, {graph}
+Checked with onnxruntime on the CPU: the same top-1 as PyTorch on all of {checked} photos, largest difference of a logit
+{largest:.2g}. `classes` and `preprocess` stand in its metadata, as JSON.
+
+From 1.29 on onnxruntime sends events to its makers unless `ORT_DISABLE_TELEMETRY=1` is set before it is loaded.
+
+```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+logits = session.run(["logits"], {{{feed}}})[0]
+print(classes[logits.argmax()])
+```
+"""
+_GRAPHS = {
+    "pictures": (
+        "takes uint8 pictures, N x H x W x 3, upright and RGB, of any size (N of one size in a batch),\nand resizes, "
+        "crops and normalises them itself. A runtime without antialiasing `Resize` can begin at `normalised`.",
+        '"pictures": np.asarray(photo)[None]',
+    ),
+    "normalised": (
+        "takes what `preprocess` gives, float32, N x 3 x H x W: with a `Resize` in the graph, one grey\nlevel would "
+        "have changed the class of a photo that is close to a tie.",
+        '"normalised": preprocess(photo)[None].numpy()',
+    ),
+}
+
+
+def _facts(
+    run: Path,
+    description: Mapping[str, Any],
+    config: Config | None,
+    dataset: Dataset | None,
+    preprocess: Preprocess,
+) -> dict[str, Any]:
+    """What the card says of the run."""
+    classes = [printable(label) for label in description["classes"]]
+    return {
+        "name": printable(run.resolve().name),
+        "arch": description["arch"],
+        "count": len(classes),
+        "classes": ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else ""),
+        "class_list": json.dumps(description["classes"]),
+        "scores": _scores(description.get("scores", {})),
+        "data": "\n".join(_data(description, dataset)),
+        "recipe": _recipe(config),
+        "versions": ", ".join(f"{name} {version}" for name, version in description.get("versions", {}).items()),
+        "resize": preprocess.resize,
+        "image_size": preprocess.image_size,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+    }
+
+
+def _model_card(facts: Mapping[str, Any], graph: str, check: Check, *, has_matrix: bool) -> str:
+    """README.md, in the form of a model card of the Hugging Face Hub."""
+    graph_text, feed = _GRAPHS[graph]
+    return _CARD.format(
+        **facts,
+        picture="![Confusion matrix](confusion_matrix.png)"
+        if has_matrix
+        else "`evaluate.py` draws a confusion matrix.",
+        opset=_OPSET,
+        graph=graph_text,
+        feed=feed,
+        checked=check.count,
+        largest=check.largest,
+    )
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    try:
+        low, high = wilson_interval(scores["correct"], scores["count"])
+        return (
+            f"| split | top-1 | 95 % interval (Wilson) | photos | loss |\n|---|---|---|---|---|\n"
+            f"| val | {scores['val/top1']:.4f} | {low:.3f} to {high:.3f} | {scores['correct']} of {scores['count']} | "
+            f"{scores['val/loss']:.4f} |\n\nThe best of its training's evaluations, on photos that chose it: a test "
+            "set's are likely to be a little lower."
+        )
+    except KeyError:
+        return "Not known: the run's `model.json` has none."
+
+
+def _data(description: Mapping[str, Any], dataset: Dataset | None) -> list[str]:
+    lines = [f"`{printable(Path(str(description.get('data', 'unknown'))).name)}`"]
+    lines += [f"- fingerprint {description.get('dataset_fingerprint', 'unknown')}"]
+    for split in dataset.splits.values() if dataset else ():
+        counts = sorted(split.class_counts().items())
+        each = ", ".join(f"{printable(label)} {count}" for label, count in counts[:20])
+        lines.append(f"- {printable(split.name)}: {sum(count for _, count in counts)} photos ({each})")
+    return lines
+
+
+def _recipe(config: Config | None) -> str:
+    """The settings that decide what is learned. A path is named by its end: the card is made to be shown."""
+    if config is None:
+        return "# not known: the run has no config.yaml"
+    groups = ("Images", "Model", "Training", "Optimizer")
+    settings = {key: getattr(config, key) for group in groups for key in GROUPS[group]} | {"seed": config.seed}
+    settings["weights"] = Path(config.weights or "imagenet, or DALITUNE_WEIGHTS").name
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in settings.items())
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

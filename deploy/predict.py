@@ -1,0 +1,183 @@
+"""Classifies photos with a trained run.
+
+    python deploy/predict.py runs/NAME photo.jpg photos/            # a table; folders are searched at any depth
+    python deploy/predict.py runs/NAME photos/ --csv answers.csv    # path,class,confidence,runner_up,error
+    python deploy/predict.py runs/NAME photos/ --json - | jq .class  # one object a line, as the answers come
+    python deploy/predict.py runs/NAME photos/ --grid picture.png   # the 16 photos that it is least sure of
+
+A file that is no readable photo is named and the rest goes on; the exit code is 2 then. Nothing is kept in memory but
+the list of paths: a million photos stream through.
+"""
+
+import argparse
+import csv
+import heapq
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+if __name__ == "__main__":
+    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends without a trace
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
+
+from pipelines import figures
+from pipelines.dataset import printable
+from pipelines.errors import UserError
+from pipelines.inference import Answer, Preprocess, find_photos, open_run, view_of_file
+from pipelines.loader import choose_engine
+from pipelines.processes import cpu_cores, run_script, start_processes
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+_WIDEST = 60  # characters of a path in the table
+_COLUMNS = ("path", "class", "confidence", "runner_up", "error")
+
+
+def main(arguments: list[str]) -> None:
+    """One pass over the photos. Raises MachineError, or UserError, also where a file was no readable photo."""
+    started = time.perf_counter()
+    options = _parse(arguments)
+    paths = find_photos(options.photos)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("one process does it: start with python deploy/predict.py, without a launcher")
+    device = torch.device("cpu") if options.cpu else start_processes().device
+    engine, reason = choose_engine(options.loader, device)
+    run = open_run(options.run, device, engine=engine, batch_size=options.eval_batch_per_device, threads=cpu_cores())
+    _say(f"{options.run} on {len(paths)} files, {device.type}; loader: {engine} ({reason})")
+
+    counts: Counter[str] = Counter()
+    doubtful: list[tuple[float, int, str]] = []  # a heap of -confidence, number, class: the surest answer comes out
+    with ExitStack() as stack:
+        writers = _writers(options, stack, paths, run.classes)
+        rows_are_seen = sys.stdout.isatty() and (
+            "-" in (options.csv, options.json) or not (options.csv or options.json)
+        )
+        hidden = rows_are_seen or not sys.stderr.isatty()
+        bar = stack.enter_context(tqdm(total=len(paths), unit="photo", leave=False, disable=hidden))
+        for number, answer in enumerate(run.classify(paths)):
+            row = _row(answer, run.classes)
+            for write in writers:
+                write(row)
+            if answer.error:
+                bar.write(f"left out: {printable(answer.path)} ({answer.error})", file=sys.stderr)
+            else:
+                counts[row["class"]] += 1
+                push = heapq.heappush if len(doubtful) < figures.MAX_PHOTOS else heapq.heappushpop
+                push(doubtful, (-row["confidence"], number, row["class"]))
+            bar.update()
+    if options.grid and doubtful:
+        _save_grid(options.grid, paths, sorted(doubtful, reverse=True), run.preprocess)
+
+    read = sum(counts.values())
+    each = ", ".join(f"{printable(name)} {count}" for name, count in counts.most_common(5)) or "none"
+    more = f" and {len(counts) - 5} classes more" if len(counts) > 5 else ""
+    _say(f"{read} photos in {time.perf_counter() - started:.1f} s: {each}{more}")
+    if read < len(paths):
+        raise UserError(f"{len(paths) - read} of {len(paths)} files are no readable photos; each is named above")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best.pt and model.json")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER")
+    parser.add_argument("--csv", metavar="FILE", help="write the answers there instead of a table; - is stdout")
+    parser.add_argument("--json", metavar="FILE", help="the same as JSON, one object a line")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="a picture of the 16 least sure answers")
+    parser.add_argument(
+        "--loader", choices=("auto", "dali", "torch"), default="auto", help="the engine (default: auto)"
+    )
+    parser.add_argument("--eval-batch-per-device", type=int, default=64, metavar="N", help="of a batch (default: 64)")
+    parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    parser.error = _raise  # type: ignore[assignment, method-assign]
+    options = parser.parse_args(arguments)
+    if options.csv == options.json == "-":
+        _raise("--csv - and --json - would both write to stdout")
+    if options.eval_batch_per_device < 1:
+        _raise("--eval-batch-per-device must be at least 1")
+    if options.grid and not options.grid.parent.is_dir():
+        _raise(f"--grid: there is no folder {options.grid.parent}")
+    return options
+
+
+def _raise(message: str) -> None:
+    raise UserError(f"{message} (predict.py --help lists what there is)")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _row(answer: Answer, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What is written of a photo, or of a file that is none."""
+    if answer.error:
+        return {"path": answer.path, "error": answer.error}
+    (best, confidence), (runner_up, _) = answer.ranking(classes)[:2]
+    return {"path": answer.path, "class": best, "confidence": round(confidence, 6), "runner_up": runner_up}
+
+
+def _writers(
+    options: argparse.Namespace, stack: ExitStack, paths: list[str], classes: tuple[str, ...]
+) -> list[Callable[[dict[str, Any]], Any]]:
+    """What each row is given to. The table is for people; who asks for a file has it instead."""
+    writers: list[Callable[[dict[str, Any]], Any]] = []
+    if options.csv:
+        # A name that is not UTF-8 keeps its own bytes.
+        rows = csv.DictWriter(_open(options.csv, stack, "surrogateescape"), _COLUMNS, lineterminator="\n")
+        rows.writeheader()
+        writers.append(rows.writerow)
+    if options.json:
+        # A name that is not UTF-8 becomes JSON's escapes of its bytes, which Python reads back.
+        file = _open(options.json, stack, "backslashreplace")
+        writers.append(lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n"))
+    return writers or [_table(paths, classes)]
+
+
+def _open(target: str, stack: ExitStack, errors: str) -> TextIO:
+    """A file that grows as the answers come; after Ctrl-C it holds those until then. "-" is stdout."""
+    if target == "-":
+        sys.stdout.reconfigure(encoding="utf-8", errors=errors, line_buffering=True)  # type: ignore[union-attr]
+        return sys.stdout
+    try:
+        return stack.enter_context(open(target, "w", encoding="utf-8", errors=errors, newline=""))
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}): give another file") from None
+
+
+def _table(paths: list[str], classes: tuple[str, ...]) -> Callable[[dict[str, Any]], None]:
+    widest = min(_WIDEST, max(len("photo"), *(len(path) for path in paths)))
+    names = min(_WIDEST // 2, max(len("class"), *(len(name) for name in classes)))
+    print(f"{'photo':<{widest}}  {'class':<{names}}  confidence  runner-up", flush=True)
+
+    def write(row: dict[str, Any]) -> None:
+        path = printable(row["path"])
+        path = path if len(path) <= widest else f"…{path[1 - widest :]}"
+        if "error" not in row:
+            best, runner_up = printable(row["class"]), printable(row["runner_up"])
+            print(f"{path:<{widest}}  {best:<{names}}  {row['confidence']:10.4f}  {runner_up}", flush=True)
+
+    return write
+
+
+def _save_grid(path: Path, paths: list[str], doubtful: list[tuple[float, int, str]], preprocess: Preprocess) -> None:
+    images = [view_of_file(paths[number], preprocess) for _, number, _ in doubtful]
+    predicted, confidence = [name for *_, name in doubtful], [-value for value, *_ in doubtful]
+    names = [Path(paths[number]).name for _, number, _ in doubtful]
+    figures.save_answers(path, np.stack(images), names, predicted, confidence)
+    _say(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -1,0 +1,297 @@
+"""A trained model and any files: one way from a file to the network's answer, whoever asks.
+
+What is done to a photo stands in the run's `model.json`. The scan's judge, the plan's central view and the engines do
+it, as in an evaluation: the same pixels.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.dataset import Split, photos_below, printable
+from pipelines.errors import UserError
+from pipelines.headers import FAULTS, MAX_PIXELS, judge
+from pipelines.loader import Engine, make_engine
+from pipelines.model import read_description, read_run_weights, restore_model
+from pipelines.plan import EvalPlan, Views
+from pipelines.processes import cpu_cores
+from pipelines.torch_engine import decoding_error, view_of, window_of
+
+import numpy as np
+import torch
+
+_PREFETCH = 2  # batches that are decoded while the network works on another
+_LARGEST_RESIZED = MAX_PIXELS // 4  # pixels; a graph that resizes computes all of a strip, to gigabytes
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What is done to an upright RGB photo: shorter side to `resize`, the central square of `image_size` pixels, both
+    as in `EvalPlan`, bilinear with antialiasing; then, on the 0..1 scale, minus `mean`, divided by `std` (R, G, B).
+    """
+
+    resize: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one file: logits, float32 [classes]; or None and `error`, why there is no picture in it."""
+
+    path: str
+    logits: np.ndarray | None
+    error: str = ""
+
+    def ranking(self, classes: Sequence[str]) -> list[tuple[str, float]]:
+        """All classes with their softmax probabilities, the likeliest first; [] where there is no picture."""
+        if self.logits is None:
+            return []
+        odds = np.exp(self.logits.astype(np.float64) - self.logits.max())
+        order = np.argsort(-self.logits, kind="stable")
+        return [(classes[label], float(odds[label] / odds.sum())) for label in order]
+
+
+class Classifier(Protocol):
+    """A trained model of `classes`, with the preprocessing that it was trained for."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def preprocess(self) -> Preprocess: ...
+
+    def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
+        """One answer for each file, in order. No file raises an error. Threads may ask at the same time."""
+        ...
+
+
+@dataclass(frozen=True)
+class ViewClassifier:
+    """A network behind one of the two engines: a million files stream through, `batch_size` at a time.
+
+    network: float32 [n, 3, image_size, image_size], normalised, on `device` -> logits, float32 [n, classes].
+    """
+
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    network: Callable[[torch.Tensor], np.ndarray]
+    device: torch.device
+    engine: str
+    batch_size: int
+    threads: int
+
+    def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
+        """See `Classifier`."""
+        if not paths:
+            return
+        split, chosen = _split_of(paths), self.preprocess
+        engine = make_engine(
+            self.engine,
+            split,
+            image_size=chosen.image_size,
+            micro_batch=min(self.batch_size, len(paths)),
+            device=self.device,
+            threads=self.threads,
+            mean=chosen.mean,
+            std=chosen.std,
+        )
+        try:
+            submitted = self._submitted(split, engine)
+            ahead = deque(islice(submitted, 1 + _PREFETCH))
+            while ahead:
+                places, views = ahead.popleft()
+                errors = {place: FAULTS[split.faults[place]] for place in places if split.faults[place]}
+                logits: Iterator[np.ndarray] = iter(())
+                if len(views):
+                    pixels = engine.fetch()
+                    logits = iter(self.network(pixels.images) if len(pixels.images) else ())
+                    for position, reason in pixels.failed.items():
+                        errors[int(views.indices[position])] = _undecodable(reason)
+                for place in places:
+                    error = errors.get(place, "")
+                    yield Answer(paths[place], None if error else next(logits), error)
+                ahead.extend(islice(submitted, 1))
+        finally:
+            engine.close()
+
+    def _submitted(self, split: Split, engine: Engine) -> Iterator[tuple[range, Views]]:
+        with ThreadPoolExecutor(min(32, 4 * cpu_cores(), self.batch_size)) as pool:
+            for first in range(0, len(split), self.batch_size):
+                places = range(first, min(first + self.batch_size, len(split)))
+                list(pool.map(lambda place: _judge(split, place), places))
+                views = _central_views(split, self.preprocess, places)
+                if len(views):
+                    engine.submit(views)
+                yield places, views
+
+
+@dataclass(frozen=True)
+class PictureClassifier:
+    """A graph that resizes, crops and normalises by itself.
+
+    graph: uint8 [1, H, W, 3], an upright RGB picture of any size -> logits, float32 [1, classes].
+    """
+
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    graph: Callable[[np.ndarray], np.ndarray]
+
+    def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
+        """See `Classifier`."""
+        for path in paths:
+            split = _split_of([path])
+            _judge(split, 0)
+            if fault := FAULTS[split.faults[0]]:
+                yield Answer(path, None, fault)
+                continue
+            views = _central_views(split, self.preprocess, range(1))
+            if views.resized[0].prod(dtype=np.int64) > _LARGEST_RESIZED:
+                yield Answer(path, None, "too long and narrow for the ONNX graph")
+                continue
+            try:
+                picture = np.asarray(window_of(split, views, 0))
+            except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
+                yield Answer(path, None, _undecodable(decoding_error(error)))
+                continue
+            yield Answer(path, self.graph(picture[None])[0])
+
+
+def open_run(
+    run: Path, device: torch.device, *, engine: str = "torch", batch_size: int = 1, threads: int = 1
+) -> ViewClassifier:
+    """The best weights of a run folder, through PyTorch. engine: "torch" or "dali", with `threads` decoding threads.
+
+    UserError where `best.pt` or `model.json` is missing or damaged.
+    """
+    description = read_description(run, "run")
+    weights = read_run_weights(run, description["arch"], "run")
+    model = restore_model(description["arch"], weights).to(device).eval()
+
+    def network(images: torch.Tensor) -> np.ndarray:
+        with torch.inference_mode():
+            return model(model.frozen_part(images)).float().cpu().numpy()
+
+    preprocess = read_preprocess(description, str(run / "model.json"))
+    return ViewClassifier(tuple(description["classes"]), preprocess, network, device, engine, batch_size, threads)
+
+
+def open_onnx(file: Path, *, threads: int = 1) -> Classifier:
+    """A `model.onnx` that deploy/export.py made, on the CPU, with `threads` threads. UserError where it is not one."""
+    onnxruntime = import_extra("onnxruntime")
+    if not file.exists():
+        raise UserError(f"{file} does not exist: make it with `python deploy/export.py {file.parent.parent}`")
+    onnxruntime.disable_telemetry_events()  # of its builds for Windows; for the others see pipelines/__init__.py
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False  # it would keep what the largest photo needed
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        facts = session.get_modelmeta().custom_metadata_map
+        classes, preprocess = tuple(json.loads(facts["classes"])), json.loads(facts["preprocess"])
+    except Exception as error:  # onnxruntime's own kinds of error derive from Exception alone
+        raise UserError(f"{file}: not a model that deploy/export.py made ({printable(error)[:160]})") from None
+    name = session.get_inputs()[0].name
+
+    def graph(inputs: np.ndarray) -> np.ndarray:
+        return session.run(["logits"], {name: inputs})[0]
+
+    chosen = read_preprocess(preprocess, str(file))
+    if name == "pictures":
+        return PictureClassifier(classes, chosen, graph)
+    return ViewClassifier(
+        classes, chosen, lambda images: graph(images.contiguous().numpy()), torch.device("cpu"), "torch", 1, 1
+    )
+
+
+def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
+    """uint8 [image_size, image_size, 3]: what a network sees of a sound photo. Raises whatever Pillow raises."""
+    split = _split_of([path])
+    _judge(split, 0)
+    return np.asarray(view_of(split, _central_views(split, preprocess, range(1)), 0, preprocess.image_size))
+
+
+def read_preprocess(description: Mapping[str, Any], source: str) -> Preprocess:
+    """The four keys of a `model.json` that say what is done to a photo. UserError where one is missing or wrong."""
+    try:
+        sizes = int(description["resize"]), int(description["image_size"])
+        (r, g, b), (std_r, std_g, std_b) = (map(float, description[name]) for name in ("mean", "std"))
+        if not (sizes[0] >= sizes[1] > 0 and min(std_r, std_g, std_b) > 0):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{source} is damaged: it must name resize, image_size, mean and std of the photos") from None
+    return Preprocess(*sizes, (r, g, b), (std_r, std_g, std_b))
+
+
+def find_photos(given: Sequence[str]) -> list[str]:
+    """The files that are given, and the photos in the folders that are given, by their endings, at any depth.
+
+    UserError where a folder cannot be read or there is no photo in it. A file that is missing is told by its answer.
+    """
+    paths = []
+    for path in given:
+        if os.path.isdir(path):
+            try:
+                found = photos_below(path)
+            except OSError as error:
+                raise UserError(f"{printable(error.filename or path)}: cannot be read ({error.strerror})") from None
+            if not found:
+                raise UserError(f"{printable(path)}: no photos in this folder")
+            paths += found
+        else:
+            paths.append(path)
+    return paths
+
+
+def import_extra(name: str) -> Any:
+    """A library of the optional dependencies `deploy`. UserError where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(
+            f"{name} is not installed: start with `uv run --extra deploy ...`, or pip install -e '.[deploy]'"
+        ) from None
+
+
+def _split_of(paths: Sequence[str]) -> Split:
+    """Any files as a split without labels; `_judge` fills in sizes and faults as the files' turn comes."""
+    names = [os.fsencode(os.path.abspath(path)) for path in paths]
+    count = len(names)
+    return Split(
+        name="",
+        classes=(),
+        labels=np.zeros(count, np.int32),
+        sizes=np.zeros((count, 2), np.int32),
+        faults=np.zeros(count, np.uint8),
+        root=b"",
+        path_blob=np.frombuffer(b"".join(names), np.uint8),
+        path_offsets=np.cumsum([0, *map(len, names)]).astype(np.uint64),
+    )
+
+
+def _judge(split: Split, place: int) -> None:
+    path = split.path_bytes(place)
+    # Opening a pipe would wait for ever.
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    fault, split.sizes[place], _ = ("not a regular file", (0, 0), 0) if is_other else judge(path)
+    split.faults[place] = FAULTS.index(fault)
+
+
+def _central_views(split: Split, preprocess: Preprocess, places: range) -> Views:
+    """The views of the sound files at `places`."""
+    plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize)
+    sound = np.asarray(places)[split.faults[places.start : places.stop] == 0]
+    return plan.views(0, sound)
+
+
+def _undecodable(reason: str) -> str:
+    return f"cannot be decoded ({printable(reason)})"

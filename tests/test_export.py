@@ -1,0 +1,194 @@
+"""What leaves the project: the ONNX graph, the tensors and the model card, each used as its reader would."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from deploy import export
+from pipelines.errors import UserError
+from pipelines.headers import exif_orientation
+from pipelines.inference import PictureClassifier, Preprocess, ViewClassifier, open_onnx, open_run, view_of_file
+from pipelines.model import read_description, read_run_weights
+from pipelines.torch_engine import _UPRIGHT
+from tests.corpus import encoded, exif, picture
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
+
+
+def test_onnx_gives_evaluates_class_for_every_validation_photo(exported_run):
+    model = open_onnx(exported_run.folder / "export" / "model.onnx", threads=2)
+    assert isinstance(model, PictureClassifier)
+    photos = list(exported_run.evaluated)
+    for answer, (name, confidence) in zip(model.classify(photos), exported_run.evaluated.values(), strict=True):
+        best, share = answer.ranking(model.classes)[0]
+        assert (best, answer.error) == (name, "")
+        assert share == pytest.approx(confidence, abs=0.02)
+
+
+def test_the_graph_takes_batches_of_uint8_pictures(exported_run):
+    file = exported_run.folder / "export" / "model.onnx"
+    session = onnxruntime.InferenceSession(file)
+    (taken,) = session.get_inputs()
+    assert (taken.name, taken.type, taken.shape[-1], len(taken.shape)) == ("pictures", "tensor(uint8)", 3, 4)
+    pictures = np.stack([np.asarray(picture(300, 401, seed)) for seed in range(3)])
+    together = session.run(["logits"], {"pictures": pictures})[0]
+    alone = [session.run(["logits"], {"pictures": one[None]})[0][0] for one in pictures]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-5)
+    assert len(np.unique(together[:, 0])) == 3
+    assert b"site-packages" not in file.read_bytes()  # no trace of the machine
+
+
+def test_the_graphs_pixels_are_the_engines(tmp_path):
+    chosen = Preprocess(72, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    text = export._PREPROCESS.format(
+        ir=10, opset=18, size=64, resize=72, scale=export._listed(np.ones(3)), shift=export._listed(np.zeros(3))
+    )
+    session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+    files = {f"{height} x {width}": encoded("PNG", photo=picture(height, width)) for height, width in SIZES}
+    files |= {f"exif {turn}": encoded(exif=exif(turn)) for turn in range(1, 9)}
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with Image.open(path) as photo:
+            orientation = exif_orientation(photo)
+            upright = photo.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else photo
+            pixels = session.run(None, {"pictures": np.asarray(upright.convert("RGB"))[None]})[0][0]
+        difference = np.abs(pixels.transpose(1, 2, 0) - view_of_file(str(path), chosen))
+        assert difference.max() <= 2, name
+        assert difference.mean() < 0.3, name  # grey levels; a shift by a pixel makes 10
+
+
+SIZES = [(72, 72), (72, 73), (73, 72), (64, 400), (401, 64), (30, 20), (1, 1), (145, 143), (700, 1000), (999, 333)]
+
+
+def test_the_tensors_are_those_of_best_pt(exported_run):
+    state = torch.load(exported_run.folder / "best.pt", weights_only=True)
+    with safe_open(exported_run.folder / "export" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(state)
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in state.items())
+        facts = file.metadata()
+    description = json.loads((exported_run.folder / "model.json").read_text())
+    assert json.loads(facts["classes"]) == description["classes"]
+    preprocess = json.loads(facts["preprocess"])
+    assert preprocess == {key: description[key] for key in ("resize", "image_size", "mean", "std")}
+
+
+def test_the_cards_own_code_runs(exported_run, tmp_path, monkeypatch, capsys):
+    folder = exported_run.folder / "export"
+    card = (folder / "README.md").read_text()
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    photo, (name, _) = max(exported_run.evaluated.items(), key=lambda item: item[1][1])
+    shutil.copy(photo, tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL)), {})
+    assert capsys.readouterr().out.split() == [name, name]
+
+
+def test_the_card_is_filled_from_the_run(exported_run):
+    folder = exported_run.folder / "export"
+    card = (folder / "README.md").read_text()
+    description = json.loads((exported_run.folder / "model.json").read_text())
+    scores = description["scores"]
+    assert f"{scores['correct']} of {scores['count']}" in card
+    assert "95 % interval" in card
+    assert description["dataset_fingerprint"] in card
+    assert 'mode: "feature_extract"' in card
+    assert not re.search(r"[{}]", card.partition("```python")[0])  # nothing left to fill in
+    assert str(exported_run.folder.parent) not in card
+    assert description["data"] not in card
+    with Image.open(folder / "confusion_matrix.png") as matrix:
+        assert matrix.width > 100
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *("README.md", "confusion_matrix.png", "model.onnx", "model.safetensors")
+    ]
+    assert not list(exported_run.folder.glob(".export-*"))
+
+
+@pytest.fixture
+def copied_run(exported_run, tmp_path) -> Path:
+    """The run without its export and without its photos."""
+    folder = tmp_path / "run"
+    shutil.copytree(exported_run.folder, folder, ignore=shutil.ignore_patterns("export", "figures"))
+    description = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(description | {"data": "/nowhere/photos"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network_graph(exported_run):
+    """PyTorch's exporter takes seconds, and the copies have the same weights."""
+    description = read_description(exported_run.folder, "run")
+    return export._network_graph(description, read_run_weights(exported_run.folder, description["arch"], "run"))
+
+
+def test_elsewhere_photos_are_given(copied_run, exported_run, network_graph, run_here, monkeypatch):
+    monkeypatch.setattr(export, "_network_graph", lambda *_: network_graph)
+    done = run_here(export, copied_run)
+    assert done.returncode == 2
+    assert "validation photos are not on this machine: give some with --photos FOLDER" in done.stderr
+    photos = list(exported_run.evaluated)[:2]
+    done = run_here(export, copied_run, "--photos", *photos, copied_run / "model.json")
+    assert done.returncode == 0, done.stderr
+    assert "the same top-1 as PyTorch on 2 of 2 photos" in done.stdout
+    assert "not checked" in done.stderr
+    card = (copied_run / "export" / "README.md").read_text()
+    assert "confusion_matrix.png" not in card
+    assert not (copied_run / "export" / "confusion_matrix.png").exists()
+
+
+@pytest.mark.parametrize("ties", [1, 2])
+def test_a_photo_near_a_tie_moves_the_preprocessing_out_of_the_graph(
+    copied_run, exported_run, network_graph, run_here, monkeypatch, ties
+):
+    compare, calls = export.compare, []
+
+    def stand_in_that_finds_a_tie(*given):
+        calls.append(given)
+        check = compare(*given)
+        return export.Check(check.count, ["tie.jpg"] * (len(calls) <= ties), check.largest, check.predicted)
+
+    monkeypatch.setattr(export, "compare", stand_in_that_finds_a_tie)
+    monkeypatch.setattr(export, "_network_graph", lambda *_: network_graph)
+    photos = list(exported_run.evaluated)[:3]
+    done = run_here(export, copied_run, "--photos", *photos)
+    if ties == 2:
+        assert done.returncode == 3
+        assert "onnxruntime does not find PyTorch's class in 1 photos (tie.jpg" in done.stderr
+        assert not (copied_run / "export").exists()
+        assert not list(copied_run.glob(".export-*"))
+        return
+    assert done.returncode == 0, done.stderr
+    model = open_onnx(copied_run / "export" / "model.onnx")
+    assert isinstance(model, ViewClassifier)
+    reference = open_run(copied_run, CPU)
+    assert (model.classes, model.preprocess) == (reference.classes, reference.preprocess)
+    for ours, theirs in zip(reference.classify(photos), model.classify(photos), strict=True):
+        np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-3, atol=1e-4)
+    assert '"normalised": preprocess(photo)[None].numpy()' in (copied_run / "export" / "README.md").read_text()
+
+
+def test_a_file_that_is_no_export_is_refused(tmp_path):
+    file = tmp_path / "export" / "model.onnx"
+    with pytest.raises(UserError, match=r"make it with `python deploy/export.py"):
+        open_onnx(file)
+    file.parent.mkdir()
+    file.write_bytes(b"no graph")
+    with pytest.raises(UserError, match=r"not a model that deploy/export\.py made"):
+        open_onnx(file)
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused(exported_run, tmp_path):
+    strip = tmp_path / "strip.png"
+    strip.write_bytes(encoded("PNG", photo=picture(1, 20_000)))
+    (answer,) = open_onnx(exported_run.folder / "export" / "model.onnx").classify([str(strip)])
+    assert (answer.logits, answer.error) == (None, "too long and narrow for the ONNX graph")

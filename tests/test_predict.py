@@ -1,0 +1,163 @@
+"""New photos: the answers are evaluate.py's, a bad file is named, and a million photos stream through."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+from deploy import predict
+from pipelines.inference import find_photos, open_run
+from tests.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, write_zoo
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_each_photo_has_the_answer_that_evaluate_gives(trained_run, run_here, tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    photos = list(trained_run.evaluated)
+    answers, table = tmp_path / "answers.jsonl", tmp_path / "answers.csv"
+    done = run_here(
+        *(predict, trained_run.folder, *photos, "--json", answers, "--csv", table, "--cpu", "--loader", loader),
+        *("--eval-batch-per-device", 10),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["path"] for row in rows] == photos
+    classes = {name for name, _ in trained_run.evaluated.values()}
+    for row, (name, confidence) in zip(rows, trained_run.evaluated.values(), strict=True):
+        assert set(row) == {"path", "class", "confidence", "runner_up"}
+        assert row["class"] == name
+        # DALI's pixels may be one grey level away.
+        assert row["confidence"] == pytest.approx(confidence, abs=2e-6 if loader == "torch" else 0.02)
+        assert row["runner_up"] in classes - {name} or len(classes) == 1
+    with open(table, newline="") as file:
+        in_csv = list(csv.DictReader(file))
+    assert [{**row, "confidence": str(row["confidence"]), "error": ""} for row in rows] == in_csv
+
+
+def test_the_table_shows_each_photo_and_json_on_stdout_is_nothing_but_json(trained_run, run_here, tmp_path):
+    photo, (name, confidence) = next(iter(trained_run.evaluated.items()))
+    near = tmp_path / ("a long name " * 8 + ".jpg")
+    near.write_bytes(Path(photo).read_bytes())
+    done = run_here(predict, trained_run.folder, near, "--cpu")
+    assert done.returncode == 0
+    header, row = done.stdout.splitlines()
+    assert header.split() == ["photo", "class", "confidence", "runner-up"]
+    assert row.startswith("…")
+    assert row.split()[-4:-1] == [".jpg", name, f"{confidence:.4f}"]
+    done = run_here(predict, trained_run.folder, near, "--cpu", "--json", "-")
+    assert [json.loads(line)["class"] for line in done.stdout.splitlines()] == [name]
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_bad_files_are_named_and_the_rest_goes_on(trained_run, run_here, tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    write_zoo(tmp_path / "zoo", ZOO)
+    gone, pipe = tmp_path / "gone.jpg", tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    done = run_here(
+        *(predict, trained_run.folder, tmp_path / "zoo", gone, pipe, tmp_path, "--json", "-", "--cpu"),
+        *("--loader", loader, "--eval-batch-per-device", 7),
+    )
+    assert done.returncode == 2
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["path"] for row in rows] == [*find_photos([str(tmp_path / "zoo"), str(gone), str(pipe), str(tmp_path)])]
+    for row in rows[: len(ZOO)]:
+        name = Path(row["path"]).name
+        assert ("class" in row) == (name in SOUND), row
+        assert ("error" in row) == (name not in SOUND), row
+        if name in FAULTY:
+            assert row["error"] == FAULTY[name].fault
+        if name in BROKEN_INSIDE:
+            assert row["error"].startswith("cannot be decoded (")
+        if name not in SOUND:
+            assert f"left out: {row['path']} ({row['error']})" in done.stderr
+    assert rows[len(ZOO)] == {"path": str(gone), "error": "missing"}
+    assert rows[len(ZOO) + 1] == {"path": str(pipe), "error": "not a regular file"}
+    bad = 2 * (len(ZOO) - len(SOUND)) + 3
+    assert f"error: {bad} of {len(rows)} files are no readable photos" in done.stderr
+
+
+def test_names_that_are_no_text(trained_run, run_here, tmp_path):
+    photo = Path(next(iter(trained_run.evaluated)))
+    odd = os.fsencode(tmp_path) + b'/latin-1 \xe9t\xe9, "quoted"\nline.jpg'
+    Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    done = run_here(predict, trained_run.folder, os.fsdecode(odd), "--json", lines, "--csv", table, "--cpu")
+    assert done.returncode == 0, done.stderr
+    assert os.fsencode(json.loads(lines.read_text())["path"]) == odd
+    with open(table, newline="", errors="surrogateescape") as file:
+        assert [os.fsencode(row["path"]) for row in csv.DictReader(file)] == [odd]
+
+
+def test_answers_come_before_later_files_are_opened(trained_run, tmp_path):
+    photo = Path(next(iter(trained_run.evaluated))).read_bytes()
+    paths = [tmp_path / f"{number}.jpg" for number in range(12)]
+    for path in paths:
+        path.write_bytes(photo)
+    answers = open_run(trained_run.folder, CPU, batch_size=2).classify([str(path) for path in paths])
+    assert next(answers).error == ""
+    paths[-1].unlink()
+    rest = list(answers)
+    assert [answer.error for answer in rest] == [""] * 10 + ["missing"]
+
+
+def test_an_answer_does_not_depend_on_its_batch(trained_run):
+    photos = list(trained_run.evaluated)[:5]
+    alone = [answer.logits for answer in open_run(trained_run.folder, CPU).classify(photos)]
+    together = [answer.logits for answer in open_run(trained_run.folder, CPU, batch_size=64).classify(photos)]
+    np.testing.assert_allclose(np.stack(alone), np.stack(together), rtol=1e-4, atol=1e-5)
+
+
+def test_the_grid_shows_the_least_sure(trained_run, run_here, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(predict.figures, "MAX_PHOTOS", 3)
+    save = predict.figures.save_answers
+    monkeypatch.setattr(predict.figures, "save_answers", lambda *given: (shown.append(given), save(*given)))
+    some = dict(list(trained_run.evaluated.items())[:20])
+    photos, grid = list(some), tmp_path / "grid.png"
+    done = run_here(predict, trained_run.folder, *photos, "--grid", grid, "--cpu")
+    assert done.returncode == 0, done.stderr
+    _, images, names, _, confidence = shown[0]
+    assert len(images) == len(names) == 3
+    expected = sorted(value for _, value in some.values())[:3]
+    np.testing.assert_allclose(confidence, expected, atol=2e-6)
+    with Image.open(grid) as picture:
+        assert min(picture.size) > 100
+
+
+def test_a_mistake_is_one_line(trained_run, run_here, tmp_path):
+    (tmp_path / "empty").mkdir()
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "best.pt").write_bytes((trained_run.folder / "best.pt").read_bytes())
+    description = json.loads((trained_run.folder / "model.json").read_text())
+    photo = next(iter(trained_run.evaluated))
+    mistakes = {
+        (tmp_path / "none", photo): "model.json cannot be read",
+        (trained_run.folder, tmp_path / "empty"): "no photos in this folder",
+        (trained_run.folder, photo, "--csv", "-", "--json", "-"): "would both write to stdout",
+        (trained_run.folder, photo, "--csv", tmp_path / "no" / "a.csv"): "cannot be written",
+        (trained_run.folder, photo, "--grid", tmp_path / "no" / "a.png"): "no folder",
+        (trained_run.folder, photo, "--loader", "tf"): "--help",
+        (trained_run.folder,): "--help",
+    }
+    for arguments, told in mistakes.items():
+        done = run_here(predict, *arguments)
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert told in done.stderr.splitlines()[-1], arguments
+    for key, value in {"mean": [0.5], "std": [0, 1, 1], "resize": 10, "image_size": None}.items():
+        (damaged / "model.json").write_text(json.dumps(description | {key: value}))
+        done = run_here(predict, damaged, photo)
+        assert done.returncode == 2
+        assert "model.json is damaged: it must name resize, image_size, mean and std" in done.stderr
