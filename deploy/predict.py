@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     read = sum(counts.values())
     each = ", ".join(f"{printable(name)} {count}" for name, count in counts.most_common(5)) or "none"
     more = f" and {len(counts) - 5} classes more" if len(counts) > 5 else ""
-    _say(f"{read} photos in {time.perf_counter() - started:.1f} s: {each}{more}")
+    _say(f"{read} photo{'' if read == 1 else 's'} in {time.perf_counter() - started:.1f} s: {each}{more}")
     if read < len(paths):
         raise UserError(f"{len(paths) - read} of {len(paths)} files are no readable photos; each is named above")
 
