@@ -4,15 +4,19 @@
     python benchmarks/accuracy.py --recipes finetune --data photos/ --set lr=0.02   # another folder, another setting
     python benchmarks/accuracy.py --data photos/train --seeds 3                     # choose by a part of train
 
-Every run is `accelerate launch train.py` in a process of its own. Recipes take turns within a seed, so that a busy hour
-of the machine meets all of them. A run that is in --out already is not run again, so an interrupted benchmark goes on
-where it was.
+Every run is `accelerate launch train.py` in a process of its own, and a line of --out, with its settings, versions and
+commit. Recipes take turns within a seed, so that a busy hour of the machine meets all of them. A run that is in --out
+already is not run again, so an interrupted benchmark goes on where it was.
+
+`seconds` are those of the whole command on the clock; `processor` are the seconds that all cores together worked for
+it (0 on Windows, which does not tell), which a busy machine stretches less.
 """
 
 import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -21,8 +25,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipelines.processes import cpu_cores
 from pipelines.runs import versions
 
+import torch
+import yaml
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,45 +58,87 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         tqdm.write(f"{recipe} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
     chosen = [row for row in rows if row["data"] == options.data and row["set"] == options.set]
-    _print_table([row for row in chosen if (row["recipe"], row["seed"]) in wanted], options.recipes)
+    print(
+        f"\n{shlex.join(['python', *sys.argv])}\n{hardware()}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
+    )
+    print(table([row for row in chosen if (row["recipe"], row["seed"]) in wanted], options.recipes))
 
 
 def _run(recipe: str, seed: int, data: str | None, settings: list[str]) -> dict[str, Any]:
-    """One training: best and last accuracy, the last loss, and the seconds of the whole command."""
+    """One training: its accuracies and times, and what they depend on."""
     config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
     flags = [f"--config={config}", f"--seed={seed}", "--tracker=none", "--run=run", *(f"--{pair}" for pair in settings)]
     flags += [f"--data={data}"] if data else []
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *flags, f"--runs={runs}"]
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), _processor_seconds()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - started
+        seconds, processor = time.perf_counter() - started, _processor_seconds() - worked
         if done.returncode:
             sys.exit(f"{recipe}, seed {seed} failed:\n{done.stderr[-2000:]}")
-        metrics = [json.loads(line) for line in (Path(runs) / "run" / "metrics.jsonl").read_text().splitlines()]
+        run = Path(runs) / "run"
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        used = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     evaluations = [row for row in metrics if "val/top1" in row]
     accuracies = [row["val/top1"] for row in evaluations]
-    facts = {"last_loss": evaluations[-1]["val/loss"], "seconds": round(seconds, 1), "versions": versions()}
-    return {"best": max(accuracies), "last": accuracies[-1], **facts}
+    return {
+        "best": max(accuracies),
+        "last": accuracies[-1],
+        "last_loss": evaluations[-1]["val/loss"],
+        "seconds": round(seconds, 1),
+        "processor": round(processor, 1),
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": _commit(),
+        "config": {key: value for key, value in used.items() if key not in ("run", "runs")},
+    }
+
+
+def _processor_seconds() -> float:
+    """User and system time of all child processes that have ended, their own children included."""
+    return os.times().children_user + os.times().children_system
+
+
+def hardware() -> str:
+    """The processor with its usable cores, and the GPUs."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return ", ".join([f"{processor}, {cpu_cores()} cores", *gpus])
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `-dirty` where files differ from it; None without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _print_table(rows: list[dict[str, Any]], recipes: list[str]) -> None:
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
-    print("| recipe | n | best: mean ± sd | best: least-most | last: mean ± sd | last loss | seconds, median |")
-    print("|---|---|---|---|---|---|---|")
+def table(rows: list[dict[str, Any]], recipes: list[str]) -> str:
+    """The Markdown table: one line a recipe, over its rows. sd is the sample standard deviation over the seeds."""
+    lines = [
+        "| recipe | n | best: mean ± sd | best: range | last: mean ± sd | last loss | seconds | processor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for recipe in recipes:
         of_recipe = [row for row in rows if row["recipe"] == recipe]
-        best, last = ([row[name] for row in of_recipe] for name in ("best", "last"))
-        loss = statistics.mean(row["last_loss"] for row in of_recipe)
-        seconds = statistics.median(row["seconds"] for row in of_recipe)
-        print(
-            f"| `{Path(recipe).stem}` | {len(best)} | {_mean_and_spread(best)} | {min(best):.4f}-{max(best):.4f} "
-            f"| {_mean_and_spread(last)} | {loss:.4f} | {seconds:.0f} |"
+        best, last, loss, seconds, processor = (
+            [row[name] for row in of_recipe] for name in ("best", "last", "last_loss", "seconds", "processor")
         )
+        lines.append(
+            f"| `{Path(recipe).stem}` | {len(best)} | {_mean_and_spread(best)} | {min(best):.4f}-{max(best):.4f} "
+            f"| {_mean_and_spread(last)} | {statistics.mean(loss):.4f} "
+            f"| {statistics.median(seconds):.0f} | {statistics.median(processor):.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def _mean_and_spread(values: list[float]) -> str:
