@@ -172,7 +172,7 @@ def assert_same_training(job: Job, undisturbed: Job, *, processes: int = 1) -> N
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for key in row:
-            if "top1" not in key:  # near chance a rounding turns an answer
+            if "loss" in key or "lr/" in key:  # near chance a rounding turns an answer, and then what is made of it
                 assert row[key] == pytest.approx(other[key], rel=0.01), key
 
 
