@@ -99,7 +99,7 @@ def main(arguments):
     main_first(state, lambda: run.create(config))
     run.save_best(network.network, {})
 
-    tracking = Tracking(accelerator, config, run.folder, {})
+    tracking = Tracking(accelerator, config, run, dataset, {})
     tracking.log({"global_step": 1})
     tracking.finish({})
 
