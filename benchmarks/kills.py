@@ -33,6 +33,7 @@ SETTINGS = {
     "epochs": 8,
     "lr": 0.01,
     "weights": "none",
+    "freeze": "none",
     "tracker": "none",
     "batchnorm": "train",  # it follows the batches, so each process has statistics of its own between evaluations
     "deterministic": "true",

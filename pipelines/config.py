@@ -157,8 +157,6 @@ class Config:
             raise Contradiction("resize must be at least image_size", "resize", "image_size")
         if self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
-        if self.mode == "feature_extract" and self.freeze != "none":
-            raise Contradiction("feature_extract freezes the whole body, leave freeze at none", "mode", "freeze")
         frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze != "none")]
         for key, is_frozen in [*frozen, ("batchnorm", self.batchnorm == "frozen")]:
             if is_frozen and self.weights == "none":

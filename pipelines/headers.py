@@ -5,6 +5,7 @@ import re
 from hashlib import blake2b
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -20,8 +21,7 @@ _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
     rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)",
     re.DOTALL,
 )
-# In a JPEG's coded data 0xff is followed by 0 or is a restart marker; any other marker ends it (ITU-T T.81, B.1).
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+# JPEG's markers (ITU-T T.81, B.1), each behind a byte of 0xff.
 _END, _SCAN = 0xD9, 0xDA
 # Between the scans of a picture: Huffman and quantisation tables, number of lines, restart interval, comments, APPn.
 _SEGMENTS = {0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
@@ -91,17 +91,24 @@ def _fault_of_scans(data: bytes) -> str:
     Every decoder gives up at a marker that has no business there, but only where it comes by: DALI, which decodes a
     window, takes a photo with one crop that it refuses with another. In all other damage decoders see a photo.
     """
-    at = 0
-    while marker := _MARKER.search(data, at):
-        while marker and marker[1][0] in _SEGMENTS:
-            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-            marker = _MARKER.match(data, at)
-        if marker and marker[1][0] == _END:
+    values = np.frombuffer(data, np.uint8)
+    before = np.flatnonzero(values[:-1] == 0xFF)
+    codes = values[before + 1]
+    # In coded data 0xff is followed by 0 or is a restart marker; before a marker there may be several.
+    is_marker = (codes != 0) & (codes != 0xFF) & ((codes < 0xD0) | (codes > 0xD7))
+    markers, codes = before[is_marker], codes[is_marker]
+    at, coded = 0, True
+    while (index := int(np.searchsorted(markers, at))) < len(markers):
+        marker, code = int(markers[index]), int(codes[index])
+        if not coded and data[at:marker].strip(b"\xff"):
+            return "damaged"
+        if code == _END:
             return ""
-        if not marker or marker[1][0] != _SCAN:
-            return "damaged" if at + 1 < len(data) else "truncated"
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    return "truncated"
+        if code != _SCAN and code not in _SEGMENTS:
+            return "damaged"
+        coded = code == _SCAN
+        at = marker + 2 + int.from_bytes(data[marker + 2 : marker + 4], "big")
+    return "truncated" if coded or at + 1 >= len(data) else "damaged"
 
 
 def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> bool:

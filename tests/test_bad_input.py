@@ -38,6 +38,7 @@ BASE = {
     "--image-size": "64",
     "--resize": "72",
     "--weights": "none",
+    "--freeze": "none",
     "--batchnorm": "train",
     "--tracker": "none",
     "--loader": "torch",

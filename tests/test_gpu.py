@@ -86,7 +86,20 @@ def test_a_run_trains_in_each_precision(root, tmp_path, precision, engine):
         "--mixed_precision",
         precision,
     ]
-    settings = ["--data", str(root), "--weights", "none", "--batchnorm", "train", "--loader", engine, "--epochs", "3"]
+    settings = [
+        "--data",
+        str(root),
+        "--weights",
+        "none",
+        "--freeze",
+        "none",
+        "--batchnorm",
+        "train",
+        "--loader",
+        engine,
+        "--epochs",
+        "3",
+    ]
     outputs = ["--tracker", "none", "--runs", str(tmp_path), "--run", "gpu", "--batch-size", "16"]
     done = subprocess.run(
         [*command, str(ROOT / "train.py"), *settings, *outputs],

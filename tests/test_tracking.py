@@ -34,7 +34,8 @@ from test_train import ROOT
 from wandb_server_standin import KEY, StandInServer
 
 LATER = "send the run later with: python -m pipelines.wandb_sync"
-TRAINING = ["--image-size", "64", "--resize", "72", "--weights", "none", "--batchnorm", "train", "--batch-size", "4"]
+TRAINING = ["--image-size", "64", "--resize", "72", "--weights", "none", "--freeze", "none", "--batchnorm", "train"]
+TRAINING += ["--batch-size", "4"]
 
 
 @pytest.fixture(autouse=True)

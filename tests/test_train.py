@@ -19,9 +19,11 @@ from torchvision.models import resnet18
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = {"train/loss", "train/top1", "lr/head", "perf/images_per_s", "perf/data_wait", "epoch", "global_step"}
-SMALL = ["--image-size", "64", "--resize", "72", "--weights", "none", "--batchnorm", "train", "--tracker", "none"]
+SMALL = ["--image-size", "64", "--resize", "72", "--weights", "none", "--freeze", "none", "--batchnorm", "train"]
+SMALL += ["--tracker", "none"]
 # BatchNorm as the weights have it: then neither the number of processes nor of micro-batches makes a difference.
-FROZEN = ["--image-size", "64", "--resize", "72", "--batchnorm", "frozen", "--tracker", "none", "--lr", "0.005"]
+FROZEN = ["--image-size", "64", "--resize", "72", "--freeze", "none", "--batchnorm", "frozen", "--tracker", "none"]
+FROZEN += ["--lr", "0.005", "--lr-body", "0.001"]
 
 
 def run_script(
