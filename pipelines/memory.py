@@ -46,13 +46,14 @@ def largest_that_fits(share: int, attempt: Any) -> int:
         size //= 2
         return size
 
-    @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=halve)
     def first(size: int) -> int:
         attempt(size)
         return size
 
+    # Not as a decorator: before Accelerate 1.15 that form forgets reduce_batch_size_fn.
+    search = find_executable_batch_size(first, starting_batch_size=share, reduce_batch_size_fn=halve)
     try:
-        return first()
+        return search()
     except RuntimeError as error:
         if "No executable batch size" not in str(error):
             raise
