@@ -20,6 +20,7 @@ from pipelines.processes import cpu_cores, local_world_size
 import numpy as np
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
 # ImageNet's channel means and standard deviations of pixels in [0, 1], which torchvision's weights were trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -191,7 +192,7 @@ class Loader:
                 raise UserError(
                     f"{line}: repair or remove it, or leave such photos out with --skip-bad-files", on_one_process=True
                 )
-            print(f"left out: {line}", file=sys.stderr, flush=True)
+            tqdm.write(f"left out: {line}", file=sys.stderr)  # above a progress bar, not into it
             self.bad.add(index)
         kept = np.ones(len(views), bool)
         kept[list(failed)] = False
