@@ -23,7 +23,7 @@ SMALL = ["--image-size", "64", "--resize", "72", "--weights", "none", "--freeze"
 SMALL += ["--tracker", "none"]
 # BatchNorm as the weights have it: then neither the number of processes nor of micro-batches makes a difference.
 FROZEN = ["--image-size", "64", "--resize", "72", "--freeze", "none", "--batchnorm", "frozen", "--tracker", "none"]
-FROZEN += ["--lr", "0.005", "--lr-body", "0.001"]
+FROZEN += ["--lr", "0.005"]
 
 
 def run_script(
