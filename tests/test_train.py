@@ -10,10 +10,13 @@ from pathlib import Path
 import evaluate
 import train
 from pipelines.config import parse_config
+from pipelines.dataset import load_dataset, scan_dataset
+from pipelines.loader import train_loader
 from pipelines.model import build_model, read_weights
 
 import pytest
 import torch
+from accelerate import PartialState
 from torch import nn
 from torchvision.models import resnet18
 
@@ -161,6 +164,33 @@ def test_two_and_four_processes_train_as_one(photos, photo_folder, random_weight
             assert scores[count]["count"] == photo_count
             assert scores[count]["confusion_matrix"] == scores[1]["confusion_matrix"]
             assert scores[count]["correct"] == scores[1]["correct"]
+
+
+@pytest.mark.slow
+def test_the_loop_is_the_tutorials_loop(photos, random_weights, tmp_path, run_here):
+    """The same batches through nine plain lines of PyTorch: the same losses, step by step, and the same weights."""
+    settings = ["--data", photos, "--weights", random_weights, "--image-size", "64", "--resize", "72", "--epochs", "1"]
+    settings += ["--config", ROOT / "configs/tutorial_finetune.yaml", "--tracker", "none", "--log-every", "1"]
+    succeeded(run_here(train, *settings, "--runs", tmp_path, "--run", "r"))
+    config, _ = parse_config([*map(str, settings)])
+    split = load_dataset(scan_dataset(photos, tmp_path / "cache", 0.2)).splits["train"]
+    loader = train_loader(config, split, split.labels, PartialState(cpu=True), "torch", config.batch_size)
+    network = build_model(config, read_weights(config), split.classes).network
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+    losses = []
+    network.train()
+    for step in loader.epoch(0):
+        for batch in step.batches:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(network(batch.images), batch.labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert len(losses) == 5
+    assert [row["train/loss"] for row in train_rows(tmp_path / "r")] == pytest.approx(losses, rel=1e-4)
+    best = torch.load(tmp_path / "r" / "best.pt", weights_only=True)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(best[name], value.contiguous(), rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.slow
