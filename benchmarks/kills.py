@@ -30,7 +30,6 @@ SETTINGS = {
     "image_size": 64,
     "resize": 72,
     "batch_size": 4,
-    "epochs": 8,
     "lr": 0.01,
     "weights": "none",
     "freeze": "none",
@@ -40,6 +39,7 @@ SETTINGS = {
     "log_every": 1,
     "checkpoint_minutes": 0.02,
 }
+STEPS_PER_EPOCH = 10
 LONGEST_LIFE = 300  # seconds
 
 
@@ -72,16 +72,18 @@ def main() -> None:
 def compare(folder: Path, kills: int, processes: int, seed: int) -> Outcome:
     """Trains undisturbed and under `kills` kills in `folder`, and compares."""
     draw = random.Random(seed)
+    epochs = max(8, kills)  # long enough for every kill
+    most = STEPS_PER_EPOCH * epochs // (kills + 1)
     _make_photos(folder / "photos")
     undisturbed, killed = folder / "runs" / "undisturbed", folder / "runs" / "killed"
-    _live(folder, undisturbed.name, processes)
+    _live(folder, undisturbed.name, processes, epochs)
     in_a_checkpoint = 0
     for number in range(kills):
         saving = number % 2 == 1
-        if not _live(folder, killed.name, processes, kill=_Moment(killed, saving, draw.randint(1, 80 // (kills + 1)))):
+        if not _live(folder, killed.name, processes, epochs, _Moment(killed, saving, draw.randint(1, most))):
             raise SystemExit(f"the training was over before kill {number + 1}: give fewer")
         in_a_checkpoint += (killed / "checkpoints" / ".unfinished").exists()
-    _live(folder, killed.name, processes)
+    _live(folder, killed.name, processes, epochs)
     return Outcome(kills, in_a_checkpoint, _rows(killed)[-1]["global_step"], _differences(undisturbed, killed))
 
 
@@ -105,12 +107,13 @@ class _Moment:
         return count >= self._first + self._rows
 
 
-def _live(folder: Path, name: str, processes: int, kill: _Moment | None = None) -> bool:
+def _live(folder: Path, name: str, processes: int, epochs: int, kill: _Moment | None = None) -> bool:
     """One life of the run. Returns True if it was killed, False if it ended by itself, as it should."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["--mixed_precision", "no", "--num_processes", str(processes)]
     command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     command += [str(ROOT / "train.py"), f"--data={folder / 'photos'}", f"--runs={folder / 'runs'}", f"--run={name}"]
+    command += [f"--epochs={epochs}"]
     command += [f"--{key}={value}" for key, value in SETTINGS.items()]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "DALITUNE_CACHE": str(folder / "cache")}
     log = folder / f"{name}.log"
