@@ -21,7 +21,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from pipelines import figures
-from pipelines.config import Config, parse_config
+from pipelines.config import Config, ScriptParser, parse_config
 from pipelines.dataset import Dataset, Split, check_dataset, map_labels
 from pipelines.errors import UserError
 from pipelines.evaluation import Scores, predict, score
@@ -84,8 +84,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = ScriptParser("evaluate.py", __doc__)
     parser.add_argument("model", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a state_dict file")
     parser.add_argument("--data", help="folder or CSV; default: the run's own")
     parser.add_argument("--split", default="val", help="which split (default: val)")
@@ -100,12 +99,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--loader", default="auto", help="auto, dali or torch (default: auto)")
     parser.add_argument("--eval-batch-per-device", help="photos of a batch on one device (default: 64)")
     parser.add_argument("--skip-bad-files", action="store_const", const=True, help="leave out unreadable photos")
-    parser.error = _raise  # type: ignore[assignment, method-assign]
     return parser.parse_args(arguments)
-
-
-def _raise(message: str) -> None:
-    raise UserError(f"{message} (evaluate.py --help lists what there is)")
 
 
 def _read_config(options: argparse.Namespace) -> Config:

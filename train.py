@@ -35,6 +35,7 @@ from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.evaluation import (
     EvaluationStopped,
     FeatureCache,
+    loss_and_top1,
     predict,
     score,
     share_bad_photos,
@@ -215,7 +216,7 @@ def main(arguments: list[str]) -> None:
             run.append_metrics(row)
             tracking.log(row, records, hold=at.global_step == last_step)
             if row["val/top1"] > at.best["val/top1"] and math.isfinite(row["val/loss"]):  # a tie keeps the earlier
-                correct = int((records["predicted"] == records["label"]).sum())
+                *_, correct = loss_and_top1(records)
                 at.best = row | {"correct": correct, "count": len(records)}
                 run.save_best(network.network, describe_model(config, dataset, at.best))
                 tracking.log_best(at.global_step)

@@ -127,7 +127,7 @@ def _live(folder: Path, name: str, processes: int, epochs: int, kill: _Moment | 
                 return True
             time.sleep(0.005)
     finally:
-        _kill_all(launcher)
+        kill_all(launcher)
     said = log.read_text(encoding="utf-8", errors="replace")[start:]
     if launcher.returncode != 0:
         raise SystemExit(f"the training failed:\n{said[-3000:]}")
@@ -136,7 +136,7 @@ def _live(folder: Path, name: str, processes: int, epochs: int, kill: _Moment | 
     return False
 
 
-def _kill_all(launcher: psutil.Popen) -> None:
+def kill_all(launcher: psutil.Popen) -> None:
     """The workers first: a launcher's death is a stop request to them."""
     workers = launcher.children(recursive=True) if launcher.is_running() else []
     for process in [*workers, launcher]:
@@ -147,23 +147,25 @@ def _kill_all(launcher: psutil.Popen) -> None:
 
 
 def _differences(one: Path, other: Path) -> list[str]:
-    pairs = [("best.pt", "best.pt")]
-    last = [max((run / "checkpoints").glob("epoch-*")).relative_to(run) / "state.pt" for run in (one, other)]
-    pairs.append((str(last[0]), str(last[1])))
-    found = [] if last[0] == last[1] else ["the last checkpoint"]
-    for name, same in pairs:
-        states = [torch.load(run / path, weights_only=True) for run, path in ((one, name), (other, same))]
-        found += [name] if not _equal(*states) else []
+    found = [] if _equal_files(one / "best.pt", other / "best.pt") else ["best.pt"]
+    last = [max((run / "checkpoints").glob("epoch-*")) for run in (one, other)]
+    if last[0].name != last[1].name or not _equal_files(*(checkpoint / "state.pt" for checkpoint in last)):
+        found.append("the last checkpoint")
     return found + (["metrics.jsonl"] if _rows(one) != _rows(other) else [])
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal_files(one: Path, other: Path) -> bool:
+    return equal(*(torch.load(path, weights_only=True) for path in (one, other)))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two nested states are the same in every bit."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(map(equal, one, other))
     return one == other
 
 

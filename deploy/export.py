@@ -24,10 +24,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
 from pipelines import figures
-from pipelines.config import GROUPS, SCHEMA, Config, parse_config
+from pipelines.config import GROUPS, SCHEMA, Config, ScriptParser, parse_config
 from pipelines.dataset import Dataset, load_dataset, map_labels, printable, scan_dataset
 from pipelines.errors import MachineError, UserError
-from pipelines.evaluation import wilson_interval
+from pipelines.evaluation import confusion_matrix, wilson_interval
 from pipelines.inference import Classifier, Preprocess, find_photos, import_extra, open_onnx, open_run
 from pipelines.model import Weights, read_description, read_run_weights, restore_model
 from pipelines.photos import cache_folder
@@ -109,7 +109,8 @@ def main(arguments: list[str]) -> None:
             tensors = safetensors.torch.save(dict(weights.state or {}), _properties(reference) | {"format": "pt"})
             (folder / "model.safetensors").write_bytes(tensors)  # by its own hand the file is for its owner alone
             if labels is not None:
-                matrix = _confusion_matrix(labels, check.predicted, len(reference.classes))
+                read = check.predicted >= 0
+                matrix = confusion_matrix(check.predicted[read], labels[read], len(reference.classes))
                 figures.save_confusion_matrix(folder / "confusion_matrix.png", matrix, reference.classes)
             facts = _facts(run, description, config, dataset, reference.preprocess)
             card = _model_card(facts, graph, check, has_matrix=labels is not None)
@@ -123,16 +124,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = ScriptParser("export.py", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best.pt and model.json")
     parser.add_argument("--photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="check the graph on these")
-    parser.error = _raise  # type: ignore[assignment, method-assign]
     return parser.parse_args(arguments)
-
-
-def _raise(message: str) -> None:
-    raise UserError(f"{message} (export.py --help lists what there is)")
 
 
 def _read_config(run: Path) -> Config | None:
@@ -164,13 +159,6 @@ def _photos(
     split = dataset.splits["val"]
     sound = np.flatnonzero(split.faults == 0)
     return [split.path(int(index)) for index in sound], map_labels(split, classes)[sound]
-
-
-def _confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [C, C], rows truth, columns prediction, of the photos that could be read."""
-    matrix, read = np.zeros((classes, classes), np.int64), predicted >= 0
-    np.add.at(matrix, (labels[read], predicted[read]), 1)
-    return matrix
 
 
 def _export_checked(network: Any, reference: Classifier, paths: Sequence[str], file: Path) -> tuple[str, Check]:

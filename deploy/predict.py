@@ -31,6 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
 from pipelines import figures
+from pipelines.config import ScriptParser
 from pipelines.dataset import printable
 from pipelines.errors import UserError
 from pipelines.inference import Answer, Preprocess, find_photos, open_run, view_of_file
@@ -89,8 +90,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = ScriptParser("predict.py", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best.pt and model.json")
     parser.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER")
     parser.add_argument("--csv", metavar="FILE", help="write the answers there instead of a table; - is stdout")
@@ -101,19 +101,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--eval-batch-per-device", type=int, default=64, metavar="N", help="of a batch (default: 64)")
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
-    parser.error = _raise  # type: ignore[assignment, method-assign]
     options = parser.parse_args(arguments)
     if options.csv == options.json == "-":
-        _raise("--csv - and --json - would both write to stdout")
+        parser.error("--csv - and --json - would both write to stdout")
     if options.eval_batch_per_device < 1:
-        _raise("--eval-batch-per-device must be at least 1")
+        parser.error("--eval-batch-per-device must be at least 1")
     if options.grid and not options.grid.parent.is_dir():
-        _raise(f"--grid: there is no folder {options.grid.parent}")
+        parser.error(f"--grid: there is no folder {options.grid.parent}")
     return options
-
-
-def _raise(message: str) -> None:
-    raise UserError(f"{message} (predict.py --help lists what there is)")
 
 
 def _say(line: str) -> None:

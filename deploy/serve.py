@@ -30,6 +30,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
+from pipelines.config import ScriptParser
 from pipelines.errors import UserError
 from pipelines.evaluation import wilson_interval
 from pipelines.headers import judge
@@ -85,18 +86,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="serve.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = ScriptParser("serve.py", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best.pt and model.json")
     parser.add_argument("--weights", choices=("pytorch", "onnx"), default="pytorch", help="(default: pytorch)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
-    parser.error = _raise  # type: ignore[assignment, method-assign]
     return parser.parse_args(arguments)
-
-
-def _raise(message: str) -> None:
-    raise UserError(f"{message} (serve.py --help lists what there is)")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -279,6 +279,21 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
+class ScriptParser(argparse.ArgumentParser):
+    """For a script with flags of its own; its docstring is the help. A mistake is a `UserError`, one line."""
+
+    def __init__(self, name: str, docstring: str | None) -> None:
+        super().__init__(
+            prog=name,
+            description=docstring,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists what there is)")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = "write --KEY VALUE, or --KEY=VALUE where the value begins with '-'"

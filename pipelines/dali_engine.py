@@ -105,15 +105,15 @@ class DaliEngine:
         self._pipeline = self._build(micro_batch)
         self._pillow = TorchEngine(split, image_size, device, threads, mean, std)
         self._not_for_dali: set[int] = set()  # positions in the split
-        self._submitted: deque[Views] = deque()
+        self._submitted: deque[tuple[Views, np.ndarray]] = deque()  # and which of them are for Pillow
 
     def submit(self, views: Views) -> None:
-        self._submitted.append(views)
-        self._start(views)
+        by_pillow = self._is_for_pillow(views)
+        self._submitted.append((views, by_pillow))
+        self._start(views, by_pillow)
 
     def fetch(self) -> Pixels:
-        views = self._submitted[0]
-        by_pillow = self._is_for_pillow(views)
+        views, by_pillow = self._submitted[0]
         try:
             outputs = None if by_pillow.all() else self._pipeline.share_outputs()
         except RuntimeError as error:
@@ -139,7 +139,8 @@ class DaliEngine:
         self._pillow.cancel()
         try:
             while self._submitted:
-                if not self._is_for_pillow(self._submitted.popleft()).all():
+                _, by_pillow = self._submitted.popleft()
+                if not by_pillow.all():
                     self._pipeline.share_outputs()
                     self._pipeline.release_outputs()
         except RuntimeError:
@@ -158,8 +159,7 @@ class DaliEngine:
         is_tiff = [self._split.path_bytes(int(index)).lower().endswith(_TIFF) for index in views.indices]
         return is_strip | np.array(is_tiff, bool) | np.isin(views.indices, list(self._not_for_dali))
 
-    def _start(self, views: Views) -> None:
-        by_pillow = self._is_for_pillow(views)
+    def _start(self, views: Views, by_pillow: np.ndarray) -> None:
         if not by_pillow.all():
             self._schedule(self._pipeline, views.select(~by_pillow))
         if by_pillow.any():
@@ -213,8 +213,8 @@ class DaliEngine:
         """A pipeline is dead after an exception that does not name the photo: try the submitted ones one by one."""
         known = len(self._not_for_dali)
         probe = self._build(1)
-        for views in self._submitted:
-            for position in np.flatnonzero(~self._is_for_pillow(views)):
+        for views, by_pillow in self._submitted:
+            for position in np.flatnonzero(~by_pillow):
                 try:
                     self._schedule(probe, views.select(np.array([position])))
                     probe.share_outputs()
@@ -229,8 +229,9 @@ class DaliEngine:
             raise MachineError(line, on_one_process=True) from error
         self._pillow.cancel()
         self._pipeline = self._build(self._micro_batch)
-        for views in self._submitted:
-            self._start(views)
+        again, self._submitted = [views for views, _ in self._submitted], deque()
+        for views in again:
+            self.submit(views)
 
 
 def edge_correction(views: Views, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ import csv
 import filecmp
 import json
 import os
-import stat
 import sys
 import tempfile
 import time
@@ -386,15 +385,14 @@ def _scan(root: bytes, table: Table) -> None:
         path = os.path.join(root, _path_at(table["path_blob"], table["path_offsets"], row))
         try:
             state = os.stat(path)
-            byte_size, mtime, regular = state.st_size, state.st_mtime_ns, stat.S_ISREG(state.st_mode)
+            byte_size, mtime = state.st_size, state.st_mtime_ns
         except (OSError, ValueError):
-            byte_size, mtime, regular = 0, 0, True  # opening it will tell why
+            byte_size, mtime = 0, 0  # the judge will tell why
         unchanged = table["byte_sizes"][row] == byte_size and table["mtimes"][row] == mtime
         # That a file may be read again shows neither in its size nor in its time.
         if unchanged and FAULTS[table["faults"][row]] != "cannot be read":
             return
-        # Opening a pipe would wait for ever.
-        fault, size, signature = judge(path) if regular else ("not a regular file", (0, 0), 0)
+        fault, size, signature = judge(path)
         for name, fact in zip(_FACTS, (size, FAULTS.index(fault), byte_size, mtime, signature), strict=True):
             table[name][row] = fact
 

@@ -155,9 +155,18 @@ def score(records: np.ndarray, classes: Sequence[str], ks: Sequence[int] = (5,))
         interval=wilson_interval(correct, len(records)),
         topk={k: top_k(records, k) for k in {min(k, len(classes)) for k in ks}},
         ece=calibration_error(records),
-        confusion_matrix=tm.multiclass_confusion_matrix(predicted, labels, len(classes)).numpy(),
+        confusion_matrix=confusion_matrix(records["predicted"], records["label"], len(classes)),
         per_class=[dict(zip(("precision", "recall", "f1", "count"), values, strict=True)) for values in per_class],
     )
+
+
+def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [C, C], rows truth, columns prediction. predicted, labels: int [photos]."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # seconds to import
+
+    return multiclass_confusion_matrix(
+        *(torch.tensor(each, dtype=torch.int64) for each in (predicted, labels)), classes
+    ).numpy()
 
 
 def wilson_interval(correct: int, count: int, level: float = 0.95) -> tuple[float, float]:

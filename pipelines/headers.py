@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from hashlib import blake2b
 from typing import BinaryIO
 
@@ -33,6 +34,8 @@ def judge(path: bytes) -> tuple[str, tuple[int, int], int]:
     No file raises an error; a faulty one has size (0, 0) and signature 0.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            return "not a regular file", (0, 0), 0
         with open(path, "rb") as file:
             byte_size = file.seek(0, os.SEEK_END)
             file.seek(max(byte_size - _EDGE, 0))

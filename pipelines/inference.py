@@ -279,10 +279,7 @@ def _split_of(paths: Sequence[str]) -> Split:
 
 
 def _judge(split: Split, place: int) -> None:
-    path = split.path_bytes(place)
-    # Opening a pipe would wait for ever.
-    is_other = os.path.exists(path) and not os.path.isfile(path)
-    fault, split.sizes[place], _ = ("not a regular file", (0, 0), 0) if is_other else judge(path)
+    fault, split.sizes[place], _ = judge(split.path_bytes(place))
     split.faults[place] = FAULTS.index(fault)
 
 

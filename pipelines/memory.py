@@ -1,5 +1,6 @@
 """How many photos a device takes at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 from pipelines.config import Config
@@ -37,7 +38,7 @@ def micro_batch_of(config: Config, model: Any, network: TransferModel, accelerat
     return smallest
 
 
-def largest_that_fits(share: int, attempt: Any) -> int:
+def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
     """The first of share, share / 2, ... for which `attempt` does not run out of memory; 0 where none does."""
     size = share
 

@@ -22,7 +22,6 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.photos import cache_folder, locate
-from pipelines.stopping import STOP_SIGNALS
 
 import torch
 import torch.distributed as dist
@@ -30,6 +29,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 Result = TypeVar("Result")
+# What ends a script, or asks a training to stop.
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 _POLL_SECONDS = 0.2
 _BLOCK = 1 << 24  # bytes of a file in memory at once
 _FAILED = "dalitune/failed"  # where a process that fails alone leaves its line
@@ -76,7 +77,7 @@ def main_first(state: PartialState, task: Callable[[], Any]) -> Any:
     """
     if state.num_processes == 1:
         return task()
-    store, key = _default_store(), f"dalitune/{next(_keys)}"
+    store, key = default_store(), f"dalitune/{next(_keys)}"
     if state.is_main_process:
         try:
             result = task()
@@ -218,7 +219,7 @@ def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int
         ending = ending_of(error)
         is_alone = getattr(error, "on_one_process", False) or isinstance(error, torch.OutOfMemoryError)
         if is_alone and dist.is_initialized():
-            _default_store().set(_FAILED, json.dumps([ending.line, ending.exit_code]))
+            default_store().set(_FAILED, json.dumps([ending.line, ending.exit_code]))
         if ending.needs_trace:
             traceback.print_exc()
         elif (speaks() or is_alone) and not ending.is_said:
@@ -269,7 +270,7 @@ def _terminate(*_: object) -> None:
 def _failure_of_another_process() -> Ending | None:
     """What a process that failed alone has left for the others before it ended."""
     try:
-        store = _default_store()
+        store = default_store()
         give_up = time.monotonic() + 10 * _POLL_SECONDS
         while not store.check([_FAILED]) and time.monotonic() < give_up:
             time.sleep(_POLL_SECONDS)
@@ -279,7 +280,8 @@ def _failure_of_another_process() -> Ending | None:
     return Ending(line, exit_code, is_said=True) if line else None
 
 
-def _default_store() -> dist.Store:
+def default_store() -> dist.Store:
+    """The process group's store, which asks nobody to wait. RuntimeError where there is no group."""
     return dist.distributed_c10d._get_default_store()
 
 

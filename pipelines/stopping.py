@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from pipelines.processes import STOP_SIGNALS, default_store
+
 import torch.distributed as dist
 
-STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 _LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 1.0
@@ -58,16 +59,16 @@ class StopRequest:
     def tell(self) -> None:
         """Tells the other processes what has asked this one."""
         if self.reason and dist.is_initialized():
-            dist.distributed_c10d._get_default_store().set(_KEY, self.reason)
+            default_store().set(_KEY, self.reason)
 
     def why(self) -> str:
         """What has asked this process, or another one that has told."""
         if not self.reason and self._is_told():
-            return dist.distributed_c10d._get_default_store().get(_KEY).decode()
+            return default_store().get(_KEY).decode()
         return self.reason or "another process"
 
     def _is_told(self) -> bool:
-        return dist.is_initialized() and dist.distributed_c10d._get_default_store().check([_KEY])
+        return dist.is_initialized() and default_store().check([_KEY])
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()

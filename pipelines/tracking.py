@@ -31,14 +31,13 @@ from pipelines.errors import UserError
 from pipelines.model import TransferModel, parameter_counts, read_description
 from pipelines.runs import RunFolder, versions
 from pipelines.torch_engine import central_views
-from pipelines.wandb_sync import has_key, is_sent, life_folders, steps_on_disk
+from pipelines.wandb_sync import ID_FILE, has_key, is_sent, life_folders, steps_on_disk
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-_ID_FILE = "wandb_id"
 _TABLE_PHOTOS = 16
 _PATIENCE = 3.0  # seconds that a server has for an answer
 _UPLOAD_SECONDS = 120.0  # that large files may take at the end, as long as the server answers
@@ -381,7 +380,7 @@ def describe_run(
 
 def check_tracked(run: Path) -> None:
     """UserError where W&B knows no run of this folder, or is just being told of it."""
-    if not (run / _ID_FILE).exists():
+    if not (run / ID_FILE).exists():
         raise UserError(f"tracker: {run} is no run that was trained with --tracker wandb: leave --tracker out")
     if RunFolder(run).status().get("state") == "running":
         raise UserError(f"tracker: {run} is not finished: finish it first, or leave --tracker out")
@@ -419,7 +418,7 @@ def wandb_directory(run: Path) -> Path:
 
 def _wandb_id(run: Path) -> str:
     """One id for the run's whole life; a sweep's agent has chosen it already."""
-    file = run / _ID_FILE
+    file = run / ID_FILE
     if not file.exists():
         file.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), encoding="utf-8")
     return file.read_text(encoding="utf-8").strip()

@@ -22,6 +22,8 @@ from pipelines.errors import MachineError
 
 from filelock import FileLock, Timeout
 
+ID_FILE = "wandb_id"  # in the run folder: the run's name at W&B
+
 # LevelDB's log format: blocks of 32 KiB, in them pieces of records: crc32, length, type, bytes.
 _FILE_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
 _PIECE = struct.Struct("<IHB")
@@ -125,14 +127,14 @@ def main(arguments: list[str]) -> int:
         return 1
     all_sent = True
     for run in parser.parse_args(arguments).runs:
-        if (run / "wandb_id").is_file():
+        if (run / ID_FILE).is_file():
             all_sent = send_run(run) and all_sent
     return 0 if all_sent else 1
 
 
 def send_run(run: Path) -> bool:
     """Sends, in order, each life of a run that is not sent as a whole. Returns whether all is sent."""
-    run_id = (run / "wandb_id").read_text(encoding="utf-8").strip()
+    run_id = (run / ID_FILE).read_text(encoding="utf-8").strip()
     lives = life_folders(Path(os.environ.get("WANDB_DIR") or run), run_id)
     lives = [life for life in lives if not is_sent(life)]
     try:

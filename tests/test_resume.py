@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from test_disk import one_error_line
-from test_train import FROZEN, ROOT, SMALL, rows_of, run_script, succeeded, train_rows, val_rows
+from test_train import FROZEN, ROOT, SMALL, environment, launched, rows_of, run_script, succeeded, train_rows, val_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kills
@@ -30,7 +30,7 @@ STOP_WITHIN = 30  # seconds; on an idle machine it is one or two
 
 def same_bits(one: Path, other: Path) -> bool:
     states = [torch.load(path, weights_only=True) for path in (one, other)]
-    return kills._equal(*states)
+    return kills.equal(*states)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -232,11 +232,7 @@ class Started:
     """A training under the launcher, long enough to be disturbed."""
 
     def __init__(self, run: Path, *arguments: object, count: int = 1, launcher: bool = True) -> None:
-        command = [sys.executable]
-        if launcher:
-            command += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
-            command += ["--mixed_precision", "no", "--num_processes", str(count)]
-            command += ["--multi_gpu", "--main_process_port", "0"] if count > 1 else []
+        command = launched(count) if launcher else [sys.executable]
         self.run, self.count = run, count
         self.log = run.parent / f"{run.name}.log"
         with open(self.log, "a") as file:
@@ -244,7 +240,7 @@ class Started:
                 [*command, str(ROOT / "train.py"), *map(str, arguments), "--runs", str(run.parent), "--run", run.name],
                 stdout=file,
                 stderr=file,
-                env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"},
+                env=environment(),
                 start_new_session=True,
             )
 
@@ -265,7 +261,7 @@ class Started:
 
     def kill(self) -> None:
         if self.launcher.is_running():
-            kills._kill_all(self.launcher)
+            kills.kill_all(self.launcher)
 
 
 @pytest.fixture

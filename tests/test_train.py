@@ -29,24 +29,31 @@ FROZEN = ["--image-size", "64", "--resize", "72", "--freeze", "none", "--batchno
 FROZEN += ["--lr", "0.005"]
 
 
+def launched(processes: int = 1, precision: str = "no") -> list[str]:
+    """The beginning of a command that starts a script in so many processes on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
+    command += ["--mixed_precision", precision, "--num_processes", str(processes)]
+    # With --cpu the launcher would silently start a single process.
+    return [*command, *(["--multi_gpu", "--main_process_port", "0"] if processes > 1 else [])]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """That of a user without a GPU and without a key for any tracker."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_", "ACCELERATE_"))}
+    return {**kept, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE", **variables}
+
+
 def run_script(
     name: str, *arguments: object, processes: int = 1, precision: str = "no", launcher: bool = True, **variables: str
 ) -> subprocess.CompletedProcess:
     """A script of the suite under `accelerate launch`, on the CPU, without a key for any tracker."""
-    command = [sys.executable]
-    if launcher:
-        command += ["-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
-        command += ["--mixed_precision", precision, "--num_processes", str(processes)]
-        # With --cpu the launcher would silently start a single process.
-        command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_", "ACCELERATE_"))}
-    environment = {**kept, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE", **variables}
+    command = launched(processes, precision) if launcher else [sys.executable]
     return subprocess.run(
         [*command, str(ROOT / name), *(str(argument) for argument in arguments)],
         capture_output=True,
         text=True,
         timeout=500,
-        env=environment,
+        env=environment(**variables),
         stdin=subprocess.DEVNULL,
     )
 
