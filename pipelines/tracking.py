@@ -93,13 +93,14 @@ class Tracking:
 
     def stopped(self) -> None:
         """The run stops on request and will go on: W&B shows it as preempted, not as crashed."""
+        self._may_restart = False  # it would only take time
         if self._wandb is not None:
             self._attempt(lambda: self._wandb.mark_preempting())
         self.abandon(exit_code=75)
 
     def abandon(self, exit_code: int = 1) -> None:
         """The run ends without being done."""
-        self._may_restart = False  # it would only take time
+        self._may_restart = False
         self._attempt(lambda: self._end(exit_code))
 
     def _attempt(self, task: Callable[[], None]) -> None:
@@ -109,7 +110,7 @@ class Tracking:
         try:
             task()
         except Exception as error:
-            if isinstance(error, ConnectionError) and self._may_restart:
+            if _has_lost_its_process(error) and self._may_restart:
                 self._may_restart = False
                 self._attempt(partial(self._restart, _first_line(error)))
                 self._attempt(task)
@@ -120,15 +121,17 @@ class Tracking:
         """Something besides the rows: where it cannot be had, as a photo that is gone, the run does without it."""
         try:
             task()
-        except ConnectionError:
-            raise  # W&B's own process has ended
         except Exception as error:
+            if _has_lost_its_process(error):
+                raise
             self._say(f"wandb: {what} could not be added ({_first_line(error)})")
 
     def _give_up(self, error: Exception) -> None:
         run, self._alive, self._wandb = self._wandb, False, None
         with suppress(Exception):
             run.finish(1)
+        if _has_lost_its_process(error):
+            _forget_process()
         self._say(f"tracking has stopped ({_first_line(error)}); the training goes on, and metrics.jsonl has every row")
 
     def _say(self, line: str) -> None:
@@ -147,10 +150,7 @@ class Tracking:
 
     def _restart(self, why: str) -> None:
         """W&B's own process has ended: another one goes on, offline, and gets what is not on the disk."""
-        import wandb
-
-        with suppress(Exception):  # of the process that is not there
-            wandb.teardown()
+        _forget_process()
         time.sleep(1)  # W&B's folders are named by the second
         self._sent, self._photos, self._artifacts = set(), {}, []
         self._accelerator.trackers.clear()
@@ -326,12 +326,15 @@ class Tracking:
                         self._say(f"wandb: {artifact.name} is being sent ...")
 
     def _end(self, exit_code: int) -> None:
-        self._alive = False
         if self._wandb is None:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
-            return
-        run, self._wandb = self._wandb, None
+        else:
+            self._end_wandb(self._wandb, exit_code)
+        # Only now: W&B may have lost its process without anybody's notice, and another one has to take everything.
+        self._alive, self._wandb = False, None
+
+    def _end_wandb(self, run: Any, exit_code: int) -> None:
         folder, later = Path(run.dir).parent, _sync_command(self._run.folder)
         try:
             run.finish(exit_code)
@@ -499,6 +502,25 @@ def _missing(steps: set[int], life: Path) -> set[int]:
 
 def _sync_command(run: Path) -> str:
     return f"python -m pipelines.wandb_sync {shlex.quote(str(run))}"
+
+
+def _has_lost_its_process(error: Exception) -> bool:
+    """Whether W&B's own process has ended: the socket says so, or an answer that will not come."""
+    if isinstance(error, ConnectionError):
+        return True
+    if "wandb" not in sys.modules:
+        return False
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    return isinstance(error, HandleAbandonedError | MailboxClosedError)
+
+
+def _forget_process() -> None:
+    """W&B asks the process that is not there to end, as it would once more at the end of ours."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
 
 
 def _first_line(error: Exception) -> str:

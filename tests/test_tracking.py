@@ -263,18 +263,43 @@ def test_the_newest_row_waits_for_its_validation_row_also_in_another_life(folder
     assert history_of(folder) == rows_until(12)
 
 
-def test_a_killed_wandb_core_is_replaced_and_no_row_is_lost(folder, dataset, capfd):
-    life = Life(folder, dataset).steps(8)
-    one_line(capfd)
-    time.sleep(1.1)
+def kill_wandb_core(and_wait: float) -> None:
+    """and_wait: seconds. At once the death is met in any call, and as anything from a broken pipe to silence."""
     for process in psutil.Process().children(recursive=True):
         if "wandb-core" in process.name():
             process.kill()
+    time.sleep(and_wait)
+
+
+@pytest.mark.parametrize("and_wait", [0.0, 0.5])
+@pytest.mark.parametrize("last", [8, 16])  # with 8 it is killed when all rows are given, and only `finish` meets it
+def test_a_killed_wandb_core_is_replaced_and_no_row_is_lost(folder, dataset, capfd, last, and_wait):
+    life = Life(folder, dataset).steps(8)
+    one_line(capfd)
+    time.sleep(1.1)
+    kill_wandb_core(and_wait)
     started = time.monotonic()
-    life.steps(16).finish()
+    life.steps(last).finish()
     assert time.monotonic() - started < 10
     assert one_line(capfd).startswith("wandb: offline (W&B's own process has ended: ")
-    assert history_of(folder) == rows_until(16)
+    assert history_of(folder) == rows_until(last)
+    summary = {}
+    for record in records_of(lives(folder)[-1]):
+        summary |= {update.key: json.loads(update.value_json) for update in record.summary.update}
+    assert summary["best/val_top1"] == 0.75
+
+
+@pytest.mark.parametrize("and_wait", [0.0, 0.5])
+def test_a_run_that_is_stopped_does_not_wait_for_another_wandb_core(folder, dataset, capfd, and_wait):
+    life = Life(folder, dataset).steps(8)
+    time.sleep(1.1)
+    capfd.readouterr()
+    kill_wandb_core(and_wait)
+    life.tracking.stopped()
+    assert one_line(capfd).startswith("tracking has stopped (")
+    wandb.teardown()  # as at the end of the process: no error
+    Life(folder, dataset, checkpoint=8).steps(12).finish()
+    assert history_of(folder) == rows_until(12)
 
 
 def test_a_full_disk_is_said_and_costs_nothing_else(folder, dataset, capfd, monkeypatch, small_disk):
