@@ -196,6 +196,7 @@ def test_wandbs_own_variables_are_respected_and_flags_win_over_them(folder, data
     assert (run.project, list(run.tags), run.run_group) == ("q", ["a", "b"], "h")
 
 
+@pytest.mark.slow
 def test_what_a_torn_file_has_lost_is_sent_by_the_next_life_and_nothing_twice(folder, dataset, capfd):
     Life(folder, dataset).steps(20).tracking.abandon()
     (first,) = lives(folder)
@@ -221,6 +222,7 @@ def test_what_a_torn_file_has_lost_is_sent_by_the_next_life_and_nothing_twice(fo
     assert "tracking has stopped" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_life_offline(folder, dataset, monkeypatch):
     monkeypatch.setenv("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "0.2")  # seconds; W&B's own default is 15
 
@@ -271,6 +273,7 @@ def kill_wandb_core(and_wait: float) -> None:
     time.sleep(and_wait)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("and_wait", [0.0, 0.5])
 @pytest.mark.parametrize("last", [8, 16])  # with 8 it is killed when all rows are given, and only `finish` meets it
 def test_a_killed_wandb_core_is_replaced_and_no_row_is_lost(folder, dataset, capfd, last, and_wait):
@@ -289,6 +292,7 @@ def test_a_killed_wandb_core_is_replaced_and_no_row_is_lost(folder, dataset, cap
     assert summary["best/val_top1"] == 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("and_wait", [0.0, 0.5])
 def test_a_run_that_is_stopped_does_not_wait_for_another_wandb_core(folder, dataset, capfd, and_wait):
     life = Life(folder, dataset).steps(8)
@@ -338,6 +342,7 @@ def test_online_a_run_is_created_and_streamed(folder, dataset, capfd, server):
     assert [artifact["artifactTypeName"] for artifact in server.artifacts] == ["dataset"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent_before", [0.0, 3.0])  # seconds
 def test_online_a_killed_run_goes_on_under_its_id_with_no_row_twice(folder, dataset, server, sent_before):
     def life() -> None:
@@ -357,6 +362,7 @@ def test_online_a_killed_run_goes_on_under_its_id_with_no_row_twice(folder, data
     assert server.runs[run_id]["exit_code"] == 0
 
 
+@pytest.mark.slow
 def test_online_a_server_that_dies_in_mid_run_holds_nothing_up(folder, dataset, capfd, server):
     life = Life(folder, dataset).steps(8)
     time.sleep(3)
@@ -377,6 +383,7 @@ def test_online_a_server_that_dies_in_mid_run_holds_nothing_up(folder, dataset, 
     assert run["summary"]["best/val_top1"] == 0.75
 
 
+@pytest.mark.slow
 def test_weights_may_take_longer_than_a_dead_server_may(folder, dataset, capfd, server):
     life = Life(folder, dataset).steps(4)
     (folder / "best.pt").write_bytes(b"weights")
@@ -392,6 +399,7 @@ def test_weights_may_take_longer_than_a_dead_server_may(folder, dataset, capfd, 
     assert json.loads(model["metadata"]) == {"val/top1": 0.5}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_offline_without_its_server_and_is_whole_once_it_is_back(folder, dataset, capfd, server):
     Life(folder, dataset).steps(8).tracking.stopped()
     (run,) = server.runs.values()
@@ -418,6 +426,7 @@ def test_a_run_goes_on_offline_without_its_server_and_is_whole_once_it_is_back(f
     assert [without_own(row) for row in run["history"]] == rows_until(24)
 
 
+@pytest.mark.slow
 def test_sending_that_broke_off_goes_on_where_it_was(folder, dataset, server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     Life(folder, dataset).steps(16).finish()
