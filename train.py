@@ -44,7 +44,7 @@ from pipelines.evaluation import (
 )
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
 from pipelines.memory import micro_batch_of
-from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, read_weights
+from pipelines.model import TransferModel, Weights, average_batchnorm_statistics, build_model, read_weights
 from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
 from pipelines.processes import (
     ending_of,
@@ -133,10 +133,7 @@ def main(arguments: list[str]) -> None:
             print(
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
-                f"weights: {weights.source}; {facts['parameters']:,} parameters, "
-                f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
-                f"processes: {facts['world_size']} on {accelerator.device.type}, precision {facts['precision']}",
-                *launcher_hints(accelerator),
+                *_setup_report(config, weights, network, accelerator, facts),
                 f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
                 f"{micro_batch} photos at a time on a process",
                 f"run: {run.folder}",
@@ -144,8 +141,6 @@ def main(arguments: list[str]) -> None:
                 sep="\n",
                 flush=True,
             )
-            if network.batchnorm == "train" and (accelerator.num_processes > 1 or config.max_batch_per_device):
-                print("batchnorm: train: each micro-batch of a process is normalised by itself", flush=True)
 
         def save() -> None:
             share_bad_photos(training)
@@ -232,22 +227,10 @@ def main(arguments: list[str]) -> None:
             _draw(partial(_save_last_figures, run, records, classes))
             for picture in ("curves", "confusion_matrix", "per_class"):
                 tracking.show(run.figures / f"{picture}.png")
-            best = at.best
-            tracking.finish({"best/val_top1": best["val/top1"], "best/epoch": best["epoch"]})
+            tracking.finish({"best/val_top1": at.best["val/top1"], "best/epoch": at.best["epoch"]})
             run.write_status("finished", "", 0, at.epoch, at.global_step)
-            low, high = wilson_interval(best["correct"], best["count"])
-            known = sum(int((loader.split.faults > 0).sum()) for loader in (training, validation))
-            met = len(training.bad) + len(validation.bad)
-            left_out = f"left out: {known + met} photos, {known} of them found by the scan and {met} met in the run"
-            print(
-                f"best val top1 {best['val/top1']:.4f} at epoch {best['epoch']}: {best['correct']} of {best['count']}, "
-                f"95 % interval {low:.3f} to {high:.3f}; {time.perf_counter() - started:.1f} s in all",
-                *([left_out] if known + met else []),
-                f"best weights: {run.best}",
-                f"figures:      {run.figures}",
-                f"next:         accelerate launch evaluate.py {run.folder}",
-                sep="\n",
-            )
+            seconds = time.perf_counter() - started
+            print(*_end_report(at.best, run, (training, validation), seconds), sep="\n")
     except BaseException as error:
         ending = ending_of(error)
         is_stop = ending.exit_code == Stopped.exit_code
@@ -310,6 +293,39 @@ def update(
         sums[3:5] = torch.stack([norm.nan_to_num(0, 0, 0), norm.isfinite()])
     optimizer.step()
     return accelerator.reduce(sums, "sum"), first_batch
+
+
+def _setup_report(
+    config: Config, weights: Weights, network: TransferModel, accelerator: Accelerator, facts: dict[str, Any]
+) -> list[str]:
+    processes = accelerator.num_processes
+    lines = [
+        f"weights: {weights.source}; {facts['parameters']:,} parameters, "
+        f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
+        f"processes: {processes} on {accelerator.device.type}, precision {facts['precision']}",
+        *launcher_hints(accelerator),
+    ]
+    if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
+        lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
+    return lines
+
+
+def _end_report(best: dict[str, Any], run: RunFolder, loaders: tuple[Loader, ...], seconds: float) -> list[str]:
+    low, high = wilson_interval(best["correct"], best["count"])
+    known = sum(int((loader.split.faults > 0).sum()) for loader in loaders)
+    met = sum(len(loader.bad) for loader in loaders)
+    lines = [
+        f"best val top1 {best['val/top1']:.4f} at epoch {best['epoch']}: {best['correct']} of {best['count']}, "
+        f"95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
+    ]
+    if known + met:
+        lines.append(f"left out: {known + met} photos, {known} of them found by the scan and {met} met in the run")
+    return [
+        *lines,
+        f"best weights: {run.best}",
+        f"figures:      {run.figures}",
+        f"next:         accelerate launch evaluate.py {run.folder}",
+    ]
 
 
 def _how_it_goes_on(beginning: str, saved: dict[str, Any] | None, world_size: int) -> list[str]:

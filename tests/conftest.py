@@ -14,8 +14,13 @@ from pipelines.model import read_description
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from torchvision.models import resnet18
+
+# A busy machine is no fault of the code; pytest-timeout ends what hangs.
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

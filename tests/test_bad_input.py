@@ -557,7 +557,7 @@ def test_pillow_decodes_what_the_scan_passes_unless_it_is_broken_inside(tmp_path
 
 # Damage of every kind
 
-FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
+FUZZ = {"derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
 CHANGES = st.lists(
     st.tuples(
         st.sampled_from(["replace", "insert", "delete", "cut"]), st.floats(0, 1), st.binary(min_size=1, max_size=9)

@@ -125,7 +125,7 @@ def test_a_folder_is_read_as_image_folder_reads_it(tmp_path: Path) -> None:
         max_size=3,
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_folder_is_read_as_image_folder_reads_it(tmp_path_factory: pytest.TempPathFactory, tree) -> None:
     tmp_path = tmp_path_factory.mktemp("tree")
     for name, files in tree.items():
@@ -380,7 +380,7 @@ def test_orientation_is_exif_only_and_broken_exif_is_none(tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore")
 @given(st.sampled_from(sorted(SOUND)), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_damage_stops_a_scan(tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject) -> None:
     content = bytearray(SOUND[name].removesuffix(b"\0" * 10_000))
     for at in data.draw(st.lists(st.integers(0, min(len(content) - 1, 400)), max_size=8)):

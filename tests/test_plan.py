@@ -56,7 +56,7 @@ def test_golden_stream():
 
 
 @given(sizes_of_photos, st.integers(0, 2**32), st.integers(0, 1000), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_views_depend_on_nothing_but_seed_epoch_and_place(sizes, seed, epoch, data):
     whole = train_plan(sizes, seed).views(epoch, np.arange(len(sizes)))
     places = np.array(data.draw(st.permutations(range(len(sizes)))))[: data.draw(st.integers(1, len(sizes)))]
@@ -67,7 +67,7 @@ def test_views_depend_on_nothing_but_seed_epoch_and_place(sizes, seed, epoch, da
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 9), st.integers(0, 5), st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_ranks_together_read_the_one_process_stream(photos, batch_size, world_size, epoch, seed):
     plan = train_plan([(50 + n, 400 - n) for n in range(photos)], seed)
     alone = plan.views(epoch, np.arange(photos))
@@ -95,7 +95,7 @@ def test_epochs_and_seeds_give_other_orders():
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**32), st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_photo_comes_once(length, seed, epoch):
     order = permute(np.arange(length), length, random_bits(seed, epoch, np.arange(24)))
     assert (np.bincount(order, minlength=length) == 1).all()
@@ -154,7 +154,7 @@ def test_uniform_draws_are_uniform_and_uncorrelated_between_neighbours():
 
 
 @given(sizes_of_photos, st.integers(0, 50), st.sampled_from([0.08, 0.5, 1.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_crop_lies_within_its_photo(sizes, epoch, scale_min):
     views = train_plan(sizes, scale_min=scale_min).views(epoch, np.arange(len(sizes)))
     top, left, height, width = views.windows.T
@@ -193,7 +193,7 @@ def test_without_a_fitting_attempt_the_crop_is_central(size, expected):
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(256, 224), (72, 64), (224, 224), (300, 299)]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_central_view_has_torchvisions_integers(height, width, setting):
     resize, image_size = setting
     views = EvalPlan(np.array([(height, width)], np.int32), image_size=image_size, resize=resize).views(0, np.arange(1))
