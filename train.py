@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
     micro_batch = micro_batch_of(config, model, network, accelerator)
     training = train_loader(config, photos["train"], labels["train"], state, engine, micro_batch)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
-    features = FeatureCache() if network.backbone_is_fixed else None
+    features = FeatureCache() if network.frozen_part_is_fixed else None
     steps_per_epoch = training.steps_per_epoch
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
 

@@ -98,6 +98,9 @@ class Config:
     """freeze the body up to and including this stage"""
     batchnorm: Literal["auto", "frozen", "train", "sync"] = "auto"
     """BatchNorm's statistics; auto: frozen with pretrained weights, train from scratch"""
+    head_init: Literal["uniform", "zeros"] = "uniform"
+    """first weights of a new head: uniform in +-1/sqrt(features), as PyTorch's own, or zeros, with which all seeds
+    begin alike (Kolesnikov et al. 2020)"""
     channels_last: bool = True
     """keep tensors in channels-last memory"""
     compile: bool = False
@@ -173,7 +176,7 @@ GROUPS = {
     "Data": ["data", "val_fraction", "skip_bad_files"],
     "Images": ["image_size", "resize", "crop_scale_min", "flip_probability"],
     "Loader": ["loader", "loader_threads", "prefetch"],
-    "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "channels_last", "compile"],
+    "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
     "Training": ["epochs", "max_steps", "batch_size", "max_batch_per_device", "label_smoothing", "clip_grad_norm"],
     "Optimizer": [
         "optimizer",

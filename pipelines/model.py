@@ -54,9 +54,9 @@ class TransferModel(nn.Module):
                 part.requires_grad_(False)
 
     @property
-    def backbone_is_fixed(self) -> bool:
-        """Whether the same view always gives the same features, so that they need to be computed only once."""
-        return self._frozen_stages == len(STAGES) and self.batchnorm == "frozen"
+    def frozen_part_is_fixed(self) -> bool:
+        """Whether `frozen_part` does something that is always the same for a view, so that once is enough."""
+        return self._frozen_stages > 0 and self.batchnorm == "frozen"
 
     def train(self, mode: bool = True) -> "TransferModel":
         super().train(mode)
@@ -186,7 +186,7 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
         state = {name: value for name, value in weights.state.items() if keep_head or not name.startswith("fc.")}
         network.load_state_dict(state, strict=keep_head)
     if weights.classes != tuple(classes):
-        _draw_head(network.fc, config.seed)
+        _draw_head(network.fc, config.seed if config.head_init == "uniform" else None)
     batchnorm = resolve_batchnorm(config, weights)
     if batchnorm == "sync" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -237,8 +237,15 @@ def _frozen_stages(config: Config) -> int:
     return 0 if config.freeze == "none" else STAGES.index(config.freeze) + 1
 
 
-def _draw_head(head: nn.Linear, seed: int) -> None:
-    """PyTorch's default, uniform in +-1/sqrt(features), from the plan's bits: the same on every machine and version."""
+def _draw_head(head: nn.Linear, seed: int | None) -> None:
+    """PyTorch's default, uniform in +-1/sqrt(features), from the plan's bits: the same on every machine and version.
+
+    Without a seed, zeros.
+    """
+    if seed is None:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return
     values = uniform(random_bits(seed, HEAD_WEIGHTS, np.arange(head.weight.numel() + head.bias.numel())))
     drawn = torch.from_numpy((2 * values - 1) / np.sqrt(head.in_features)).float()
     with torch.no_grad():

@@ -133,10 +133,12 @@ def test_a_photo_that_is_missing_or_counted_twice_is_an_error(photos, network, a
         predict(network, loader, accelerator)
 
 
-# The cache of a fixed backbone's features
+# The cache of what a fixed frozen part makes of the photos
 
 
-def test_the_backbone_sees_each_photo_once_a_run(photos, network, accelerator):
+@pytest.mark.parametrize("frozen_stages", [1, 4, 5])
+def test_the_frozen_part_sees_each_photo_once_a_run(photos, network, accelerator, frozen_stages):
+    network = TransferModel(network.network, frozen_stages=frozen_stages, batchnorm="frozen")
     loader = open_loader(open_split(photos))
     cache = FeatureCache()
     without = predict(network, loader, accelerator)
@@ -153,6 +155,17 @@ def test_the_backbone_sees_each_photo_once_a_run(photos, network, accelerator):
         moved = predict(network, loader, accelerator, cache)
         head.bias.copy_(kept)
     assert set(moved["predicted"]) == {1}
+
+
+def test_features_that_would_fill_the_memory_are_not_kept(photos, network, accelerator):
+    loader = open_loader(open_split(photos))
+    without = predict(network, loader, accelerator)
+    bytes_of_all = 11 * 512 * 4
+    for limit, kept in ((bytes_of_all - 1, False), (bytes_of_all, True)):
+        cache = FeatureCache(limit=limit)
+        for _ in range(2):
+            assert (predict(network, loader, accelerator, cache) == without).all()
+            assert bool(cache.features) == cache.complete == kept
 
 
 def test_an_evaluation_that_broke_off_leaves_nothing_in_the_cache(photos, network, accelerator):

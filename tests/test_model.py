@@ -114,7 +114,7 @@ def test_an_update_moves_what_is_trained_and_no_photo_moves_nothing(pretrained, 
     statistics = set(before) - parameters
     assert moved & parameters == trained
     assert moved & statistics == (statistics if batchnorm == "train" else set())
-    assert model.backbone_is_fixed == (frozen_stages == 5 and batchnorm == "frozen")
+    assert model.frozen_part_is_fixed == (frozen_stages > 0 and batchnorm == "frozen")
 
     model.zero_grad()
     modes, before = [module.training for module in model.modules()], snapshot(model)
@@ -195,6 +195,16 @@ def test_the_head_is_drawn_from_the_seed_alone(pretrained):
     assert 0.99 * bound < head.weight.max() <= bound
     assert -bound <= head.weight.min() < -0.99 * bound
     assert head.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_a_head_of_zeros_is_of_no_seed_and_a_runs_own_head_is_kept(pretrained):
+    for seed in (1, 2):
+        head = build_model(Config(head_init="zeros", seed=seed), pretrained, ("ant", "bee")).network.fc
+        assert not head.weight.any()
+        assert not head.bias.any()
+    of_run = Weights(plain_state(2), "run", ("ant", "bee"))
+    kept = build_model(Config(head_init="zeros"), of_run, ("ant", "bee")).network.fc
+    assert torch.equal(kept.weight, of_run.state["fc.weight"])
 
 
 def test_the_heads_first_weights_never_change(pretrained):
