@@ -33,8 +33,8 @@ _RECORD = np.dtype(
 class FeatureCache:
     """What a fixed frozen part made of each micro-batch of this process's share, so that it is computed once a run.
 
-    limit: bytes on the device. What is larger is computed each time: 512 MiB are 2,600 photos' maps behind ResNet-18's
-    layer3 and 260,000 photos' features.
+    limit: bytes. What is larger is computed each time: 512 MiB are 2,600 photos' maps behind ResNet-18's layer3 and
+    260,000 photos' features. They wait in the host's memory, as a GPU's is for the batch that was found to fit.
     """
 
     limit: int = 2**29
@@ -49,7 +49,7 @@ class FeatureCache:
     def add(self, hidden: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
         self.size += hidden.nbytes
         if self.size <= self.limit:
-            self.features.append((hidden, labels, indices))
+            self.features.append((hidden.cpu(), labels, indices))
         else:
             self.features.clear()
 
@@ -201,7 +201,8 @@ def _hidden(
     model: TransferModel, loader: Loader, accelerator: Accelerator, cache: FeatureCache | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     if cache is not None and cache.complete:
-        yield from cache.features
+        for hidden, labels, indices in cache.features:
+            yield hidden.to(accelerator.device), labels, indices
         return
     if cache is not None:
         cache.clear()  # what an evaluation left that was broken off
