@@ -204,6 +204,8 @@ def _hidden(
         for hidden, labels, indices in cache.features:
             yield hidden.to(accelerator.device), labels, indices
         return
+    if cache is not None and cache.size > cache.limit:
+        cache = None  # it did not fit before: nothing is copied for it again
     if cache is not None:
         cache.clear()  # what an evaluation left that was broken off
     steps = tqdm(
