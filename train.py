@@ -31,18 +31,20 @@ from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import check_dataset, map_labels, printable
-from pipelines.errors import MachineError, Stopped, UserError
-from pipelines.evaluation import (
-    EvaluationStopped,
-    FeatureCache,
-    loss_and_top1,
-    predict,
-    score,
+from pipelines.errors import MachineError, PassStopped, Stopped, UserError
+from pipelines.evaluation import loss_and_top1, predict, score, validation_row, wilson_interval
+from pipelines.features import FeatureCache, TrainingFeatures
+from pipelines.loader import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batch,
+    Loader,
+    Step,
+    choose_engine,
+    eval_loader,
     share_bad_photos,
-    validation_row,
-    wilson_interval,
+    train_loader,
 )
-from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, Loader, Step, choose_engine, eval_loader, train_loader
 from pipelines.memory import micro_batch_of
 from pipelines.model import TransferModel, Weights, average_batchnorm_statistics, build_model, read_weights
 from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
@@ -105,7 +107,8 @@ def main(arguments: list[str]) -> None:
     micro_batch = micro_batch_of(config, model, network, accelerator)
     training = train_loader(config, photos["train"], labels["train"], state, engine, micro_batch)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
-    features = FeatureCache() if network.frozen_part_is_fixed else None
+    features = TrainingFeatures(network, training, accelerator, config.views_per_photo)
+    validation_features = FeatureCache() if network.frozen_part_is_fixed else None
     steps_per_epoch = training.steps_per_epoch
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
 
@@ -134,6 +137,7 @@ def main(arguments: list[str]) -> None:
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
                 *_setup_report(config, weights, network, accelerator, facts),
+                *features.report(),
                 f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
                 f"{micro_batch} photos at a time on a process",
                 f"run: {run.folder}",
@@ -170,12 +174,18 @@ def main(arguments: list[str]) -> None:
             if start_step == 0:
                 interval.start(training.wait_seconds)
                 whole_epoch.start(training.wait_seconds)
-            for step in islice(training.epoch(epoch - 1, start_step), last_step - at.global_step):
+            try:
+                features.prepare(epoch - 1, stop.is_made_anywhere)
+            except PassStopped:
+                watch.stop = True
+                stop_if_asked()
+            steps = training.epoch(epoch - 1, start_step, images=not features.are_kept)
+            for step in islice(steps, last_step - at.global_step):
                 rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, at.global_step))
                 wishes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
-                sums, batch = update(model, network, optimizer, step, wishes, training, accelerator, config)
+                sums, batch = update(model, features, optimizer, step, wishes, training, accelerator, config)
                 if at.global_step == 0 and state.is_main_process:
-                    _draw(partial(_save_train_batch, run, batch, classes))
+                    _draw(partial(_save_train_batch, run, batch, training, classes))
                     tracking.show(run.figures / "train_batch.png")
                 at.global_step += 1
                 at.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
@@ -203,8 +213,8 @@ def main(arguments: list[str]) -> None:
             share_bad_photos(training)
             average_batchnorm_statistics(network, accelerator.num_processes)
             try:
-                records = predict(network, validation, accelerator, features, stop.is_made_anywhere)
-            except EvaluationStopped:
+                records = predict(network, validation, accelerator, validation_features, stop.is_made_anywhere)
+            except PassStopped:
                 watch.stop = True
                 stop_if_asked()
             row = {"epoch": epoch, "global_step": at.global_step, **validation_row(records, len(classes))}
@@ -252,7 +262,7 @@ def main(arguments: list[str]) -> None:
 
 def update(
     model: Any,
-    network: TransferModel,
+    features: TrainingFeatures,
     optimizer: torch.optim.Optimizer,
     step: Step,
     wishes: tuple[bool, bool],
@@ -277,7 +287,7 @@ def update(
             first_batch = batch
         with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
-                logits = model(network.frozen_part(batch.images)).float()
+                logits = model(features.of(batch)).float()
             losses = functional.cross_entropy(
                 logits, batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
             )
@@ -349,7 +359,9 @@ def _draw(save_picture: Callable[[], None]) -> None:
         print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
-def _save_train_batch(run: RunFolder, batch: Batch, classes: tuple[str, ...]) -> None:
+def _save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tuple[str, ...]) -> None:
+    if not len(batch.images):  # its features were known; what they are of is worth a look
+        batch = next(next(training.epoch(0)).batches)
     titles = [classes[label] for label in batch.labels[:16].tolist()]
     images = batch.images[:16].float().cpu().numpy()
     figures.save_train_batch(run.figures / "train_batch.png", images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)

@@ -79,6 +79,9 @@ class Config:
     """smallest share of the photo that a training crop may have"""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """chance that a training photo is mirrored"""
+    views_per_photo: Annotated[int | None, Field(ge=1)] = None
+    """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
+    computed once, so that more epochs cost little; null: new ones every epoch"""
 
     loader: Literal["auto", "dali", "torch"] = "auto"
     """the engine that decodes; auto: DALI where it runs"""
@@ -174,7 +177,7 @@ SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["propertie
 GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
     "Data": ["data", "val_fraction", "skip_bad_files"],
-    "Images": ["image_size", "resize", "crop_scale_min", "flip_probability"],
+    "Images": ["image_size", "resize", "crop_scale_min", "flip_probability", "views_per_photo"],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
     "Training": ["epochs", "max_steps", "batch_size", "max_batch_per_device", "label_smoothing", "clip_grad_norm"],

@@ -1,4 +1,4 @@
-"""The ways in which a run ends before its end, each with its exit code."""
+"""The ways in which a run ends before its end, each with its exit code; and what a request to stop breaks off."""
 
 
 class _Ending(Exception):
@@ -26,3 +26,7 @@ class Stopped(_Ending):
     """A stop on request: all is saved, and the same command goes on from there (75 is EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
+
+
+class PassStopped(Exception):
+    """A pass over photos without updates was broken off on request, on all processes."""

@@ -3,10 +3,12 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist
 
-from pipelines.loader import Loader
+from pipelines.errors import PassStopped
+from pipelines.features import FeatureCache
+from pipelines.loader import Loader, share_bad_photos
 from pipelines.model import TransferModel
 
 import numpy as np
@@ -27,35 +29,6 @@ _RECORD = np.dtype(
         ("loss", np.float32),  # cross-entropy, without label smoothing
     ]
 )
-
-
-@dataclass
-class FeatureCache:
-    """What a fixed frozen part made of each micro-batch of this process's share, so that it is computed once a run.
-
-    limit: bytes. What is larger is computed each time: 512 MiB are 2,600 photos' maps behind ResNet-18's layer3 and
-    260,000 photos' features. They wait in the host's memory, as a GPU's is for the batch that was found to fit.
-    """
-
-    limit: int = 2**29
-    features: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    size: int = 0
-    complete: bool = False
-
-    def clear(self) -> None:
-        self.features.clear()
-        self.size = 0
-
-    def add(self, hidden: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
-        self.size += hidden.nbytes
-        if self.size <= self.limit:
-            self.features.append((hidden.cpu(), labels, indices))
-        else:
-            self.features.clear()
-
-
-class EvaluationStopped(Exception):
-    """An evaluation was broken off on request, on all processes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +61,7 @@ def predict(
     """Records (see _RECORD) of every readable photo of the loader's split, by index; the same array on all processes.
 
     model: unwrapped; it is left in eval mode. cache: given where `frozen_part_is_fixed`, filled on the first call.
-    stop: asked before each batch. Where it says yes on any process, EvaluationStopped is raised on all.
+    stop: asked before each batch. Where it says yes on any process, PassStopped is raised on all.
     """
     model.eval()
     columns: list[tuple[torch.Tensor, ...]] = []
@@ -102,7 +75,7 @@ def predict(
             columns.append((indices, labels, *_outcomes(logits.float(), labels)))
     parts = gather_object([(_records(columns), stopped)])
     if any(stopped for _, stopped in parts):
-        raise EvaluationStopped
+        raise PassStopped
     gathered = np.concatenate([records for records, _ in parts])
     gathered = gathered[np.argsort(gathered["index"], kind="stable")]
     share_bad_photos(loader)
@@ -110,11 +83,6 @@ def predict(
     if not np.array_equal(gathered["index"], expected):
         raise AssertionError(f"evaluated {len(gathered)} photos, not the {len(expected)} that there are, each once")
     return gathered
-
-
-def share_bad_photos(loader: Loader) -> None:
-    """Tells all processes which photos any of them could not decode, so that each is met, and said, once."""
-    loader.bad.update(*gather_object([loader.bad]))
 
 
 def loss_and_top1(records: np.ndarray) -> tuple[float, float, int]:

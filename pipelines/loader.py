@@ -4,6 +4,7 @@ Two engines stand behind one contract: DALI (`dali_engine`) and PyTorch with Pil
 `Views` and returns pixels; order, sharding and the short ends of an epoch are decided here, for both.
 """
 
+import copy
 import importlib.util
 import sys
 import time
@@ -14,12 +15,13 @@ from typing import Protocol
 from pipelines.config import Config
 from pipelines.dataset import Split, printable
 from pipelines.errors import UserError
-from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, share
+from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share
 from pipelines.processes import cpu_cores, local_world_size
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 # ImageNet's channel means and standard deviations of pixels in [0, 1], which torchvision's weights were trained with.
@@ -31,7 +33,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Batch:
     """One micro-batch of this process.
 
-    images: float32 [n, 3, H, W], normalised, on the device, in channels-last memory.
+    images: float32 [n, 3, H, W], normalised, on the device, in channels-last memory; [0, 3, H, W] where the epoch was
+    asked for without them.
     labels: int64 [n], on the device.
     indices: int64 [n], on the CPU: positions in the dataset's split.
     """
@@ -126,22 +129,34 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._skip_bad_files = skip_bad_files
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Step]:
-        """The steps of `epoch` (0 is the first) from `start_step` on. May be abandoned anywhere for another epoch."""
+    def epoch(self, epoch: int, start_step: int = 0, *, images: bool = True) -> Iterator[Step]:
+        """The steps of `epoch` (0 is the first) from `start_step` on. May be abandoned anywhere for another epoch.
+
+        images: False where the labels and indices are all that is wanted; then nothing is decoded.
+        """
         self.engine.cancel()
-        ahead = self._submitted(epoch, start_step)
+        ahead = self._submitted(epoch, start_step) if images else self._views(epoch, start_step)
         pending: list[Views] = []
+        next_batch = self._next_batch if images else self._next_batch_without_images
         for step in range(start_step, self.steps_per_epoch):
             places, mine = self._my_places(step)
             largest_share = -(-places // self._world_size)
             count, rounds = (-(-photos // self._micro_batch) for photos in (len(mine), largest_share))
-            yield Step(places, rounds, (self._next_batch(ahead, pending) for _ in range(count)))
+            yield Step(places, rounds, (next_batch(ahead, pending) for _ in range(count)))
+
+    def in_order(self) -> "Loader":
+        """Of a training's loader: the same photos in the dataset's order, as each epoch shows them.
+
+        The two share an engine: an epoch of one ends what the other has begun. Only with `views_per_photo`.
+        """
+        assert isinstance(self.plan, TrainPlan)
+        other = copy.copy(self)
+        other.plan = ViewsInOrder(self.plan)
+        return other
 
     def empty_batch(self) -> Batch:
         """A batch of no photos, for a process without a share in a step: it takes part in forward and backward."""
-        size = self.plan.image_size
-        images = torch.empty((0, 3, size, size), device=self._device, memory_format=torch.channels_last)
-        return Batch(images, torch.empty(0, dtype=torch.int64, device=self._device), torch.empty(0, dtype=torch.int64))
+        return self._batch(self._no_images(), np.empty(0, np.int64))
 
     def close(self) -> None:
         """Ends the engine. The loader cannot be used any more."""
@@ -153,16 +168,20 @@ class Loader:
         start, stop = share(places, self._rank, self._world_size)
         return places, range(first + start, first + stop)
 
-    def _submitted(self, epoch: int, start_step: int) -> Iterator[Views]:
-        """Gives the engine one micro-batch after another; each is yielded as soon as it is in the making."""
+    def _views(self, epoch: int, start_step: int) -> Iterator[Views]:
+        """This process's micro-batches, one after another, without the photos that cannot be read."""
         for step in range(start_step, self.steps_per_epoch):
             _, mine = self._my_places(step)
             for first in range(mine.start, mine.stop, self._micro_batch):
                 views = self.plan.views(epoch, np.arange(first, min(first + self._micro_batch, mine.stop)))
-                views = views.select(self._readable(views))
-                if len(views):
-                    self.engine.submit(views)
-                yield views
+                yield views.select(self._readable(views))
+
+    def _submitted(self, epoch: int, start_step: int) -> Iterator[Views]:
+        """Gives the engine one micro-batch after another; each is yielded as soon as it is in the making."""
+        for views in self._views(epoch, start_step):
+            if len(views):
+                self.engine.submit(views)
+            yield views
 
     def _readable(self, views: Views) -> np.ndarray:
         sound = self.split.faults[views.indices] == 0
@@ -179,10 +198,20 @@ class Loader:
         self.wait_seconds += time.perf_counter() - started
         if pixels.failed:
             views = self._without_failed(views, pixels.failed)
-        labels = torch.from_numpy(self._labels[views.indices].astype(np.int64))
+        return self._batch(pixels.images, views.indices)
+
+    def _next_batch_without_images(self, ahead: Iterator[Views], _: list[Views]) -> Batch:
+        return self._batch(self._no_images(), next(ahead).indices)
+
+    def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
+        labels = torch.from_numpy(self._labels[indices].astype(np.int64))
         if self._device.type == "cuda":
             labels = labels.pin_memory()
-        return Batch(pixels.images, labels.to(self._device, non_blocking=True), torch.from_numpy(views.indices))
+        return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(indices))
+
+    def _no_images(self) -> torch.Tensor:
+        size = self.plan.image_size
+        return torch.empty((0, 3, size, size), device=self._device, memory_format=torch.channels_last)
 
     def _without_failed(self, views: Views, failed: dict[int, str]) -> Views:
         for position, reason in failed.items():
@@ -197,6 +226,11 @@ class Loader:
         kept = np.ones(len(views), bool)
         kept[list(failed)] = False
         return views.select(kept)
+
+
+def share_bad_photos(loader: Loader) -> None:
+    """Tells all processes which photos any of them could not decode, so that each is met, and said, once."""
+    loader.bad.update(*gather_object([loader.bad]))
 
 
 def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -243,6 +277,7 @@ def train_loader(
         image_size=config.image_size,
         crop_scale_min=config.crop_scale_min,
         flip_probability=config.flip_probability,
+        views_per_photo=config.views_per_photo,
     )
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch)
 

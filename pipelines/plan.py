@@ -66,6 +66,8 @@ class Plan(Protocol):
 class TrainPlan:
     """A new order every epoch, a random resized crop and a random flip for every place.
 
+    With `views_per_photo` a photo has that many crops and flips, of its own, which its epochs show in turn.
+
     The crop follows torchvision's RandomResizedCrop (Szegedy et al. 2014): an area share uniform in
     [crop_scale_min, 1], an aspect ratio log-uniform in [3/4, 4/3], ten attempts, then the largest central window.
 
@@ -74,7 +76,14 @@ class TrainPlan:
     """
 
     def __init__(
-        self, sizes: np.ndarray, *, seed: int, image_size: int, crop_scale_min: float, flip_probability: float
+        self,
+        sizes: np.ndarray,
+        *,
+        seed: int,
+        image_size: int,
+        crop_scale_min: float,
+        flip_probability: float,
+        views_per_photo: int | None = None,
     ) -> None:
         self.length = len(sizes)
         self.image_size = image_size
@@ -82,6 +91,7 @@ class TrainPlan:
         self._seed = seed
         self._crop_scale_min = crop_scale_min
         self._flip_probability = flip_probability
+        self._views_per_photo = views_per_photo
 
     def indices(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """int64 [n]: the photos at `places` of `epoch`. Over all places each photo comes once, in random order."""
@@ -89,15 +99,36 @@ class TrainPlan:
 
     def views(self, epoch: int, places: np.ndarray) -> Views:
         places = np.asarray(places, np.int64)
-        indices = self.indices(epoch, places)
+        return self._views_of(self.indices(epoch, places), epoch, places)
+
+    def views_in_order(self, epoch: int, indices: np.ndarray) -> Views:
+        """What `epoch` shows of the photos `indices`, wherever it shows them. Only with `views_per_photo`."""
+        assert self._views_per_photo, "a view that belongs to its place has no photo of its own"
+        return self._views_of(indices, epoch, indices)
+
+    def _views_of(self, indices: np.ndarray, epoch: int, places: np.ndarray) -> Views:
+        # Whose draw it is: the place's in the epoch, or the photo's in its turn.
+        turn, owner = (epoch % self._views_per_photo, indices) if self._views_per_photo else (epoch, places)
         coordinates = np.arange(_ATTEMPTS * 4)
-        draws = uniform(random_bits(self._seed, _CROP, epoch, places[:, None], coordinates[None, :]))
+        draws = uniform(random_bits(self._seed, _CROP, turn, owner[:, None], coordinates[None, :]))
         windows = random_resized_crop(
             self._sizes[indices], draws.reshape(-1, _ATTEMPTS, 4), scale_min=self._crop_scale_min
         )
-        flips = uniform(random_bits(self._seed, _FLIP, epoch, places)) < self._flip_probability
-        resized = np.full((len(places), 2), self.image_size, np.int32)
-        return Views(indices, windows, resized, np.zeros((len(places), 2), np.int32), flips)
+        flips = uniform(random_bits(self._seed, _FLIP, turn, owner)) < self._flip_probability
+        resized = np.full((len(indices), 2), self.image_size, np.int32)
+        return Views(indices, windows, resized, np.zeros((len(indices), 2), np.int32), flips)
+
+
+class ViewsInOrder:
+    """The photos of a `TrainPlan` with `views_per_photo`, in the dataset's order, as each epoch shows them."""
+
+    def __init__(self, plan: TrainPlan) -> None:
+        self.length = plan.length
+        self.image_size = plan.image_size
+        self._plan = plan
+
+    def views(self, epoch: int, places: np.ndarray) -> Views:
+        return self._plan.views_in_order(epoch, np.asarray(places, np.int64))
 
 
 class EvalPlan:

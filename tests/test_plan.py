@@ -3,7 +3,17 @@
 from collections import Counter
 from itertools import permutations
 
-from pipelines.plan import EvalPlan, TrainPlan, Views, permute, random_bits, random_resized_crop, share, uniform
+from pipelines.plan import (
+    EvalPlan,
+    TrainPlan,
+    Views,
+    ViewsInOrder,
+    permute,
+    random_bits,
+    random_resized_crop,
+    share,
+    uniform,
+)
 
 import numpy as np
 import pytest
@@ -31,9 +41,15 @@ GOLDEN_OF_MANY = [12134852, 9985261, 1848716]
 GOLDEN_BITS = 17824878756907967
 
 
-def train_plan(sizes, seed=0, scale_min=0.08) -> TrainPlan:
-    sizes = np.array(sizes, np.int32)
-    return TrainPlan(sizes, seed=seed, image_size=224, crop_scale_min=scale_min, flip_probability=0.5)
+def train_plan(sizes, seed=0, scale_min=0.08, views_per_photo=None) -> TrainPlan:
+    return TrainPlan(
+        np.array(sizes, np.int32),
+        seed=seed,
+        image_size=224,
+        crop_scale_min=scale_min,
+        flip_probability=0.5,
+        views_per_photo=views_per_photo,
+    )
 
 
 def assert_same(one: Views, other: Views) -> None:
@@ -53,6 +69,32 @@ def test_golden_stream():
     assert random_bits(1, 2, 3).item() == GOLDEN_BITS
     assert views.windows.dtype == views.resized.dtype == views.anchors.dtype == np.int32
     assert views.indices.dtype == np.int64
+
+
+@given(sizes_of_photos, st.integers(0, 1000), st.integers(1, 5))
+@settings(max_examples=60)
+def test_a_photo_with_few_views_shows_them_in_turn_wherever_it_stands(sizes, epoch, views_per_photo):
+    plan = train_plan(sizes, views_per_photo=views_per_photo)
+    everywhere = np.arange(len(sizes))
+
+    def of_photos(number: int) -> Views:
+        views = plan.views(number, everywhere)
+        return views.select(np.argsort(views.indices))
+
+    assert_same(of_photos(epoch), of_photos(epoch + views_per_photo))
+    assert_same(of_photos(epoch), ViewsInOrder(plan).views(epoch, everywhere))
+    turn = epoch % views_per_photo
+    assert_same(of_photos(epoch), train_plan(sizes, views_per_photo=turn + 1).views_in_order(turn, everywhere))
+
+
+def test_the_views_of_a_photo_differ_and_its_order_goes_on():
+    plan = train_plan([(375, 500)] * 400, views_per_photo=3)
+    first, second = (ViewsInOrder(plan).views(epoch, np.arange(400)) for epoch in (0, 1))
+    assert (first.windows != second.windows).any(axis=1).mean() > 0.99
+    assert 0.4 < (first.flips != second.flips).mean() < 0.6
+    assert len({tuple(window) for window in first.windows.tolist()}) > 390
+    orders = [plan.indices(epoch, np.arange(400)).tolist() for epoch in range(7)]
+    assert len({tuple(order) for order in orders}) == 7
 
 
 @given(sizes_of_photos, st.integers(0, 2**32), st.integers(0, 1000), st.data())
