@@ -107,10 +107,12 @@ def main(arguments: list[str]) -> None:
     micro_batch = micro_batch_of(config, model, network, accelerator)
     training = train_loader(config, photos["train"], labels["train"], state, engine, micro_batch)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
-    features = TrainingFeatures(network, training, accelerator, config.views_per_photo)
-    validation_features = FeatureCache() if network.frozen_part_is_fixed else None
     steps_per_epoch = training.steps_per_epoch
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    epochs = -(-last_step // steps_per_epoch)
+    views = config.views_per_photo
+    features = TrainingFeatures(network, training, accelerator, views_per_photo=views, epochs=epochs)
+    validation_features = FeatureCache() if network.frozen_part_is_fixed else None
 
     # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
     at = Progress()
@@ -167,7 +169,7 @@ def main(arguments: list[str]) -> None:
         run.write_status("running", epoch=at.epoch, global_step=at.global_step)
         rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, max(0, at.global_step - 1)))
         stop.listen()
-        while at.epoch < -(-last_step // steps_per_epoch):
+        while at.epoch < epochs:
             epoch, start_step = at.epoch + 1, at.global_step - at.epoch * steps_per_epoch
             network.train()
             table.start_epoch(epoch, start_step)

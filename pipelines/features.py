@@ -45,9 +45,10 @@ class FeatureCache:
 class TrainingFeatures:
     """Of training: what the frozen part makes of a batch, looked up where the photo's view has been seen before.
 
-    Views are kept where the plan has few of a photo, the frozen part is fixed and all fit into `limit` bytes. A view is
-    computed for all photos in one pass in the dataset's order, before its first epoch in this life of the run. So the
-    last bits, which may depend on the company that a photo is computed in, are the same after a resume.
+    Views are kept where the `epochs` of the run show some of them again, the frozen part is fixed and all fit into
+    `limit` bytes. A view is computed for all photos in one pass in the dataset's order, before its first epoch in this
+    life of the run: the last bits may depend on the company that a photo is computed in, and so a resume finds them
+    again.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class TrainingFeatures:
         network: TransferModel,
         training: Loader,
         accelerator: Accelerator,
+        *,
         views_per_photo: int | None,
+        epochs: int,
         limit: int = _LIMIT,
     ) -> None:
         self._network = network
@@ -65,7 +68,7 @@ class TrainingFeatures:
         self._views: dict[int, torch.Tensor] = {}
         self._now: torch.Tensor | None = None
         self.bytes = 0
-        if views_per_photo and network.frozen_part_is_fixed:
+        if views_per_photo and views_per_photo < epochs and network.frozen_part_is_fixed:
             self._of_none = self._frozen_part(training.empty_batch().images)
             numbers = math.prod(self._of_none.shape[1:])
             self.bytes = views_per_photo * training.plan.length * numbers * self._of_none.element_size()

@@ -24,7 +24,7 @@ _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
 
 # What a draw is for. Streams of different purpose never share a bit.
-_SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS = 1, 2, 3, 4
+_SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Plan(Protocol):
 class TrainPlan:
     """A new order every epoch, a random resized crop and a random flip for every place.
 
-    With `views_per_photo` a photo has that many crops and flips, of its own, which its epochs show in turn.
+    With `views_per_photo`, K, a photo has K crops and flips, of its own, which the epochs show in turn. Each is
+    distributed as any other; together they are a Latin hypercube (McKay et al. 1979): of area, ratio, top, left and
+    flip each K-th part of the range is drawn from once. So few are enough.
 
     The crop follows torchvision's RandomResizedCrop (Szegedy et al. 2014): an area share uniform in
     [crop_scale_min, 1], an aspect ratio log-uniform in [3/4, 4/3], ten attempts, then the largest central window.
@@ -107,16 +109,26 @@ class TrainPlan:
         return self._views_of(indices, epoch, indices)
 
     def _views_of(self, indices: np.ndarray, epoch: int, places: np.ndarray) -> Views:
-        # Whose draw it is: the place's in the epoch, or the photo's in its turn.
-        turn, owner = (epoch % self._views_per_photo, indices) if self._views_per_photo else (epoch, places)
+        epoch, owner = (epoch % self._views_per_photo, indices) if self._views_per_photo else (epoch, places)
         coordinates = np.arange(_ATTEMPTS * 4)
-        draws = uniform(random_bits(self._seed, _CROP, turn, owner[:, None], coordinates[None, :]))
-        windows = random_resized_crop(
-            self._sizes[indices], draws.reshape(-1, _ATTEMPTS, 4), scale_min=self._crop_scale_min
-        )
-        flips = uniform(random_bits(self._seed, _FLIP, turn, owner)) < self._flip_probability
+        crops = uniform(random_bits(self._seed, _CROP, epoch, owner[:, None], coordinates[None, :]))
+        crops = crops.reshape(-1, _ATTEMPTS, 4)
+        flips = uniform(random_bits(self._seed, _FLIP, epoch, owner))
+        if self._views_per_photo:
+            parts = self._parts(indices, epoch)
+            # Of the attempts only the first: one that does not fit is drawn again from all of the range, as it must be.
+            crops[:, 0] = (parts[:, :4] + crops[:, 0]) / self._views_per_photo
+            flips = (parts[:, 4] + flips) / self._views_per_photo
+        windows = random_resized_crop(self._sizes[indices], crops, scale_min=self._crop_scale_min)
+        flips = flips < self._flip_probability
         resized = np.full((len(indices), 2), self.image_size, np.int32)
         return Views(indices, windows, resized, np.zeros((len(indices), 2), np.int32), flips)
+
+    def _parts(self, indices: np.ndarray, turn: int) -> np.ndarray:
+        """int64 [n, 5]: from which K-th part of its range a photo draws each value in its view `turn` of K."""
+        values, turns = np.arange(5), np.arange(self._views_per_photo or 0)
+        bits = random_bits(self._seed, _PART, indices[:, None, None], values[:, None], turns)
+        return np.argsort(bits, axis=2, kind="stable")[:, :, turn]
 
 
 class ViewsInOrder:

@@ -32,11 +32,6 @@ def resnet() -> torch.nn.Module:
 
 
 @pytest.fixture
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture
 def split(photos) -> Split:
     return load_dataset(scan_dataset(photos, photos / "cache", 0.2)).splits["train"]
 
@@ -46,15 +41,20 @@ def open_loader(split: Split, **settings) -> Loader:
     return train_loader(config, split, split.labels.astype(np.int64), PartialState(cpu=True), "torch", 4)
 
 
+def open_features(network: TransferModel, training: Loader, views: int | None = 2, **settings) -> TrainingFeatures:
+    settings = {"epochs": 3, **settings}
+    return TrainingFeatures(network, training, Accelerator(cpu=True), views_per_photo=views, **settings)
+
+
 def never() -> bool:
     return False
 
 
 @pytest.mark.parametrize("frozen_stages", [1, 4, 5])
-def test_features_are_looked_up_where_the_view_was_seen(resnet, split, accelerator, frozen_stages):
+def test_features_are_looked_up_where_the_view_was_seen(resnet, split, frozen_stages):
     network = TransferModel(resnet, frozen_stages=frozen_stages, batchnorm="frozen").train()
     training = open_loader(split)
-    features = TrainingFeatures(network, training, accelerator, 2)
+    features = open_features(network, training)
     assert features.are_kept
     for epoch in (1, 0, 2, 5):
         if epoch == 2:
@@ -75,7 +75,7 @@ def test_features_are_looked_up_where_the_view_was_seen(resnet, split, accelerat
     assert features.of(training.empty_batch()).shape[0] == 0
 
 
-def test_views_that_would_fill_the_memory_or_change_are_computed_each_time(resnet, split, accelerator):
+def test_views_that_would_fill_the_memory_or_change_are_computed_each_time(resnet, split):
     training = open_loader(split)
     fixed = TransferModel(resnet, frozen_stages=4, batchnorm="frozen")
     for network, views, limit, kept in (
@@ -85,20 +85,21 @@ def test_views_that_would_fill_the_memory_or_change_are_computed_each_time(resne
         (TransferModel(resnet, frozen_stages=4, batchnorm="train"), 2, 2**30, False),
         (TransferModel(resnet, frozen_stages=0, batchnorm="frozen"), 2, 2**30, False),
     ):
-        features = TrainingFeatures(network.eval(), training, accelerator, views, limit)
+        features = open_features(network.eval(), training, views, limit=limit)
         assert features.are_kept == kept
         features.prepare(0, never)
         batch = next(next(training.epoch(0)).batches)
         torch.testing.assert_close(features.of(batch), network.frozen_part(batch.images), rtol=1e-4, atol=1e-5)
-    assert TrainingFeatures(fixed, training, accelerator, None).report() == []
-    assert "once for each of 2 views" in TrainingFeatures(fixed, training, accelerator, 2).report()[0]
-    assert "every time" in TrainingFeatures(fixed, training, accelerator, 2, limit=1).report()[0]
+    assert not open_features(fixed, training, epochs=2).are_kept, "no epoch shows a view again"
+    assert open_features(fixed, training, None).report() == []
+    assert "once for each of 2 views" in open_features(fixed, training).report()[0]
+    assert "every time" in open_features(fixed, training, limit=1).report()[0]
     training.close()
 
 
-def test_a_pass_that_broke_off_is_begun_again(resnet, split, accelerator):
+def test_a_pass_that_broke_off_is_begun_again(resnet, split):
     network, training = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), open_loader(split)
-    features = TrainingFeatures(network, training, accelerator, 2)
+    features = open_features(network, training)
     answers = iter([False, False, True])
     with pytest.raises(PassStopped):
         features.prepare(0, lambda: next(answers))
