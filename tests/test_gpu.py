@@ -72,35 +72,20 @@ def test_pixels_are_the_cpus(root, tmp_path, engine, train):
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("engine", ["dali", "torch"])
-def test_a_run_trains_in_each_precision(root, tmp_path, precision, engine):
+@pytest.mark.parametrize("few_views", [False, True])
+def test_a_run_trains_in_each_precision(root, tmp_path, random_weights, precision, engine, few_views):
     if engine == "dali":
         pytest.importorskip("nvidia.dali", reason="needs DALI")
     if precision == "bf16" and not torch.cuda.is_bf16_supported():
         pytest.skip("this GPU has no bf16")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "1",
-        "--mixed_precision",
-        precision,
-    ]
-    settings = [
-        "--data",
-        str(root),
-        "--weights",
-        "none",
-        "--freeze",
-        "none",
-        "--batchnorm",
-        "train",
-        "--loader",
-        engine,
-        "--epochs",
-        "3",
-    ]
-    outputs = ["--tracker", "none", "--runs", str(tmp_path), "--run", "gpu", "--batch-size", "16"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--mixed_precision", precision]
+    settings = ["--data", str(root), "--loader", engine, "--epochs", "3", "--batch-size", "16"]
+    if few_views:
+        settings += ["--weights", str(random_weights), "--freeze", "layer3", "--views-per-photo", "2"]
+    else:
+        settings += ["--weights", "none", "--freeze", "none", "--batchnorm", "train"]
+    outputs = ["--tracker", "none", "--runs", str(tmp_path), "--run", "gpu"]
     done = subprocess.run(
         [*command, str(ROOT / "train.py"), *settings, *outputs],
         capture_output=True,
@@ -110,6 +95,7 @@ def test_a_run_trains_in_each_precision(root, tmp_path, precision, engine):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"on cuda, precision {precision}" in done.stdout
+    assert ("computed once for each of 2 views" in done.stdout) == few_views
     rows = [json.loads(line) for line in (tmp_path / "gpu" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 3
