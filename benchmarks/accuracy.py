@@ -1,12 +1,13 @@
 """Best and last validation accuracy of recipes over several seeds: the table that the README shows.
 
     python benchmarks/accuracy.py --seeds 5                                         # the four recipes, ants and bees
+    python benchmarks/accuracy.py --seeds 5 --tutorial                              # and the tutorial's own code
     python benchmarks/accuracy.py --recipes finetune --data photos/ --set lr=0.02   # another folder, another setting
     python benchmarks/accuracy.py --data photos/train --seeds 3                     # choose by a part of train
 
-Every run is `accelerate launch train.py` in a process of its own, and a line of --out, with its settings, versions and
-commit. Recipes take turns within a seed, so that a busy hour of the machine meets all of them. A run that is in --out
-already is not run again, so an interrupted benchmark goes on where it was.
+Every run is `accelerate launch train.py` (or tutorial.py beside this file) in a process of its own, and a line of
+--out, with its settings, versions and commit. Recipes take turns within a seed, so that a busy hour of the machine
+meets all of them. A run that is in --out already is not run again, so an interrupted benchmark goes on where it was.
 
 `seconds` are those of the whole command on the clock; `processor` are the seconds that all cores together worked for
 it (0 on Windows, which does not tell), which a busy machine stretches less.
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ["tutorial_finetune", "tutorial_features", "finetune", "feature_extract"]
+TUTORIAL = {"tutorial.py finetune": "finetune", "tutorial.py features": "features"}
 
 
 def main() -> None:
@@ -44,52 +46,64 @@ def main() -> None:
     parser.add_argument("--data", help="folder or CSV (default: ants and bees, or DALITUNE_DATA)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of every recipe")
     parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="JSON lines, one a run")
+    parser.add_argument("--tutorial", action="store_true", help="beside tutorial.py; --data has train/ and val/ then")
     options = parser.parse_args()
 
-    wanted = [(recipe, seed) for seed in range(options.seeds) for recipe in options.recipes]
-    rows = _read(options.out)
+    recipes = [*(TUTORIAL if options.tutorial else []), *options.recipes]
+    wanted = [(recipe, seed) for seed in range(options.seeds) for recipe in recipes]
+    known, rows = _read(options.out), []
     for recipe, seed in tqdm(wanted, unit="run", disable=None):
-        key = {"recipe": recipe, "seed": seed, "data": options.data, "set": options.set}
-        if any(key.items() <= row.items() for row in rows):
-            continue
-        row = key | _run(recipe, seed, options.data, options.set)
+        settings = [] if recipe in TUTORIAL else options.set
+        key = {"recipe": recipe, "seed": seed, "data": options.data, "set": settings}
+        row = next((row for row in known if key.items() <= row.items()), None)
+        if row is None:
+            row = key | _run(recipe, seed, options.data, settings)
+            with open(options.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            tqdm.write(f"{recipe} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
         rows.append(row)
-        with open(options.out, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        tqdm.write(f"{recipe} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
-    chosen = [row for row in rows if row["data"] == options.data and row["set"] == options.set]
     print(
         f"\n{shlex.join(['python', *sys.argv])}\n{hardware()}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
     )
-    print(table([row for row in chosen if (row["recipe"], row["seed"]) in wanted], options.recipes))
+    print(table(rows, recipes))
 
 
 def _run(recipe: str, seed: int, data: str | None, settings: list[str]) -> dict[str, Any]:
     """One training: its accuracies and times, and what they depend on."""
-    config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
-    flags = [f"--config={config}", f"--seed={seed}", "--tracker=none", "--run=run", *(f"--{pair}" for pair in settings)]
-    flags += [f"--data={data}"] if data else []
     with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *flags, f"--runs={runs}"]
+        flags = [f"--seed={seed}", *([f"--data={data}"] if data else [])]
+        if recipe in TUTORIAL:
+            command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), TUTORIAL[recipe], *flags]
+        else:
+            config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
+            flags += [f"--config={config}", f"--runs={runs}", "--run=run", "--tracker=none"]
+            flags += [f"--{pair}" for pair in settings]
+            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *flags]
         started, worked = time.perf_counter(), _processor_seconds()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds, processor = time.perf_counter() - started, _processor_seconds() - worked
         if done.returncode:
             sys.exit(f"{recipe}, seed {seed} failed:\n{done.stderr[-2000:]}")
-        run = Path(runs) / "run"
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        used = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        scores = json.loads(done.stdout) if recipe in TUTORIAL else _scores(Path(runs) / "run")
+    return scores | {
+        "seconds": round(seconds, 1),
+        "processor": round(processor, 1),
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": _commit(),
+    }
+
+
+def _scores(run: Path) -> dict[str, Any]:
+    """Best and last accuracy, last loss and the settings, from the run's folder."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    used = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     evaluations = [row for row in metrics if "val/top1" in row]
     accuracies = [row["val/top1"] for row in evaluations]
     return {
         "best": max(accuracies),
         "last": accuracies[-1],
         "last_loss": evaluations[-1]["val/loss"],
-        "seconds": round(seconds, 1),
-        "processor": round(processor, 1),
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": _commit(),
         "config": {key: value for key, value in used.items() if key not in ("run", "runs")},
     }
 
@@ -133,8 +147,9 @@ def table(rows: list[dict[str, Any]], recipes: list[str]) -> str:
         best, last, loss, seconds, processor = (
             [row[name] for row in of_recipe] for name in ("best", "last", "last_loss", "seconds", "processor")
         )
+        name = Path(recipe).stem if recipe.endswith(".yaml") else recipe
         lines.append(
-            f"| `{Path(recipe).stem}` | {len(best)} | {_mean_and_spread(best)} | {min(best):.4f}-{max(best):.4f} "
+            f"| `{name}` | {len(best)} | {_mean_and_spread(best)} | {min(best):.4f}-{max(best):.4f} "
             f"| {_mean_and_spread(last)} | {statistics.mean(loss):.4f} "
             f"| {statistics.median(seconds):.0f} | {statistics.median(processor):.0f} |"
         )

@@ -1,58 +1,44 @@
 """PyTorch's transfer-learning tutorial, its own procedure without this suite: what the recipes are compared with.
 
-    python benchmarks/tutorial.py --modes finetune features --seeds 5     # ants and bees, 10 epochs
+    python benchmarks/tutorial.py finetune --seed 0      # or features; ants and bees, 10 epochs
+    python benchmarks/accuracy.py --seeds 5 --tutorial   # both, several seeds, in turn with the recipes
 
 https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html with 10 epochs for its 25, and with a drop
-of the rate after 5 for its 7. As there, a frozen network stays in train mode: its BatchNorm statistics move. Times are
-those of the training alone, without the start of Python.
+of the rate after 5 for its 7. As there, a frozen network stays in train mode: its BatchNorm statistics move. It prints
+a JSON line: best and last validation accuracy (0 to 1) and the last validation loss.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
-from typing import Any
 
 from pipelines.config import Config
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.model import read_weights
 from pipelines.photos import cache_folder, locate
-from pipelines.runs import versions
 
 import torch
-from accuracy import hardware, table
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, models
 from torchvision import transforms as T
 
+MODES = ["finetune", "features"]
+
 
 def main() -> None:
-    """Parses the command line, trains, prints the table."""
+    """Parses the command line, trains, prints the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", choices=["finetune", "features"], default=["finetune", "features"])
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--data", help="folder with train/ and val/ (default: ants and bees, or DALITUNE_DATA)")
-    parser.add_argument("--out", type=Path, default=Path("tutorial.jsonl"), help="JSON lines, one a run")
     options = parser.parse_args()
-
-    folder = locate(options.data, cache_folder())
-    names, rows = {mode: f"tutorial's code, {mode}" for mode in options.modes}, []
-    for seed in range(options.seeds):
-        for mode, name in names.items():
-            row = {"recipe": name, "seed": seed} | train(folder, mode, seed, options.epochs)
-            rows.append(row)
-            with open(options.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row | {"hardware": hardware(), "versions": versions()}) + "\n")
-            print(f"{name}, seed {seed}: best {row['best']:.4f}, {row['seconds']:.0f} s", flush=True)
-    print(hardware(), ", ".join(f"{name} {version}" for name, version in versions().items()), sep="\n")
-    print(table(rows, list(names.values())))
+    print(json.dumps(train(locate(options.data, cache_folder()), options.mode, options.seed, options.epochs)))
 
 
-def train(folder: Path, mode: str, seed: int, epochs: int) -> dict[str, Any]:
-    """One training by the tutorial: best and last validation accuracy, the last loss, seconds."""
-    started, worked = time.perf_counter(), time.process_time()
+def train(folder: Path, mode: str, seed: int, epochs: int) -> dict[str, float]:
+    """One training by the tutorial: best and last validation accuracy, the last loss."""
     torch.manual_seed(seed)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     normalise = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -91,13 +77,7 @@ def train(folder: Path, mode: str, seed: int, epochs: int) -> dict[str, Any]:
                 correct += int((outputs.argmax(dim=1) == labels).sum())
         scheduler.step()
         accuracies.append(correct / len(photos["val"]))
-    return {
-        "best": max(accuracies),
-        "last": accuracies[-1],
-        "last_loss": loss_sum / len(photos["val"]),
-        "seconds": round(time.perf_counter() - started, 1),
-        "processor": round(time.process_time() - worked, 1),
-    }
+    return {"best": max(accuracies), "last": accuracies[-1], "last_loss": loss_sum / len(photos["val"])}
 
 
 if __name__ == "__main__":

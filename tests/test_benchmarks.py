@@ -20,6 +20,22 @@ def test_the_table_has_mean_sample_deviation_range_and_median_seconds():
     assert lines[3].startswith("| `own` | 1 | 0.9000 ± 0.0000 |")
 
 
+def test_the_tutorial_takes_turns_with_the_recipes_and_ignores_their_settings(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run(recipe, seed, data, settings):
+        asked.append((recipe, seed, settings))
+        return row(recipe, 0.9)
+
+    monkeypatch.setattr(accuracy, "_run", run)
+    arguments = ["--recipes", "finetune", "--seeds", "2", "--set", "lr=1", "--tutorial", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
+    accuracy.main()
+    in_turn = [("tutorial.py finetune", []), ("tutorial.py features", []), ("finetune", ["lr=1"])]
+    assert asked == [(recipe, seed, settings) for seed in range(2) for recipe, settings in in_turn]
+    assert "| `tutorial.py features` | 2 |" in capsys.readouterr().out
+
+
 def test_runs_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "accuracy.jsonl"
     out.write_text(json.dumps(row("finetune", 0.5)) + "\n")
@@ -52,3 +68,13 @@ def test_a_row_has_the_scores_and_what_they_depend_on():
     assert measured["config"]["seed"] == 3
     assert measured["config"]["max_steps"] == 1
     assert measured["versions"]["torch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", accuracy.TUTORIAL)
+def test_a_row_of_the_tutorials_own_code(recipe, photos, random_weights, monkeypatch):
+    monkeypatch.setenv("DALITUNE_WEIGHTS", str(random_weights))
+    measured = accuracy._run(recipe, 3, str(photos), [])
+    assert 0 <= measured["last"] <= measured["best"] <= 1
+    assert measured["last_loss"] > 0
+    assert measured["processor"] > 0
