@@ -13,6 +13,7 @@ writes the scaler into the same file, and the random states that it keeps have n
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -108,8 +109,8 @@ class Checkpoints:
         main_first(self._accelerator.state, partial(self._restore_best, folder))
 
     def _find(self) -> dict[str, Any] | None:
-        folders = sorted(self._folder.glob("epoch-*"), reverse=True)
-        for folder in folders:
+        folders = _oldest_first(self._folder)
+        for folder in reversed(folders):
             try:
                 progress = _read(folder)
             except (OSError, ValueError, KeyError) as error:
@@ -168,7 +169,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
             shutil.rmtree(unfinished, ignore_errors=True)
             raise cannot_save(target, error) from None
-        for old in sorted(self._folder.glob("epoch-*"))[:-_KEPT]:
+        for old in _oldest_first(self._folder)[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _restore_best(self, folder: Path) -> None:
@@ -178,6 +179,11 @@ class Checkpoints:
         for name in ("best.pt", "model.json"):
             if (folder / name).exists():
                 _link(folder / name, self._run.folder / name)
+
+
+def _oldest_first(folder: Path) -> list[Path]:
+    """By number: as text, epoch-10000 would come before epoch-9999."""
+    return sorted(folder.glob("epoch-*"), key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
 
 
 def _read(folder: Path) -> dict[str, Any]:

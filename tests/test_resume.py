@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import train
-from pipelines import processes
+from pipelines import checkpoint, processes
 from pipelines.memory import largest_that_fits
 
 import psutil
@@ -141,6 +141,18 @@ def copy(stopped, tmp_path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "copy"))
 
 
+def test_checkpoints_are_in_order_however_many_epochs_and_steps_there_are(tmp_path):
+    names = [
+        "epoch-9999-step-99990000",
+        "epoch-9999-step-100000000",
+        "epoch-10000-step-100000000",
+        "epoch-10000-step-100000001",
+    ]
+    for name in sorted(names):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint._oldest_first(tmp_path)] == names
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
 def test_of_a_damaged_checkpoint_the_one_before_is_used_and_said(damage, copy, command, undisturbed, run_here):
@@ -169,8 +181,8 @@ def test_what_cannot_be_resumed_is_refused_and_stays_as_it_is(copy, command, pho
     again = [*command[:-1], copy.parent, "--run", copy.name]
     changed = refused(run_here(train, *again, "--lr", "0.5", "--seed", "3"))
     assert "other settings (lr, seed)" in changed or "other settings (seed, lr)" in changed
-    for checkpoint in (copy / "checkpoints").iterdir():
-        (checkpoint / "progress.json").write_text("{")
+    for folder in (copy / "checkpoints").iterdir():
+        (folder / "progress.json").write_text("{")
     assert "none of the 2 checkpoints" in refused(run_here(train, *again))
     assert "--overwrite" in refused(run_here(train, *again))
     assert status(copy)["state"] == "stopped"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,22 @@ def test_engines_and_micro_batches_train_alike_and_a_seed_repeats(photos, random
     assert losses["other"] != pytest.approx(losses["torch"], rel=1e-3)
     if "dali" in losses:
         assert losses["dali"] == pytest.approx(losses["torch"], rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes C++ code on a CPU: install g++")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_compiled_model_trains_alike_and_saves_the_same_names(processes, photos, random_weights, tmp_path):
+    settings = ["--data", photos, "--weights", random_weights, "--epochs", "1", "--batch-size", "8", *FROZEN]
+    settings += ["--runs", tmp_path, "--log-every", "1"]
+    for name, extra in {"eager": [], "compiled": ["--compile"]}.items():
+        done = run_script("train.py", *settings, *extra, "--run", name, processes=processes)
+        assert f"processes: {processes} on cpu" in succeeded(done)
+    eager, compiled = ([row["train/loss"] for row in train_rows(tmp_path / name)] for name in ("eager", "compiled"))
+    assert len(eager) == 3
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    first, other = (torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("eager", "compiled"))
+    assert list(first) == list(other)
 
 
 @pytest.mark.slow
