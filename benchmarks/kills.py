@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.checkpoint import checkpoint_folders
+
 import numpy as np
 import psutil
 import torch
@@ -148,7 +150,7 @@ def kill_all(launcher: psutil.Popen) -> None:
 
 def _differences(one: Path, other: Path) -> list[str]:
     found = [] if _equal_files(one / "best.pt", other / "best.pt") else ["best.pt"]
-    last = [max((run / "checkpoints").glob("epoch-*")) for run in (one, other)]
+    last = [checkpoint_folders(run / "checkpoints")[-1] for run in (one, other)]
     if last[0].name != last[1].name or not _equal_files(*(checkpoint / "state.pt" for checkpoint in last)):
         found.append("the last checkpoint")
     return found + (["metrics.jsonl"] if _rows(one) != _rows(other) else [])

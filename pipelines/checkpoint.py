@@ -36,6 +36,7 @@ from accelerate.utils import gather_object
 
 _KEPT = 2
 _STATE, _PROGRESS = "state.pt", "progress.json"
+_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Checkpoints:
         main_first(self._accelerator.state, partial(self._restore_best, folder))
 
     def _find(self) -> dict[str, Any] | None:
-        folders = _oldest_first(self._folder)
+        folders = checkpoint_folders(self._folder)
         for folder in reversed(folders):
             try:
                 progress = _read(folder)
@@ -169,7 +170,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
             shutil.rmtree(unfinished, ignore_errors=True)
             raise cannot_save(target, error) from None
-        for old in _oldest_first(self._folder)[:-_KEPT]:
+        for old in checkpoint_folders(self._folder)[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _restore_best(self, folder: Path) -> None:
@@ -181,9 +182,13 @@ class Checkpoints:
                 _link(folder / name, self._run.folder / name)
 
 
-def _oldest_first(folder: Path) -> list[Path]:
-    """By number: as text, epoch-10000 would come before epoch-9999."""
-    return sorted(folder.glob("epoch-*"), key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints/`, oldest first; a folder of another name is none, and is left alone.
+
+    By number: as text, epoch-10000 would come before epoch-9999.
+    """
+    names = ((_NAME.fullmatch(path.name), path) for path in folder.glob("epoch-*"))
+    return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in names if name)]
 
 
 def _read(folder: Path) -> dict[str, Any]:

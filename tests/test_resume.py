@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import train
-from pipelines import checkpoint, processes
+from pipelines import processes
+from pipelines.checkpoint import checkpoint_folders
 from pipelines.memory import largest_that_fits
 
 import psutil
@@ -42,7 +43,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def newest(run: Path) -> Path:
-    return max((run / "checkpoints").glob("epoch-*"))
+    return checkpoint_folders(run / "checkpoints")[-1]
 
 
 # Within this process: real signals, at chosen steps
@@ -148,9 +149,9 @@ def test_checkpoints_are_in_order_however_many_epochs_and_steps_there_are(tmp_pa
         "epoch-10000-step-100000000",
         "epoch-10000-step-100000001",
     ]
-    for name in sorted(names):
+    for name in (*sorted(names), "epoch-best", "epoch-9999-step-99990000-copy"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoint._oldest_first(tmp_path)] == names
+    assert [path.name for path in checkpoint_folders(tmp_path)] == names
 
 
 @pytest.mark.slow
