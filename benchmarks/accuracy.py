@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tutorial", action="store_true", help="beside tutorial.py; --data has train/ and val/ then")
     options = parser.parse_args()
 
-    recipes = [*(TUTORIAL if options.tutorial else []), *options.recipes]
+    recipes = list(dict.fromkeys([*(TUTORIAL if options.tutorial else []), *options.recipes]))  # each once
     wanted = [(recipe, seed) for seed in range(options.seeds) for recipe in recipes]
     known, rows = _read(options.out), []
     for recipe, seed in tqdm(wanted, unit="run", disable=None):

@@ -28,7 +28,18 @@ def test_the_tutorial_takes_turns_with_the_recipes_and_ignores_their_settings(tm
         return row(recipe, 0.9)
 
     monkeypatch.setattr(accuracy, "_run", run)
-    arguments = ["--recipes", "finetune", "--seeds", "2", "--set", "lr=1", "--tutorial", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--recipes",
+        "finetune",
+        "finetune",
+        "--seeds",
+        "2",
+        "--set",
+        "lr=1",
+        "--tutorial",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
     accuracy.main()
     in_turn = [("tutorial.py finetune", []), ("tutorial.py features", []), ("finetune", ["lr=1"])]
