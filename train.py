@@ -30,7 +30,7 @@ if __name__ == "__main__":
 from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress
 from pipelines.config import Config, dump_yaml, parse_config
-from pipelines.dataset import check_dataset, map_labels, printable
+from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
 from pipelines.evaluation import loss_and_top1, predict, score, validation_row, wilson_interval
 from pipelines.features import FeatureCache, TrainingFeatures
@@ -61,6 +61,7 @@ from pipelines.processes import (
 from pipelines.progress import EpochTable, Interval, StepWatch
 from pipelines.runs import RunFolder, describe_model, new_run_name, versions
 from pipelines.stopping import StopRequest
+from pipelines.text import printable
 from pipelines.tracking import Tracking, describe_run, tracker_names
 
 import numpy as np

@@ -28,6 +28,7 @@ from typing import Any
 
 from pipelines.processes import cpu_cores
 from pipelines.runs import versions
+from pipelines.text import lasting_streams
 
 import torch
 import yaml
@@ -38,6 +39,7 @@ RECIPES = ["tutorial_finetune", "tutorial_features", "finetune", "feature_extrac
 TUTORIAL = {"tutorial.py finetune": "finetune", "tutorial.py features": "features"}
 
 
+@lasting_streams()
 def main() -> None:
     """Parses the command line, runs what is missing, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoint import checkpoint_folders
+from pipelines.text import lasting_streams
 
 import numpy as np
 import psutil
@@ -55,6 +56,7 @@ class Outcome:
     differences: list[str]
 
 
+@lasting_streams()
 def main() -> None:
     """Parses the command line, runs, prints one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

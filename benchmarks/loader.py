@@ -21,6 +21,7 @@ from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, make_engine
 from pipelines.photos import cache_folder, locate
 from pipelines.plan import TrainPlan
 from pipelines.runs import versions
+from pipelines.text import lasting_streams
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torchvision import datasets
 from torchvision import transforms as T
 
 
+@lasting_streams()
 def main() -> None:
     """Parses the command line, measures, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -28,6 +28,7 @@ from pipelines.dataset import Split, _collect, _fingerprint, _write_index, load_
 from pipelines.loader import Loader, Pixels
 from pipelines.plan import TrainPlan, Views
 from pipelines.runs import versions
+from pipelines.text import lasting_streams
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class PathsOnly:
         pass
 
 
+@lasting_streams()
 def main() -> None:
     """Parses the command line, measures, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -25,13 +25,14 @@ if __name__ == "__main__":
 
 from pipelines import figures
 from pipelines.config import GROUPS, SCHEMA, Config, ScriptParser, parse_config
-from pipelines.dataset import Dataset, load_dataset, map_labels, printable, scan_dataset
+from pipelines.dataset import Dataset, load_dataset, map_labels, scan_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.evaluation import confusion_matrix, wilson_interval
 from pipelines.inference import Classifier, Preprocess, find_photos, import_extra, open_onnx, open_run
 from pipelines.model import Weights, read_description, read_run_weights, restore_model
 from pipelines.photos import cache_folder
 from pipelines.processes import cpu_cores, run_script
+from pipelines.text import printable
 
 import numpy as np
 import safetensors.torch

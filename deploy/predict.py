@@ -32,11 +32,11 @@ if __name__ == "__main__":
 
 from pipelines import figures
 from pipelines.config import ScriptParser
-from pipelines.dataset import printable
 from pipelines.errors import UserError
 from pipelines.inference import Answer, Preprocess, find_photos, open_run, view_of_file
 from pipelines.loader import choose_engine
 from pipelines.processes import cpu_cores, run_script, start_processes
+from pipelines.text import check_printed, printable
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> None:
             row = _row(answer, run.classes)
             for write in writers:
                 write(row)
+            check_printed()
             if answer.error:
                 bar.write(f"left out: {printable(answer.path)} ({answer.error})", file=sys.stderr)
             else:

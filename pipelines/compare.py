@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import figures
-from pipelines.dataset import printable
 from pipelines.errors import UserError
 from pipelines.processes import run_script
 from pipelines.runs import RunFolder
+from pipelines.text import check_printed, printable
 
 import yaml
 
@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> None:
     print("\n".join(comparison_table(runs)))
     path = options.figure or options.runs[0].resolve().parent / "comparison.png"
     figures.save_comparison(path, {run.name: run.rows for run in runs})
-    print(f"\nplot: {path}")
+    print(f"\nplot: {path}", flush=True)
+    check_printed()
 
 
 def read_run(folder: Path) -> Run:

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from pipelines.errors import MachineError, UserError
 from pipelines.headers import FAULTS, judge
+from pipelines.text import listed, printable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -112,7 +113,7 @@ class Dataset:
         known = {name for split in self.splits.values() for name in split.classes}
         for split in self.splits.values():
             if absent := sorted(known - {name for name, count in split.class_counts().items() if count}):
-                lines.append(f"{printable(split.name)} has no photo of {_listed(absent)}")
+                lines.append(f"{printable(split.name)} has no photo of {listed(absent)}")
         pairs = [f"{printable(train)} = {printable(val)}" for train, val in self.duplicates]
         faulty = [line for split in self.splits.values() for line in split.faulty_files()]
         if pairs:
@@ -196,8 +197,8 @@ def map_labels(split: Split, classes: Sequence[str]) -> np.ndarray:
     position = {name: index for index, name in enumerate(classes)}
     lookup = np.array([position.get(name, -1) for name in split.classes], np.int32)
     if unknown := [split.classes[label] for label in np.flatnonzero(lookup < 0) if (split.labels == label).any()]:
-        known = _listed(classes)
-        raise UserError(f"split {split.name!r} has classes that the model lacks: {_listed(unknown)}; it knows {known}")
+        known = listed(classes)
+        raise UserError(f"split {split.name!r} has classes that the model lacks: {listed(unknown)}; it knows {known}")
     same = np.array_equal(lookup, np.arange(len(lookup)))
     return split.labels if same else lookup[split.labels]
 
@@ -211,7 +212,7 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     root = printable(dataset.root)
     for name in splits:
         if name not in dataset.splits:
-            raise UserError(f"{root}: no split {name!r}; it has {_listed(list(dataset.splits))}; {_WANTED}")
+            raise UserError(f"{root}: no split {name!r}; it has {listed(list(dataset.splits))}; {_WANTED}")
     bad = [line for name in splits for line in dataset.splits[name].faulty_files()]
     if bad and not skip_bad_files:
         first = "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else "")
@@ -225,11 +226,11 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
             raise UserError(f"{root}: split {name!r} has no photo that can be used; add some")
         if train and (absent := present[name] - train):
             raise UserError(
-                f"{root}: {name!r} has classes without a photo in 'train': {_listed(sorted(absent))}; add some, or "
+                f"{root}: {name!r} has classes without a photo in 'train': {listed(sorted(absent))}; add some, or "
                 f"remove those of {name!r}"
             )
     if train and len(train) < 2:
-        raise UserError(f"{root}: 'train' has photos of one class only, {_listed(list(train))}; two are needed")
+        raise UserError(f"{root}: 'train' has photos of one class only, {listed(list(train))}; two are needed")
 
 
 def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -296,7 +297,7 @@ def _list_csv(file: Path) -> Iterator[tuple[str, str, bytes]]:
             reader = csv.DictReader(text, skipinitialspace=True)
             columns = reader.fieldnames or []
             if missing := {"path", "label"} - set(columns):
-                raise UserError(f"{printable(file)}, line 1: no column {_listed(sorted(missing))}; {_WANTED}")
+                raise UserError(f"{printable(file)}, line 1: no column {listed(sorted(missing))}; {_WANTED}")
             for row in reader:
                 where = f"{printable(file)}, line {reader.line_num}"
                 if None in row:
@@ -478,12 +479,3 @@ def _path_hashes(blob: np.ndarray | bytearray, offsets: np.ndarray | array) -> n
     paths = (_path_at(blob, offsets, row) for row in range(len(offsets) - 1))
     hashes = (int.from_bytes(blake2b(path, digest_size=8).digest(), "little") for path in paths)
     return np.fromiter(hashes, np.uint64, len(offsets) - 1)
-
-
-def printable(text: object) -> str:
-    """On one line, in characters that every terminal takes: a file name may hold anything."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(text))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

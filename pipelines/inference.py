@@ -15,13 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.dataset import Split, photos_below, printable
+from pipelines.dataset import Split, photos_below
 from pipelines.errors import UserError
 from pipelines.headers import FAULTS, MAX_PIXELS, judge
 from pipelines.loader import Engine, make_engine
 from pipelines.model import read_description, read_run_weights, restore_model
 from pipelines.plan import EvalPlan, Views
 from pipelines.processes import cpu_cores
+from pipelines.text import printable
 from pipelines.torch_engine import decoding_error, view_of, window_of
 
 import numpy as np

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipelines.config import Config
-from pipelines.dataset import Split, printable
+from pipelines.dataset import Split
 from pipelines.errors import UserError
 from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share
 from pipelines.processes import cpu_cores, local_world_size
+from pipelines.text import printable
 
 import numpy as np
 import torch

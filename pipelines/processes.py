@@ -22,6 +22,7 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.photos import cache_folder, locate
+from pipelines.text import lasting_streams
 
 import torch
 import torch.distributed as dist
@@ -207,6 +208,7 @@ class Terminated(BaseException):
     """SIGTERM outside the training loop; the launcher sends it, too, when another process has failed."""
 
 
+@lasting_streams()
 def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs a script's main function and turns its errors into one line on stderr and the exit code of the design."""
     before = {number: signal.signal(number, _terminate) for number in STOP_SIGNALS}

@@ -479,7 +479,9 @@ def _git_state(folder: Path) -> tuple[str | None, bool | None]:
 
     def git(*words: str) -> str:
         call = ["git", "-C", str(folder), *words]
-        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            call, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        ).stdout.strip()
 
     with suppress(OSError, subprocess.SubprocessError):
         if not git("rev-parse", "--show-prefix"):  # not a folder inside another repository

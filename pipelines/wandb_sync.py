@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import MachineError
+from pipelines.text import lasting_streams
 
 from filelock import FileLock, Timeout
 
@@ -117,6 +118,7 @@ def is_sent(folder: Path) -> bool:
     return any(folder.glob("*.wandb.synced"))
 
 
+@lasting_streams()
 def main(arguments: list[str]) -> int:
     """Sends what the lives of these runs have left. Returns 0 where nothing is left to send, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.wandb_sync", description=__doc__, allow_abbrev=False)
@@ -199,7 +201,7 @@ def _sync(life: Path, name: str, records: list[Any]) -> None:
         (copy / "files").symlink_to((life / "files").resolve())
         write_records(copy / name, records)
         call = [sys.executable, "-m", "wandb", "sync", str(copy)]
-        done = subprocess.run(call, capture_output=True, text=True)
+        done = subprocess.run(call, capture_output=True, text=True, errors="replace")
         if not is_sent(copy):  # its exit code does not tell
             raise MachineError(f"wandb sync: {done.stdout} {done.stderr}")
 

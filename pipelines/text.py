@@ -1,0 +1,108 @@
+"""Names and lines on their way to a person: any name as printable text, and streams that no print can break."""
+
+import io
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from pipelines.errors import MachineError
+
+_JOINERS = "\u200c\u200d"  # of Persian words and of emoji; they count as not printable
+
+
+def printable(text: object) -> str:
+    """On one line, in characters that every terminal, JSON reader and tracker takes: a file name may hold anything.
+
+    A byte that is not UTF-8 is spelled as in `K\\xe4fer`, so that two names stay apart; control characters are "?".
+    """
+    return "".join(_printable(letter) for letter in str(text))
+
+
+def _printable(letter: str) -> str:
+    if letter.isprintable() or letter in _JOINERS:
+        return letter
+    if "\udc80" <= letter <= "\udcff":  # how os.fsdecode carries such a byte
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return " " if unicodedata.category(letter) == "Zs" else "?"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class LastingStream(io.TextIOWrapper):
+    """stdout or stderr whose encoding takes every character, and whose reader or disk may go.
+
+    error: why nothing reaches it any more, or None.
+    """
+
+    error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._let_go(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        """What is still buffered must go somewhere, or it would fail again at the interpreter's end."""
+        if self.error is not None:
+            return
+        self.error = error
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+        if self is sys.stdout and not isinstance(error, BrokenPipeError):  # `| head` has seen what it wanted
+            print(f"stdout: {error.strerror}: what is printed from here on is lost", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """No print ends a run: not a name that the terminal's encoding lacks, a closed pipe, a full disk, no stream at all.
+
+    A character that the encoding lacks is spelled as Python escapes it.
+    """
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in before.items():
+        setattr(sys, name, _lasting(stream))
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            lasting = getattr(sys, name)
+            if isinstance(lasting, LastingStream) and lasting is not stream:
+                lasting.flush()
+                setattr(sys, name, stream)
+                if stream is not None:
+                    lasting.detach()  # or it would close the stream that it stood for
+
+
+def _lasting(stream: Any) -> Any:
+    if stream is None:  # closed before the start, as by `>&-`; the next file would get its number, and C's prints
+        return LastingStream(open(os.devnull, "wb"), "utf-8", "backslashreplace")
+    if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, LastingStream):
+        return stream  # a notebook's, which takes everything
+    stream.reconfigure(errors="backslashreplace")  # for whoever holds it already
+    with suppress(OSError):
+        stream.flush()
+    options: dict[str, Any] = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return LastingStream(stream.buffer, stream.encoding, "backslashreplace", **options)
+
+
+def check_printed() -> None:
+    """For a script whose results go to stdout: MachineError where they did not get there, as on a full disk."""
+    error = getattr(sys.stdout, "error", None)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise MachineError(f"stdout: {error.strerror}: not all results could be written")
