@@ -26,8 +26,9 @@ from typing import Any
 
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
+from pipelines.files import file_digest
 from pipelines.model import TransferModel
-from pipelines.processes import file_digest, main_first
+from pipelines.processes import main_first
 from pipelines.runs import RunFolder, cannot_save, versions
 
 import torch

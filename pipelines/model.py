@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import re
+import sys
 import urllib.error
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
+from pipelines.files import file_digest
 from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
 
 import numpy as np
@@ -139,18 +142,21 @@ def read_weights(config: Config) -> Weights:
 def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, torch.Tensor]:
     """The tensors of a plain state_dict file for `arch`, on the CPU. UserError where it is not one.
 
-    Read with weights_only=True: a file that would run code is refused, not run.
+    Read with weights_only=True: a file that would run code is refused, not run. Names, shapes and kinds of number are
+    checked, so that nothing of the network stays as it was drawn.
     """
     if not os.path.exists(path):  # unlike Path's, it raises nothing where a folder may not be read
         raise UserError(f"{named}: {path} does not exist: {_WANTED}")
     try:
+        if _grows(path):
+            raise ValueError("its content is packed, as PyTorch does not do")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({str(error)[:160] or type(error).__name__})"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             detail = f" (it asks for {code[1]}: code, which is never run)"
         raise UserError(
-            f"{named}: {path} is not a file that holds tensors and nothing else{detail}: {_WANTED}"
+            f"{named}: {path} is cut off, or not a file that holds tensors and nothing else{detail}: {_WANTED}"
         ) from None
     with torch.device("meta"):
         expected = models.get_model(arch, weights=None).state_dict()
@@ -170,7 +176,21 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
         raise UserError(
             f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {min(wrong)}): {_WANTED}"
         )
+    for name, value in state.items():
+        is_count = name.endswith("num_batches_tracked")
+        if value.layout != torch.strided or not (is_count or value.is_floating_point()):
+            raise UserError(f"{named}: {path} holds {name} as {value.dtype}, {value.layout}: floats are needed")
+        if not is_count and not value.float().isfinite().all():
+            raise UserError(f"{named}: {path} holds {name} with values that are not finite: it comes of a failed run")
     return state
+
+
+def _grows(path: Path) -> bool:
+    """Whether a file of PyTorch's format would take more memory than it has bytes; torch.save packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as packed:
+        return sum(entry.file_size for entry in packed.infolist()) > os.path.getsize(path)
 
 
 def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> TransferModel:
@@ -182,9 +202,9 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
         torch.manual_seed(config.seed)  # for random weights; pretrained ones overwrite what is drawn here
         network = models.get_model(config.arch, weights=None, num_classes=len(classes))
     if weights.state is not None:
-        keep_head = weights.classes == tuple(classes)
-        state = {name: value for name, value in weights.state.items() if keep_head or not name.startswith("fc.")}
-        network.load_state_dict(state, strict=keep_head)
+        # Strict, so that no layer stays random: of the network as it was drawn only a new head is kept.
+        new_head = {} if weights.classes == tuple(classes) else network.fc.state_dict(prefix="fc.")
+        network.load_state_dict({**weights.state, **new_head})
     if weights.classes != tuple(classes):
         _draw_head(network.fc, config.seed if config.head_init == "uniform" else None)
     batchnorm = resolve_batchnorm(config, weights)
@@ -254,16 +274,31 @@ def _draw_head(head: nn.Linear, seed: int | None) -> None:
 
 
 def _imagenet_weights(arch: str) -> Weights:
+    """torchvision's own file, through the folder where torch.hub keeps it; MachineError where it cannot be fetched.
+
+    torch.hub would believe a file that lies there already, and unpickle whatever is in it.
+    """
     default = models.get_model_weights(arch).DEFAULT
+    name = default.url.rsplit("/", 1)[-1]
+    prefix = name.rpartition("-")[2].partition(".")[0]  # of the file's SHA-256, by torch.hub's convention
+    file = Path(torch.hub.get_dir(), "checkpoints", name)
     try:
-        state = default.get_state_dict(progress=True, check_hash=True)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(default.url, str(file), prefix, progress=sys.stderr.isatty())
+        digest = file_digest(file, "sha256")
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
         raise MachineError(
             f"weights: cannot fetch the ImageNet weights of {arch} from {default.url} ({reason}): "
             "give a state_dict file with --weights FILE or the variable DALITUNE_WEIGHTS, or --weights none"
         ) from None
-    return Weights(state, f"imagenet ({default.url.rsplit('/', 1)[-1]})")
+    if not digest.startswith(prefix):
+        raise UserError(
+            f"weights: {file} is cut off or not torchvision's (its SHA-256 begins with {digest[:8]}): delete it, and "
+            "it is fetched again"
+        )
+    return Weights(read_state_dict(file, arch), f"imagenet ({name})")
 
 
 def read_description(run: Path, named: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from pipelines.errors import MachineError, UserError
+from pipelines.files import file_digest
 
 import numpy as np
 import platformdirs
@@ -20,6 +21,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 HYMENOPTERA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
+# From the tutorials' own build, .jenkins/download_data.py in pytorch/tutorials.
+HYMENOPTERA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
 HYMENOPTERA_PHOTOS = {"train/ants": 123, "train/bees": 121, "val/ants": 70, "val/bees": 83}
 TIMEOUT = 20  # seconds, for each single wait on the network
 # The real archive is 47 MB with some 400 entries: one far beyond that is something else.
@@ -91,13 +94,15 @@ def _writable(folder: Path) -> Path:
 def hymenoptera(cache: Path, url: str = HYMENOPTERA_URL) -> Path:
     """CACHE/hymenoptera_data, which holds train/ and val/ of PyTorch's transfer learning tutorial: fetched once.
 
-    MachineError, with nothing left behind, if it cannot be fetched or is not the tutorial's 244 + 153 photos.
+    MachineError, with nothing left behind, if it cannot be fetched or is not the tutorial's archive.
     """
 
     def fetch(folder: Path) -> None:
         archive = folder.with_suffix(".zip")
         try:
             _download(url, archive)
+            if (digest := file_digest(archive, "sha256")) != HYMENOPTERA_SHA256:
+                raise ValueError(f"its SHA-256 is {digest}, not {HYMENOPTERA_SHA256}")
             _unpack(archive, folder.parent)
             if (found := _count_photos(folder)) != HYMENOPTERA_PHOTOS:
                 raise ValueError(f"it holds the photos {found}, not {HYMENOPTERA_PHOTOS}")

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, Stopped, UserError
+from pipelines.files import file_digest
 from pipelines.photos import cache_folder, locate
 from pipelines.text import lasting_streams
 
@@ -156,15 +156,6 @@ def share_file(state: PartialState, path: Path) -> None:
     if missing:
         os.replace(partial, path)
     dist.barrier()
-
-
-def file_digest(path: Path) -> str:
-    """Hex, of a file's content."""
-    digest = blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def start_accelerator(config: Config, state: PartialState, trackers: str | None) -> Accelerator:

@@ -4,10 +4,14 @@ import json
 import os
 import pickle
 import urllib.request
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+from pipelines import model
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
+from pipelines.files import file_digest
 from pipelines.model import (
     STAGES,
     TransferModel,
@@ -410,11 +414,60 @@ def test_without_a_network_one_line_names_the_url_and_what_does_without(offline)
     assert caught.value.exit_code == 3
 
 
-def test_weights_that_torchvision_has_downloaded_need_no_network(tmp_path, offline):
-    folder = tmp_path / "torch" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    torch.save(light_state(), folder / "resnet18-f37072fd.pth")
+@pytest.fixture
+def downloaded(tmp_path, offline, monkeypatch) -> Callable[[object], Path]:
+    """downloaded(content): where torch.hub keeps its files lies a resnet18-f37072fd.pth, and its digest is right."""
+
+    def put(content: object) -> Path:
+        file = tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, file)
+        monkeypatch.setattr(model, "file_digest", lambda *_: "f37072fd" + "0" * 56)
+        return file
+
+    return put
+
+
+def test_weights_that_torchvision_has_downloaded_need_no_network(downloaded):
+    downloaded(light_state())
     weights = read_weights(Config())
     assert weights.source == "imagenet (resnet18-f37072fd.pth)"
     assert torch.equal(weights.state["conv1.weight"], light_state()["conv1.weight"])
     assert weights.classes is None
+
+
+def test_a_file_under_the_name_of_torchvisions_is_read_like_any_other(tmp_path, downloaded, monkeypatch):
+    downloaded(Opens(tmp_path / "mark"))
+    with pytest.raises(UserError, match=r"resnet18-f37072fd.pth .* code, which is never run"):
+        read_weights(Config())
+    assert not (tmp_path / "mark").exists()
+    downloaded({f"backbone.{name}": value for name, value in light_state().items()})
+    with pytest.raises(UserError, match=r"is not a resnet18 in torchvision's layout"):
+        read_weights(Config())
+    monkeypatch.setattr(model, "file_digest", file_digest)
+    with pytest.raises(UserError, match=r"cut off or not torchvision's \(its SHA-256 .*delete it"):
+        read_weights(Config())
+
+
+def test_weights_that_could_not_be_trained_from_are_refused(tmp_path):
+    whole, file = light_state(), tmp_path / "weights.pt"
+    for value, reason in (
+        (torch.full((64,), torch.nan), "bn1.weight with values that are not finite"),
+        (torch.ones(64, dtype=torch.int32), "bn1.weight as torch.int32"),
+        (torch.ones(64).to_sparse(), "bn1.weight as torch.float32, torch.sparse_coo"),
+    ):
+        torch.save(whole | {"bn1.weight": value}, file)
+        with pytest.raises(UserError, match=reason):
+            read_state_dict(file, "resnet18")
+
+
+def test_a_file_that_would_take_far_more_memory_than_it_has_bytes_is_not_opened(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.namelist():
+            packed.writestr(entry, plain.read(entry))
+    with pytest.raises(UserError, match="its content is packed"):
+        read_state_dict(tmp_path / "packed.pt", "resnet18")

@@ -55,6 +55,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
             def log_message(self, *_: object) -> None:
                 pass
 
+        monkeypatch.setattr(photos, "HYMENOPTERA_SHA256", hashlib.sha256(body).hexdigest())
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/photos.zip"
@@ -92,6 +93,13 @@ def test_download_once(tmp_path: Path, serve: Callable[..., str], capfd: pytest.
 
     assert photos.hymenoptera(cache, "http://127.0.0.1:1/gone") == root
     assert capfd.readouterr().err == ""
+
+
+def test_an_archive_that_is_not_the_tutorials_is_never_unpacked(tmp_path, serve, monkeypatch) -> None:
+    url = serve(archive(COUNTS))
+    monkeypatch.setattr(photos, "HYMENOPTERA_SHA256", "0" * 64)
+    monkeypatch.setattr(photos, "_unpack", None)
+    assert_refused(tmp_path, url, "its SHA-256 is ")
 
 
 def test_another_process_was_faster(tmp_path: Path, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
