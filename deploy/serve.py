@@ -55,6 +55,7 @@ _MESSAGES = {
     "broken header": "It begins like a photo, but its header is broken.",
     "truncated": "The photo is cut off: its file ends too early.",
     "damaged": "The photo is damaged.",
+    "too costly to decode": "The photo would take too much time or memory to decode.",
     "too many pixels": f"The photo has more than {MAX_PIXELS // 10**6} million pixels. Make it smaller.",
 }
 

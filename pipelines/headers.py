@@ -1,31 +1,33 @@
 """The only judge of a file, for both engines: its header, its size, its structure and its end. Nothing is decoded."""
 
+import io
 import os
 import re
 import stat
 from hashlib import blake2b
 from typing import BinaryIO
 
-import numpy as np
+from pipelines.structure import EXIF, TOO_COSTLY, fault_of_structure, tags_are_bounded
+
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+MAX_SIDE = 65_535  # pixels, as in JPEG; beyond it sizes of 32 bits would wrap
+_LONG_SIDE = f"a side of more than {MAX_SIDE:,} pixels"
 FAULTS: tuple[str, ...] = (
     *("", "missing", "cannot be read", "not a regular file", "empty file", "not an image of a known format"),
-    *("broken header", "truncated", "too many pixels", "damaged"),
+    *("broken header", "truncated", "too many pixels", "damaged", TOO_COSTLY, _LONG_SIDE),
 )
 MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
+_LARGE_TILE = 1 << 22  # pixels
+_SMALL_PICTURE, _MOST_PIXELS_A_BYTE = 1 << 23, 10_000  # a blank page of a scanner has some thousands
 _EDGE = 4096  # bytes read at a file's start and at its end
 _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<BMP>BM)"
     rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)",
     re.DOTALL,
 )
-# JPEG's markers (ITU-T T.81, B.1), each behind a byte of 0xff.
-_END, _SCAN = 0xD9, 0xDA
-# Between the scans of a picture: Huffman and quantisation tables, number of lines, restart interval, comments, APPn.
-_SEGMENTS = {0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 
 
 def judge(path: bytes) -> tuple[str, tuple[int, int], int]:
@@ -66,52 +68,37 @@ def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> 
     kind = str(match.lastgroup)
     if kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 > byte_size:
         return "truncated", (0, 0)
+    if fault := fault_of_structure(file, kind, head, byte_size):
+        return fault, (0, 0)
     file.seek(0)
-    # Image.open would go on to the further pictures in a phone's JPEG; _is_whole starts where the first's scan does.
+    # Image.open would go on to the further pictures in a phone's JPEG.
     photo = JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
     width, height = photo.size
     if isinstance(photo, TiffImageFile):  # the stored size: photo.size may be the turned one
         width, height = photo.tag_v2[256], photo.tag_v2[257]
     if width * height > MAX_PIXELS:
         return "too many pixels", (0, 0)
-    if fault := _fault_of_body(file, kind, photo, tail, byte_size):
-        return fault, (0, 0)
+    if max(width, height) > MAX_SIDE:
+        return _LONG_SIDE, (0, 0)
+    if kind != "JPEG" and not _is_whole(file, kind, photo, tail, byte_size):
+        return "truncated", (0, 0)
+    if not _is_affordable(photo, byte_size):
+        return TOO_COSTLY, (0, 0)
     if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
         photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
     return "", (width, height) if exif_orientation(photo) >= 5 else (height, width)
 
 
-def _fault_of_body(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> str:
-    """What is wrong behind the header; bytes behind the picture's end do no harm."""
-    if kind == "JPEG":
-        return _fault_of_scans(file.read())  # from the first scan on, where Pillow stopped
-    return "" if _is_whole(file, kind, photo, tail, byte_size) else "truncated"
-
-
-def _fault_of_scans(data: bytes) -> str:
-    """Walks over a JPEG from its first scan's data to its end marker.
-
-    Every decoder gives up at a marker that has no business there, but only where it comes by: DALI, which decodes a
-    window, takes a photo with one crop that it refuses with another. In all other damage decoders see a photo.
-    """
-    values = np.frombuffer(data, np.uint8)
-    before = np.flatnonzero(values[:-1] == 0xFF)
-    codes = values[before + 1]
-    # In coded data 0xff is followed by 0 or is a restart marker; before a marker there may be several.
-    is_marker = (codes != 0) & (codes != 0xFF) & ((codes < 0xD0) | (codes > 0xD7))
-    markers, codes = before[is_marker], codes[is_marker]
-    at, coded = 0, True
-    while (index := int(np.searchsorted(markers, at))) < len(markers):
-        marker, code = int(markers[index]), int(codes[index])
-        if not coded and data[at:marker].strip(b"\xff"):
-            return "damaged"
-        if code == _END:
-            return ""
-        if code != _SCAN and code not in _SEGMENTS:
-            return "damaged"
-        coded = code == _SCAN
-        at = marker + 2 + int.from_bytes(data[marker + 2 : marker + 4], "big")
-    return "truncated" if coded or at + 1 >= len(data) else "damaged"
+def _is_affordable(photo: ImageFile.ImageFile, byte_size: int) -> bool:
+    """Whether the opened photo's decoder keeps time and memory within what its file and its pixels are worth."""
+    width, height = photo.size
+    if photo.tile and photo.tile[0][0] == "bmp_rle":  # decoded in Python, pixel by pixel
+        return False
+    if isinstance(photo, TiffImageFile):
+        tile = photo.tag_v2.get(322, 0) * photo.tag_v2.get(323, 0)  # libtiff makes room for a whole one
+        if tile > width * height + _LARGE_TILE:
+            return False
+    return width * height <= _SMALL_PICTURE or width * height <= _MOST_PIXELS_A_BYTE * byte_size
 
 
 def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> bool:
@@ -154,8 +141,12 @@ def exif_orientation(photo: Image.Image) -> int:
         if isinstance(photo, TiffImageFile):
             orientation = photo.tag_v2.get(0x0112)
         else:
-            exif = Image.Exif()
-            exif.load(photo.info.get("exif", b""))
+            exif, content = Image.Exif(), photo.info.get("exif", b"")
+            if not isinstance(photo, JpegImageFile):  # of a JPEG Pillow has read it as it opened the file
+                tags = content.removeprefix(EXIF)
+                if not tags_are_bounded(io.BytesIO(tags), len(tags)):
+                    return 1
+            exif.load(content)
             orientation = exif.get(0x0112)
     except Exception:  # Pillow's parsers raise many kinds of error on broken data
         return 1

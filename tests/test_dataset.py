@@ -337,15 +337,19 @@ def huge_png(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    # The bytes behind the end make the file as large as so many pixels may be packed.
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"") + bytes(18_000)
 
 
 def test_a_photo_too_large_to_decode_is_refused_from_its_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
-    assert judge(tmp_path, huge_png(MAX_PIXELS // 2 + 1, 2)) == ("too many pixels", (0, 0))
-    assert judge(tmp_path, huge_png(MAX_PIXELS // 2, 2)) == ("", (2, MAX_PIXELS // 2))
+    assert MAX_PIXELS == 14_351 * 12_470
+    assert judge(tmp_path, huge_png(14_351, 12_471)) == ("too many pixels", (0, 0))
+    assert judge(tmp_path, huge_png(14_351, 12_470)) == ("", (12_470, 14_351))
+    assert judge(tmp_path, huge_png(1, 65_535)) == ("", (65_535, 1))
+    assert judge(tmp_path, huge_png(1, 65_536)) == ("a side of more than 65,535 pixels", (0, 0))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert judge(tmp_path, huge_png(2**31 - 1, 2**31 - 1)) == ("too many pixels", (0, 0))
     assert not recwarn.list

@@ -1,0 +1,154 @@
+"""Files of a few bytes that would cost a decoder minutes or gigabytes: refused by the scan, in little time."""
+
+import io
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.headers import judge
+from pipelines.inference import Preprocess, view_of_file
+from pipelines.structure import TOO_COSTLY
+from tests.corpus import encoded
+
+import pytest
+from PIL import Image
+
+MEGABYTES_32 = 32 << 20
+
+
+def segment(code: int, content: bytes) -> bytes:
+    return bytes([0xFF, code]) + struct.pack(">H", len(content) + 2) + content
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    content = encoded(progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * (scans - 9) + b"\xff\xd9"
+
+
+def many_tags(order: str = ">") -> bytes:
+    """A TIFF's directory of 5,000 tags of 60 kB each, which all are the same bytes."""
+    tags = b"".join(struct.pack(f"{order}HHII", number, 7, 60_000, 8) for number in range(1000, 6000))
+    start = b"MM\0*" if order == ">" else b"II*\0"
+    return start + struct.pack(f"{order}IH", 8, 5000) + tags + bytes(4)
+
+
+def large_tile() -> bytes:
+    """A TIFF of 16 x 16 pixels in a tile of 65,520 x 65,520."""
+    values = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: 65_520, 323: 65_520, 324: 8, 325: 100}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + tags + bytes(200)
+
+
+def run_length_bmp() -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, 60_000, 2_000, 1, 8, 1, 1000, 0, 0, 256, 0)
+    deltas = b"\0\2\xff\xff" * 250
+    return b"BM" + struct.pack("<IHHI", 14 + 40 + 1024 + 1000, 0, 0, 14 + 40 + 1024) + header + bytes(1024) + deltas
+
+
+def png(*chunks: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30, 20, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(31 * 20)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def solid(kind: str, side: int, mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (side, side)).save(file, kind, **options)
+    return file.getvalue()
+
+
+JPEG = encoded()
+FILES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "1,800 scans": (lambda: many_scans(1800), TOO_COSTLY),
+    "65 scans": (lambda: many_scans(65), TOO_COSTLY),
+    "64 scans": (lambda: many_scans(64), ""),
+    "empty comments before the picture": (lambda: JPEG[:2] + segment(0xFE, b"") * 8_000_000 + JPEG[2:], TOO_COSTLY),
+    "empty comments between the scans": (lambda: JPEG[:-2] + segment(0xFE, b"") * 8_000_000 + JPEG[-2:], TOO_COSTLY),
+    "a JPEG that goes on with 0xff": (lambda: JPEG[:2] + b"\xff" * MEGABYTES_32 + JPEG[2:], "broken header"),
+    "a JPEG whose pixels are 0xff": (lambda: JPEG[:-2] + b"\xff" * MEGABYTES_32 + JPEG[-2:], ""),
+    "a JPEG of 0xff": (lambda: b"\xff\xd8\xff" + b"\xff" * MEGABYTES_32, "broken header"),
+    "a JPEG of zeros": (lambda: b"\xff\xd8\xff" + bytes(MEGABYTES_32), "broken header"),
+    "a JPEG's fill between segments": (lambda: JPEG[:-2] + segment(0xFE, b"") + b"\xff" * MEGABYTES_32, "damaged"),
+    "EXIF data of 300 MB in 60 kB": (
+        lambda: JPEG[:2] + segment(0xE1, b"Exif\0\0" + many_tags()) + JPEG[2:],
+        TOO_COSTLY,
+    ),
+    "the same, in a PNG": (lambda: png(chunk(b"eXIf", many_tags())), ""),
+    "the same, in a WebP": (lambda: encoded("WEBP", exif=many_tags("<")), ""),
+    "a TIFF of such tags": (lambda: many_tags("<"), TOO_COSTLY),
+    "a TIFF in one tile": (large_tile, TOO_COSTLY),
+    "empty chunks before the pixels": (lambda: png(chunk(b"teXt", b"") * 2_000_000), TOO_COSTLY),
+    "empty chunks of pixels": (lambda: png(chunk(b"IDAT", b"") * 2_000_000), TOO_COSTLY),
+    "a long text before the pixels": (lambda: png(chunk(b"teXt", bytes(70 << 20))), TOO_COSTLY),
+    "a WebP of one colour": (lambda: solid("WEBP", 8_000, lossless=True), TOO_COSTLY),
+    "a small WebP of one colour": (lambda: solid("WEBP", 1_000, lossless=True), ""),
+    "a BMP with run lengths": (run_length_bmp, TOO_COSTLY),
+    "a PPM with a long comment": (
+        lambda: b"P6 #" + b"x" * MEGABYTES_32 + b"\n30 20 255\n" + bytes(1800),
+        "broken header",
+    ),
+}
+
+
+def cost(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of this process, and MiB that its memory was larger than before while it worked."""
+
+    def memory(kind: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux, proc(5))
+    except OSError:
+        pytest.skip("only Linux tells what memory a process took in between")
+    before, start = memory("VmRSS"), time.process_time()
+    work()
+    return time.process_time() - start, memory("VmHWM") - before
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("name", FILES)
+def test_it_is_judged_within_a_second_and_64_megabytes(tmp_path: Path, name: str) -> None:
+    make, expected = FILES[name]
+    path = tmp_path / "photo"
+    path.write_bytes(make())
+    judge(os.fsencode(path))  # the libraries take some memory once
+    found = []
+    seconds, megabytes = cost(lambda: found.append(judge(os.fsencode(path))[0]))
+    assert found == [expected]
+    assert seconds < 1
+    assert megabytes < 64
+
+
+SIDE = 2_896  # pixels: as large as a photo may be whose bytes are hardly any
+ACCEPTED: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: solid("JPEG", SIDE, progressive=True),
+    "png": lambda: solid("PNG", SIDE),
+    "png with transparency": lambda: solid("PNG", SIDE, mode="RGBA"),
+    "16-bit png": lambda: solid("PNG", SIDE, mode="I;16"),
+    "webp": lambda: solid("WEBP", SIDE, lossless=True),
+    "webp with transparency": lambda: solid("WEBP", SIDE, mode="RGBA", lossless=True),
+    "tiff": lambda: solid("TIFF", SIDE, compression="tiff_lzw"),
+    "bmp": lambda: solid("BMP", SIDE),
+    "ppm": lambda: solid("PPM", SIDE),
+}
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_what_is_accepted_takes_bounded_time_and_32_bytes_a_pixel(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "photo"
+    path.write_bytes(ACCEPTED[kind]())
+    assert judge(os.fsencode(path))[:2] == ("", (SIDE, SIDE))
+    preprocess = Preprocess(resize=256, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
+    seconds, megabytes = cost(lambda: view_of_file(str(path), preprocess))
+    assert seconds < 2
+    assert megabytes * 2**20 / SIDE**2 < 32
