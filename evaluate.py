@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     if options.tracker == "wandb":
         check_tracked(options.model)
     state = start_processes()
-    dataset = open_dataset(state, config.data, config.val_fraction)
+    dataset = open_dataset(state, config)
     main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(options.split,)))
     split = dataset.splits[options.split]
     weights = _read_weights(options.model, config.arch, dataset, split)
@@ -93,6 +93,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--tracker", choices=("wandb", "none"), default="none", help="wandb: add test/* to the run's summary"
     )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="where pictures go (default: the run's figures/)")
+    parser.add_argument("--class-names", help="top or path (default: the run's, or top)")
     parser.add_argument("--arch", help="of a bare state_dict (default: resnet18)")
     parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
     parser.add_argument("--resize", help="shorter side before the central crop (default: the run's, or 256)")
@@ -109,7 +110,7 @@ def _read_config(options: argparse.Namespace) -> Config:
     recipe, description = options.model / "config.yaml", options.model / "model.json"
     if options.data is None and description.exists():
         options.data = read_description(options.model, "model").get("data")
-    keys = ("data", "arch", "image_size", "resize", "loader", "eval_batch_per_device", "skip_bad_files")
+    keys = ("data", "class_names", "arch", "image_size", "resize", "loader", "eval_batch_per_device", "skip_bad_files")
     given = [f"--{key}={value}" for key in keys if (value := getattr(options, key)) is not None]
     config, _ = parse_config([f"--config={recipe}", *given] if recipe.exists() else given)
     return config

@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
     # Config, data, weights, launcher: checked in this order, before a model or a run folder is made.
     config, recipe = parse_config(arguments)
     state = start_processes()
-    dataset = open_dataset(state, config.data, config.val_fraction)
+    dataset = open_dataset(state, config)
     main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
     classes = dataset.splits["train"].classes
     weights = main_then_others(state, partial(read_weights, config))

@@ -142,8 +142,8 @@ def _own_dataset(description: Mapping[str, Any], config: Config | None) -> Datas
     data = str(description.get("data", ""))
     if not data or not os.path.exists(data):
         return None
-    fraction = config.val_fraction if config else SCHEMA["val_fraction"]["default"]
-    dataset = load_dataset(scan_dataset(Path(data), cache_folder(), fraction))
+    chosen = [getattr(config, key, SCHEMA[key]["default"]) for key in ("val_fraction", "class_names")]
+    dataset = load_dataset(scan_dataset(Path(data), cache_folder(), *chosen))
     if dataset.fingerprint != description.get("dataset_fingerprint"):
         print(f"{printable(data)}: the photos have changed since the training", file=sys.stderr)
     return dataset

@@ -68,6 +68,9 @@ class Config:
     DALITUNE_DATA, or else the ants-and-bees photos, downloaded once"""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """share set aside for validation; used only where there is no val split"""
+    class_names: Literal["top", "path"] = "top"
+    """what a class is in a folder of folders of folders: the first one in its split with all below it, or the path of
+    each one that has photos"""
     skip_bad_files: bool = False
     """leave out files that cannot be read, instead of stopping"""
 
@@ -176,7 +179,7 @@ SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["propertie
 
 GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
-    "Data": ["data", "val_fraction", "skip_bad_files"],
+    "Data": ["data", "val_fraction", "class_names", "skip_bad_files"],
     "Images": ["image_size", "resize", "crop_scale_min", "flip_probability", "views_per_photo"],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],

@@ -1,10 +1,9 @@
 """The index: a folder or a CSV file of labelled photos becomes arrays, by one scan of the headers, which is cached.
 
-ROOT/<split>/<class>/* is read as torchvision.datasets.ImageFolder reads it. The scan is the only judge of a file for
-both engines (`headers`), and a later scan opens only new and changed files.
+What a folder or a CSV file means, `layout` says. The scan is the only judge of a file for both engines (`headers`), and
+a later scan opens only new and changed files.
 """
 
-import csv
 import filecmp
 import json
 import os
@@ -13,27 +12,25 @@ import tempfile
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pipelines.errors import MachineError, UserError
 from pipelines.headers import FAULTS, judge
+from pipelines.layout import WANTED, Findings, Photo, list_csv, list_folder
 from pipelines.text import listed, printable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-EXTENSIONS: tuple[str, ...] = IMG_EXTENSIONS
-_LAYOUT = [1, *FAULTS]  # an index of another layout, or with other faults, is made anew
-_WANTED = "give a folder with train/CLASS/* or CLASS/* in it, or a CSV file path,label[,split]"
+_LAYOUT = [2, *FAULTS]  # an index of another layout, or with other faults, is made anew
 _FACTS = ("sizes", "faults", "byte_sizes", "mtimes", "signatures")  # the columns that come out of the files themselves
 Table = dict[str, np.ndarray]  # columns by name, one row per photo, split after split
 
@@ -90,6 +87,7 @@ class Dataset:
     fingerprint: hex, of the paths below `root`, labels, class names and byte sizes; not of times, place or machine.
     duplicates: (train path, val path) below `root`, the same bytes; a val photo stands here once at most.
     val_fraction: the share of "train" that was set aside as "val"; None where the data has a "val" of its own.
+    findings: how the data was read.
     """
 
     data: Path
@@ -98,10 +96,11 @@ class Dataset:
     fingerprint: str
     duplicates: list[tuple[str, str]]
     val_fraction: float | None
+    findings: Findings
 
     def report(self) -> list[str]:
         """What a person should know of the data before a run, in lines."""
-        lines = [f"data: {printable(self.root)} (fingerprint {self.fingerprint})"]
+        lines = [f"data: {printable(self.root)} (fingerprint {self.fingerprint})", *self.findings.lines()]
         for split in self.splits.values():
             counts = split.class_counts()
             each = ", ".join(f"{printable(name)} {count}" for name, count in counts.items())
@@ -124,27 +123,30 @@ class Dataset:
         return lines
 
 
-def scan_dataset(data: Path, cache: Path, val_fraction: float) -> Path:
+def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str = "top") -> Path:
     """Reads the headers of the photos of a folder or a CSV file; returns the index file, for `load_dataset`.
 
     The index is kept in cache/scan. Only files that are new to it, or of another byte size or time, are opened; where
     nothing has changed it is left as it is. Where there is "train" and no "val", `val_fraction` of each class of
-    "train" becomes "val". Raises UserError where `data` is not made of labelled photos, MachineError where `cache`
-    cannot be written.
+    "train" becomes "val". class_names: "top" or "path", as in `layout.list_folder`. Raises UserError where `data` is
+    not made of labelled photos, MachineError where `cache` cannot be written.
     """
     data = Path(os.path.abspath(os.path.expanduser(data)))
     is_folder = os.path.isdir(data)
     if not is_folder and os.path.exists(data) and not os.path.isfile(data):  # reading a pipe would wait for ever
-        raise UserError(f"{printable(data)}: neither a folder nor a file; {_WANTED}")
+        raise UserError(f"{printable(data)}: neither a folder nor a file; {WANTED}")
     root = os.fsencode(data if is_folder else data.parent)
+    findings = Findings()
     try:
-        table, splits, divided = _collect(_list_folder(data) if is_folder else _list_csv(data), val_fraction)
+        photos = list_folder(data, class_names, findings) if is_folder else list_csv(data, findings)
+        table, splits, divided = _collect(photos, val_fraction)
     except OSError as error:
-        raise UserError(f"{printable(error.filename or data)}: cannot be read ({error.strerror}); {_WANTED}") from None
+        raise UserError(f"{printable(error.filename or data)}: cannot be read ({error.strerror}); {WANTED}") from None
     if not splits:
-        raise UserError(f"{printable(data)}: no photos in it; {_WANTED}")
+        raise UserError(f"{printable(data)}: no photos in it; {WANTED}")
 
-    name = blake2b(os.fsencode(data) + repr(val_fraction).encode(), digest_size=16).hexdigest()
+    chosen = repr(val_fraction) + ("" if class_names == "top" else class_names)
+    name = blake2b(os.fsencode(data) + chosen.encode(), digest_size=16).hexdigest()
     index_file = cache / "scan" / f"{name}.safetensors"
     known_header, known = dict[str, Any](), Table()
     with suppress(SafetensorError, OSError, KeyError, ValueError):
@@ -158,6 +160,7 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float) -> Path:
         "splits": splits,
         "val_fraction": val_fraction if divided else None,
         "fingerprint": _fingerprint(table, splits),
+        "findings": asdict(findings),
     }
     if header != known_header or not all(np.array_equal(column, known[name]) for name, column in table.items()):
         table["duplicates"] = _duplicates(root, table, {name: count for name, _, count in splits})
@@ -184,7 +187,13 @@ def load_dataset(index_file: Path) -> Dataset:
     paths = [os.fsdecode(_path_at(blob, offsets, row)) for row in table["duplicates"].ravel()]
     duplicates = list(zip(paths[::2], paths[1::2], strict=True))
     return Dataset(
-        Path(header["data"]), Path(header["root"]), splits, header["fingerprint"], duplicates, header["val_fraction"]
+        Path(header["data"]),
+        Path(header["root"]),
+        splits,
+        header["fingerprint"],
+        duplicates,
+        header["val_fraction"],
+        Findings(**header["findings"]),
     )
 
 
@@ -212,7 +221,7 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     root = printable(dataset.root)
     for name in splits:
         if name not in dataset.splits:
-            raise UserError(f"{root}: no split {name!r}; it has {listed(list(dataset.splits))}; {_WANTED}")
+            raise UserError(f"{root}: no split {name!r}; it has {listed(list(dataset.splits))}; {WANTED}")
     bad = [line for name in splits for line in dataset.splits[name].faulty_files()]
     if bad and not skip_bad_files:
         first = "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else "")
@@ -233,97 +242,7 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
         raise UserError(f"{root}: 'train' has photos of one class only, {listed(list(train))}; two are needed")
 
 
-def _list_folder(root: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Split, class and path below `root` of each photo."""
-    folders = _subfolders(root)
-    below_root = len(os.path.join(root, ""))
-    if {"train", "val", "test"} & set(folders):
-        # What macOS packs into its archives and what begins with a dot is beside the photos, not of them.
-        folders = [name for name in folders if name != "__MACOSX" and not name.startswith(".")]
-    else:
-        folders = [""]
-    for split in folders:
-        folder = root / split
-        strict = split in ("", "train", "val")  # any other folder beside the splits may hold anything
-        try:
-            classes = _subfolders(folder)
-        except PermissionError:
-            if strict or split == "test":
-                raise
-            continue  # as a disk's lost+found
-        if strict and not classes:
-            raise UserError(f"{printable(folder)}: no class folders in it; {_WANTED}")
-        for name in classes:
-            photos = photos_below(str(folder / name))
-            if strict and not photos:
-                raise UserError(
-                    f"{printable(folder / name)}: a class without photos ({', '.join(EXTENSIONS)}); add some, or "
-                    "remove the folder"
-                )
-            for path in photos:
-                yield split or "train", name, os.fsencode(path[below_root:])
-
-
-def photos_below(folder: str) -> list[str]:
-    """The paths that torchvision's `make_dataset` finds in a class folder, in its order.
-
-    That passes over a subfolder which it may not read, and follows links round in circles: here both are errors.
-    """
-
-    def refuse(error: OSError) -> NoReturn:
-        raise error
-
-    found, real_paths = [], dict[str, tuple[str, ...]]()  # of each folder: its own real path, behind those above it
-    for below, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real, above = os.path.realpath(below), real_paths.get(os.path.dirname(below), ())
-        if real in above:
-            raise UserError(f"{printable(below)}: a link to a folder that holds it; remove the link")
-        real_paths[below] = (*above, real)
-        found.append((below, sorted(name for name in names if name.lower().endswith(EXTENSIONS))))
-    return [os.path.join(below, name) for below, names in sorted(found) for name in names]
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
-
-
-def _list_csv(file: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Split, class and path below the file's folder of each row."""
-    below_folder = os.path.join(file.parent, "")
-    seen: set[bytes] = set()
-    with open(file, newline="", encoding="utf-8-sig") as text:
-        try:
-            reader = csv.DictReader(text, skipinitialspace=True)
-            columns = reader.fieldnames or []
-            if missing := {"path", "label"} - set(columns):
-                raise UserError(f"{printable(file)}, line 1: no column {listed(sorted(missing))}; {_WANTED}")
-            for row in reader:
-                where = f"{printable(file)}, line {reader.line_num}"
-                if None in row:
-                    raise UserError(f"{where}: more values than columns; put a value with a comma between quotes")
-                for column in ("path", "label", "split"):
-                    value = row.get(column) or ""
-                    if "\0" in value:
-                        raise csv.Error("line contains NUL")  # as the reader of Python 3.10 says by itself
-                    if column in columns and not value.strip():
-                        raise UserError(f"{where}: the {column} is empty; fill it in, or remove the line")
-                full = os.path.normpath(os.path.join(below_folder, row["path"]))
-                path = os.fsencode(full[len(below_folder) :])
-                if not full.startswith(below_folder):
-                    raise UserError(
-                        f"{where}: {printable(row['path'])} is not in the folder of the CSV file; move it there"
-                    )
-                if path in seen:
-                    told = f"{printable(row['path'])} stands in an earlier line too; keep one of them"
-                    raise UserError(f"{where}: {told}")
-                seen.add(path)
-                yield row.get("split", "train").strip(), row["label"].strip(), path
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{printable(file)}: not a CSV file in UTF-8 ({printable(error)}); {_WANTED}") from None
-
-
-def _collect(photos: Iterable[tuple[str, str, bytes]], val_fraction: float) -> tuple[Table, list[list[Any]], bool]:
+def _collect(photos: Iterable[Photo], val_fraction: float) -> tuple[Table, list[list[Any]], bool]:
     """The table of all photos, split after split; [name, classes, number of photos] of each split; whether "val" was
     taken from "train". No Python object per photo is kept, since there may be millions."""
     numbers: dict[tuple[str, str], int] = {}  # of (split, class), as they come

@@ -19,6 +19,19 @@ FAULTS: tuple[str, ...] = (
     *("", "missing", "cannot be read", "not a regular file", "empty file", "not an image of a known format"),
     *("broken header", "truncated", "too many pixels", "damaged", TOO_COSTLY, _LONG_SIDE),
 )
+# Of files in folders, in lower case; the content says what a file is, whatever its ending.
+ENDINGS: tuple[str, ...] = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's, in its order
+    *(".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".dib", ".apng", ".pnm", ".pbm"),
+)
+# Pictures whose formats are not read, each with what can be done.
+UNREAD_ENDINGS: dict[str, str] = dict.fromkeys(
+    (
+        *(".heic", ".heif", ".hif", ".avif", ".gif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".ico"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".exr", ".hdr", ".dcm"),
+    ),
+    "save them as JPEG or PNG",
+)
 MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
 _LARGE_TILE = 1 << 22  # pixels
 _SMALL_PICTURE, _MOST_PIXELS_A_BYTE = 1 << 23, 10_000  # a blank page of a scanner has some thousands

@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.dataset import Split, photos_below
+from pipelines.dataset import Split
 from pipelines.errors import UserError
 from pipelines.headers import FAULTS, MAX_PIXELS, judge
+from pipelines.layout import Findings, photos_below
 from pipelines.loader import Engine, make_engine
 from pipelines.model import read_description, read_run_weights, restore_model
 from pipelines.plan import EvalPlan, Views
@@ -234,15 +235,16 @@ def read_preprocess(description: Mapping[str, Any], source: str) -> Preprocess:
 
 
 def find_photos(given: Sequence[str]) -> list[str]:
-    """The files that are given, and the photos in the folders that are given, by their endings, at any depth.
+    """The files that are given, and the pictures in the folders that are given, by their endings, at any depth.
 
+    Those of formats that are not read are among them, for their answers to say so. Hidden files and the like are not.
     UserError where a folder cannot be read or there is no photo in it. A file that is missing is told by its answer.
     """
     paths = []
     for path in given:
         if os.path.isdir(path):
             try:
-                found = photos_below(path)
+                found = photos_below(path, Findings(), unread=True)
             except OSError as error:
                 raise UserError(f"{printable(error.filename or path)}: cannot be read ({error.strerror})") from None
             if not found:

@@ -104,12 +104,12 @@ def _wait_for_readers(store: dist.Store, key: str, readers: int) -> None:
         time.sleep(_POLL_SECONDS / 10)
 
 
-def open_dataset(state: PartialState, data: str | None, val_fraction: float) -> Dataset:
+def open_dataset(state: PartialState, config: Config) -> Dataset:
     """The photos that the setting `data` means, found and scanned by the main process, once for all."""
 
     def scan() -> str:
         cache = cache_folder()
-        return str(scan_dataset(locate(data, cache), cache, val_fraction))
+        return str(scan_dataset(locate(config.data, cache), cache, config.val_fraction, config.class_names))
 
     index = Path(main_first(state, scan))
     share_file(state, index)

@@ -164,7 +164,7 @@ def _faulty() -> dict[str, Specimen]:
         "avif.jpg": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"\0" * 500,
         "zeros.jpg": b"\0" * 5000,
         "start marker alone.jpg": b"\xff\xd8",
-        "._apple double.jpg": b"\0\5\x16\7\0\2\0\0Mac OS X        " + b"\0" * 200,
+        "apple double.jpg": b"\0\5\x16\7\0\2\0\0Mac OS X        " + b"\0" * 200,
     }
     broken = {
         "bmp in name only.bmp": b"BM, not a bitmap",
@@ -232,8 +232,8 @@ FAULTY: dict[str, Specimen] = _faulty()
 BROKEN_INSIDE: dict[str, Specimen] = _broken_inside()
 ZOO: dict[str, Specimen] = SOUND | FAULTY | BROKEN_INSIDE
 
-# What systems leave behind in folders; ImageFolder passes over it, since none has a photo's ending.
-LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", ".hidden", ".nomedia", "notes.txt", "clip.mp4", "photo.heic")
+# What systems leave behind in folders, and other files: none is taken for a photo.
+LITTER = (".DS_Store", "._0.jpg", "Thumbs.db", ".hidden", ".nomedia", "notes.txt", "clip.mp4", "photo.heic")
 
 # Names that are allowed, for classes and, with ".jpg" behind them, for photos. Linux allows 255 bytes.
 ODD_NAMES: tuple[bytes, ...] = (

@@ -51,7 +51,7 @@ def main(arguments):
         data=photos, runs=str(folder / "runs"), image_size=64, resize=72, eval_batch_per_device=2, loader="torch",
         tracker="wandb",
     )
-    dataset = open_dataset(state, config.data, config.val_fraction)
+    dataset = open_dataset(state, config)
     found["fingerprint"] = dataset.fingerprint
 
     # The main process takes longer than any collective may last.
