@@ -30,7 +30,7 @@ from pipelines.model import Weights, read_description, read_run_weights, read_st
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.runs import replacing
 from pipelines.torch_engine import central_views
-from pipelines.tracking import add_to_summary, check_tracked
+from pipelines.wandb_tracker import add_to_summary, check_tracked
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
     _check_writable(folder, options.json)
     if options.tracker == "wandb":
-        check_tracked(options.model)
+        names = check_tracked(options.model, config)
     state = start_processes()
     dataset = open_dataset(state, config)
     main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(options.split,)))
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
     if options.tracker == "wandb":
         top5 = {"test/top5": scores.topk[5]} if 5 in scores.topk and len(classes) > 5 else {}
         found = {"test/loss": scores.loss, "test/top1": scores.top1, **top5, "test/ece": scores.ece}
-        add_to_summary(options.model, config, found | {"test/photos": scores.count, "test/split": options.split})
+        add_to_summary(options.model, names, found | {"test/photos": scores.count, "test/split": options.split})
     print(f"confusion matrix: {matrix}\npredictions:      {grid}")
 
 

@@ -62,7 +62,8 @@ from pipelines.progress import EpochTable, Interval, StepWatch
 from pipelines.runs import RunFolder, describe_model, new_run_name, versions
 from pipelines.stopping import StopRequest
 from pipelines.text import printable
-from pipelines.tracking import Tracking, describe_run, tracker_names
+from pipelines.tracker_settings import check_tracker
+from pipelines.tracking import Tracking, describe_run
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ def main(arguments: list[str]) -> None:
     # Config, data, weights, launcher: checked in this order, before a model or a run folder is made.
     config, recipe = parse_config(arguments)
     state = start_processes()
+    main_first(state, partial(check_tracker, config))
     dataset = open_dataset(state, config)
     main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
     classes = dataset.splits["train"].classes
@@ -88,7 +90,7 @@ def main(arguments: list[str]) -> None:
     if config.batchnorm == "sync" and state.device.type != "cuda":
         raise UserError("batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: give train or frozen")
     engine, reason = choose_engine(config.loader, state.device)
-    accelerator = start_accelerator(config, state, tracker_names(config))
+    accelerator = start_accelerator(config, state, None if config.tracker == "none" else config.tracker)
 
     name = config.run or main_first(state, lambda: new_run_name(recipe))
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
@@ -221,11 +223,17 @@ def main(arguments: list[str]) -> None:
                 watch.stop = True
                 stop_if_asked()
             row = {"epoch": epoch, "global_step": at.global_step, **validation_row(records, len(classes))}
-            run.append_metrics(row)
-            tracking.log(row, records, hold=at.global_step == last_step)
-            if row["val/top1"] > at.best["val/top1"] and math.isfinite(row["val/loss"]):  # a tie keeps the earlier
+            is_best = row["val/top1"] > at.best["val/top1"] and math.isfinite(
+                row["val/loss"]
+            )  # a tie keeps the earlier
+            if is_best:
                 *_, correct = loss_and_top1(records)
                 at.best = row | {"correct": correct, "count": len(records)}
+            if at.best["epoch"]:  # a sweep stops by it
+                row["best/val_top1"] = at.best["val/top1"]
+            run.append_metrics(row)
+            tracking.log(row, records, hold=at.global_step == last_step)
+            if is_best:
                 run.save_best(network.network, describe_model(config, dataset, at.best))
                 tracking.log_best(at.global_step)
             at.epoch = epoch
@@ -254,7 +262,7 @@ def main(arguments: list[str]) -> None:
         if is_stop and state.is_main_process:
             run.stop_file.unlink(missing_ok=True)  # it has been answered
         if tracking:
-            tracking.stopped() if is_stop else tracking.abandon(ending.exit_code)
+            tracking.stopped(ending.line) if is_stop else tracking.abandon(ending.exit_code, ending.line)
         raise
     finally:
         table.close()

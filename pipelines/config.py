@@ -149,14 +149,18 @@ class Config:
 
     log_every: Annotated[int, Field(ge=1)] = 50
     """steps per training row"""
-    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
-    """where metrics go besides metrics.jsonl"""
+    tracker: Literal[
+        "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "none"
+    ] = "wandb"
+    """where metrics go besides metrics.jsonl: one of Accelerate's trackers"""
     project: Text | None = None
-    """the tracker's project; null: WANDB_PROJECT, or else dalitune"""
+    """the tracker's project, W&B's with or without `ENTITY/`; null: WANDB_PROJECT, or else dalitune"""
     tags: Text | None = None
     """W&B tags of the run, with commas between; null: WANDB_TAGS"""
     group: Text | None = None
     """W&B group of the run; null: WANDB_RUN_GROUP"""
+    alerts: bool = False
+    """have W&B send an alert when the run ends, fails or is stopped to be requeued"""
     log_model: Literal["never", "best", "end"] = "best"
     """when the best weights go to W&B: each time they improve, once at the end, or never"""
 
@@ -196,7 +200,7 @@ GROUPS = {
         "warmup_epochs",
     ],
     "Evaluation": ["eval_batch_per_device"],
-    "Logging": ["log_every", "tracker", "project", "tags", "group", "log_model"],
+    "Logging": ["log_every", "tracker", "project", "tags", "group", "alerts", "log_model"],
 }
 
 

@@ -27,10 +27,13 @@ _OWN_FILES = ("config.yaml", "status.json")
 # Settings that do not change what is learned.
 _MAY_CHANGE = {
     *("run", "runs", "overwrite", "prepare", "epochs", "checkpoint_minutes"),
-    *("tracker", "project", "tags", "group", "log_model"),
+    *("tracker", "project", "tags", "group", "alerts", "log_model"),
     *("loader", "loader_threads", "prefetch", "eval_batch_per_device"),
 }
-_LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow", "nvidia-dali-cuda130")
+_LIBRARIES = (
+    *("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow"),
+    *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),  # one of them, by the driver
+)
 
 
 def new_run_name(recipe: str) -> str:

@@ -18,8 +18,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import MachineError
+from pipelines.config import Config
+from pipelines.errors import MachineError, UserError
 from pipelines.text import lasting_streams
+from pipelines.tracker_settings import wandb_names
 
 from filelock import FileLock, Timeout
 
@@ -124,11 +126,17 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.wandb_sync", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    runs = parser.parse_args(arguments).runs
+    try:
+        wandb_names(Config())  # a variable that W&B does not take ends it with a trace
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     if not has_key():
         print("no key for W&B here: wandb login", file=sys.stderr)
         return 1
     all_sent = True
-    for run in parser.parse_args(arguments).runs:
+    for run in runs:
         if (run / ID_FILE).is_file():
             all_sent = send_run(run) and all_sent
     return 0 if all_sent else 1

@@ -35,7 +35,7 @@ from pipelines.loader import eval_loader
 from pipelines.model import TransferModel, average_batchnorm_statistics, batchnorms
 from pipelines.processes import main_first, open_dataset, run_script, share_file, start_accelerator, start_processes
 from pipelines.runs import RunFolder
-from pipelines.tracking import Tracking, tracker_names
+from pipelines.tracking import Tracking
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ def main(arguments):
     found["untouched"] = mine.stat().st_mtime_ns == before
     state.local_process_index = rank
 
-    accelerator = start_accelerator(config, state, tracker_names(config))
+    accelerator = start_accelerator(config, state, "wandb")
     torch.manual_seed(0)
     network = TransferModel(resnet18(num_classes=3), frozen_stages=0, batchnorm="train")
     for number, module in enumerate(batchnorms(network)):

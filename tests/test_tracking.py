@@ -22,7 +22,8 @@ from pipelines.config import Config, parse_config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import UserError
 from pipelines.runs import RunFolder, new_run_name
-from pipelines.tracking import Tracking, tracker_names
+from pipelines.tracker_settings import TrackerNames, check_tracker, tracker_names
+from pipelines.tracking import Tracking
 from pipelines.wandb_sync import has_key, history_row, life_folders, read_records
 
 import psutil
@@ -33,6 +34,7 @@ from accelerate import Accelerator
 from test_train import ROOT
 from wandb_server_standin import KEY, StandInServer
 
+SWEEP = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
 LATER = "send the run later with: python -m pipelines.wandb_sync"
 TRAINING = ["--image-size", "64", "--resize", "72", "--weights", "none", "--freeze", "none", "--batchnorm", "train"]
 TRAINING += ["--batch-size", "4"]
@@ -85,7 +87,8 @@ class Life:
         self.run = RunFolder(folder)
         rows = [row for row in self.run.read_metrics() if row["global_step"] <= checkpoint]
         self.run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        accelerator = Accelerator(cpu=True, log_with=tracker_names(config), project_dir=config.runs)
+        log_with = None if config.tracker == "none" else config.tracker
+        accelerator = Accelerator(cpu=True, log_with=log_with, project_dir=config.runs)
         self.tracking = Tracking(accelerator, config, self.run, dataset, {"world_size": 1})
         self.at = checkpoint
 
@@ -104,6 +107,10 @@ class Life:
 
     def finish(self) -> None:
         self.tracking.finish({"best/val_top1": 0.75})
+
+    @property
+    def run_id(self) -> str:
+        return (self.run.folder / "wandb_id").read_text()
 
 
 def rows_until(last: int) -> list[dict[str, Any]]:
@@ -180,6 +187,7 @@ def test_the_mode_of_the_environment(folder, dataset, capfd, monkeypatch, mode):
 
 def test_wandbs_own_variables_are_respected_and_flags_win_over_them(folder, dataset, monkeypatch, tmp_path):
     variables = {"PROJECT": "p", "TAGS": "x,y", "RUN_GROUP": "g", "NAME": "n", "DIR": tmp_path, "RUN_ID": "fromagent"}
+    variables |= {"SWEEP_ID": "s"}
     for name, value in variables.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     Life(folder, dataset).finish()
@@ -188,6 +196,8 @@ def test_wandbs_own_variables_are_respected_and_flags_win_over_them(folder, data
     run = next(record.run for record in records_of(life) if record.WhichOneof("record_type") == "run")
     assert (run.project, list(run.tags), run.run_group, run.display_name) == ("p", ["x", "y"], "g", "n")
 
+    monkeypatch.delenv("WANDB_SWEEP_ID")  # in a sweep W&B takes the sweep's project
+    wandb.teardown()  # as in another process
     monkeypatch.setenv("WANDB_RUN_ID", "another")  # the run has its id for life
     time.sleep(1.1)  # the folders of W&B are named by the second
     Life(folder, dataset, project="q", tags="a, b", group="h").finish()
@@ -327,7 +337,7 @@ def test_a_full_disk_is_said_and_costs_nothing_else(folder, dataset, capfd, monk
 def test_online_a_run_is_created_and_streamed(folder, dataset, capfd, server):
     life = Life(folder, dataset, tags="a,b", group="g").steps(12)
     deadline = time.monotonic() + 10
-    while len(server.run(life.tracking._wandb.id)["history"]) < 3 and time.monotonic() < deadline:
+    while len(server.run(life.run_id)["history"]) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     run_id = (folder / "wandb_id").read_text()
     assert server.runs[run_id]["history"]  # while it runs
@@ -532,10 +542,12 @@ def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
     assert all(training | {"epoch"} <= row.keys() for row in found["history"])
     evaluated = [row["global_step"] for row in found["history"] if "val/loss" in row]
     assert evaluated == [6, 12, 18]
-    evaluation = {"val/loss", "val/top1", "val/top5", "val/ece", "predictions.path"}
+    evaluation = {"val/loss", "val/top1", "val/top5", "val/ece", "predictions.path", SWEEP["metric"]["name"]}
     assert all(evaluation <= row.keys() for row in found["history"] if row["global_step"] in evaluated)
     assert all(row["grad_norm"] > 0 for row in found["history"])
     best = max(rows.values(), key=lambda row: row.get("val/top1", -1))
+    so_far = [row["best/val_top1"] for row in found["history"] if "val/top1" in row]
+    assert so_far == [max(rows[step]["val/top1"] for step in evaluated[: n + 1]) for n in range(3)], "to stop early by"
     assert (found["summary"]["best/val_top1"], found["summary"]["best/epoch"]) == (best["val/top1"], best["epoch"])
 
     # The pictures, and the same photos in each table.
@@ -641,7 +653,7 @@ def test_a_key_that_wandb_login_has_stored_is_found(monkeypatch, tmp_path):
 def test_what_an_agent_of_the_sweep_starts_is_accepted(monkeypatch):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    sweep = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
+    sweep = SWEEP
     assert (ROOT / sweep["program"]).is_file()
     chosen = {}
     for name, parameter in sweep["parameters"].items():
@@ -678,15 +690,139 @@ def test_tensorboard_has_every_row_once_in_the_runs_folder_after_a_resume_too(fo
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
-def test_tensorboard_that_is_not_installed_is_the_users_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="tensorboard is not installed: pip install tensorboard"):
-        tracker_names(Config(tracker="tensorboard"))
-    assert tracker_names(Config(tracker="wandb")) == "wandb"
+def test_another_of_accelerates_trackers_has_settings_and_every_row_of_each_life(
+    folder, dataset, capfd, monkeypatch, tmp_path
+):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny, of the dev group, is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    check_tracker(Config(tracker="mlflow", project="p"))
+    Life(folder, dataset, tracker="mlflow", project="p").steps(8).tracking.stopped()
+    Life(folder, dataset, checkpoint=4, tracker="mlflow", project="p").steps(12).finish()
+    assert capfd.readouterr().err.count("tracking has stopped") == 0
+    client = mlflow.MlflowClient()
+    runs = client.search_runs(
+        [client.get_experiment_by_name("p").experiment_id], order_by=["attributes.start_time ASC"]
+    )
+    assert [run.info.run_name for run in runs] == ["one", "one"]
+    assert all(run.data.params["lr"] == "0.01" and run.info.status == "FINISHED" for run in runs)
+    for run, last in zip(runs, (8, 12), strict=True):
+        history = {key: client.get_metric_history(run.info.run_id, key) for key in ("val/top1", "train/loss")}
+        assert [(each.step, each.value) for each in history["val/top1"]] == [
+            (step, step / 100) for step in range(4, last + 1, 4)
+        ]
+        assert [each.step for each in history["train/loss"]] == list(range(2, last + 1, 2))
+
+
+def test_a_tracker_that_asks_for_a_key_is_left_behind(folder, dataset, capfd, monkeypatch):
+    def asking(*_: object) -> None:  # stands in for Comet and others without a key
+        input("key: ")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", asking)
+    Life(folder, dataset, tracker="tensorboard").steps(4).finish()
+    assert one_line(capfd).startswith("tracking has stopped (")
 
 
 def test_no_tracker_makes_nothing(folder, dataset, capfd):
-    assert tracker_names(Config(tracker="none")) is None
     Life(folder, dataset, tracker="none").steps(4).finish()
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
     assert capfd.readouterr() == ("", "")
+
+
+# What settings and environment may say
+
+
+def refusal(**settings: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        check_tracker(Config(**settings))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_names_are_made_whole(monkeypatch):
+    assert tracker_names(Config()) == TrackerNames("dalitune")
+    assert tracker_names(Config(tags="a,, b ,a,")) == TrackerNames("dalitune", tags=("a", "b"))
+    assert tracker_names(Config(project="team/proj")) == TrackerNames("proj", "team")
+    for name, value in {"TAGS": ",x,", "PROJECT": "us/p/", "ENTITY": "", "MODE": " ", "RUN_GROUP": " g "}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert tracker_names(Config()) == TrackerNames("p", "us", "g", ("x",))
+    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_ENTITY"]) == ("p", "us"), "as W&B itself reads them"
+    assert "WANDB_MODE" not in os.environ
+    assert tracker_names(Config(project="them/q", tags="y", group="h")) == TrackerNames("q", "them", "h", ("y",))
+    # Another tracker has rules of its own.
+    assert tracker_names(Config(tracker="mlflow", project="a/b")) == TrackerNames("a/b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "line"),
+    [
+        ({"tags": f"a,{'b' * 65}"}, {}, "tags: the tag bbbbbbbbbbbbbbbbbbbb... has 65 characters, and W&B takes 64"),
+        ({}, {"TAGS": "b" * 65}, "WANDB_TAGS: the tag bbbbbbbbbbbbbbbbbbbb... has 65 characters"),
+        ({"project": "a/b/c"}, {}, "project: entity 'a/b' cannot have '/'"),
+        ({"project": "what?"}, {}, "project: project 'what?' cannot have '?': it is a name, or ENTITY/PROJECT"),
+        ({}, {"PROJECT": "p" * 129}, "WANDB_PROJECT: W&B takes one line of at most 128 characters"),
+        ({}, {"PROJECT": "a/p", "ENTITY": "b"}, "WANDB_PROJECT: a/p and WANDB_ENTITY b contradict each other"),
+        ({}, {"ENTITY": "my team"}, "WANDB_ENTITY: entity 'my team' cannot have ' '"),
+        ({"group": "a\nb"}, {}, "group: W&B takes one line of at most 128 characters"),
+        ({}, {"NAME": "n" * 129}, "WANDB_NAME: W&B takes one line of at most 128 characters"),
+        ({}, {"MODE": "bogus"}, "WANDB_MODE: Input should be 'online', 'offline'"),
+        ({}, {"INIT_TIMEOUT": "soon"}, "WANDB_INIT_TIMEOUT: Input should be a valid number"),
+        ({}, {"BASE_URL": "nowhere"}, "WANDB_BASE_URL: Input should be a valid URL"),
+        ({}, {"RUN_ID": "a/b"}, "WANDB_RUN_ID: Run ID cannot contain the characters"),
+        ({}, {"DIR": "/dev/null/x"}, "WANDB_DIR: /dev/null/x is no folder that can be written to"),
+        ({"tracker": "none", "alerts": True}, {}, "alerts: they are W&B's"),
+        ({"tracker": "clearml"}, {}, "tracker: clearml is not installed: pip install clearml, or --tracker none"),
+    ],
+)
+def test_what_wandb_would_not_take_is_refused_at_the_start(monkeypatch, settings, variables, line):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert refusal(**settings).startswith(line)
+
+
+def test_a_training_ends_with_that_line_before_anything_is_made(photos, tmp_path, run_here, monkeypatch):
+    monkeypatch.setenv("WANDB_TAGS", "b" * 65)
+    done = run_here(train, "--data", photos, "--runs", tmp_path / "runs")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith("error: WANDB_TAGS: the tag ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_id_that_was_left_in_the_shell_is_not_this_runs(folder, dataset, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "left")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    life = Life(folder, dataset).steps(4)
+    assert life.run_id != "left"
+    assert "WANDB_RUN_ID=left is not used: no agent has set it" in capfd.readouterr().err
+    life.finish()
+    assert history_of(folder) == rows_until(4)
+
+
+def test_sending_by_hand_tells_its_help_without_a_key_and_a_bad_variable_in_a_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        wandb_sync.main(["--help"])
+    assert (ended.value.code, "RUN" in capsys.readouterr().out) == (0, True)
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    assert wandb_sync.main(["runs/none"]) == 2
+    assert capsys.readouterr().err.startswith("error: WANDB_MODE: Input should be 'online'")
+
+
+# Alerts
+
+
+def test_alerts_tell_how_a_run_ends(folder, dataset, server):
+    for number, (end, level, words) in enumerate(
+        [
+            (lambda tracking: tracking.finish({"best/val_top1": 0.75}), "INFO", "best/val_top1 0.75"),
+            (lambda tracking: tracking.stopped("stopped at step 4 by SIGUSR1"), "WARN", "stopped at step 4 by SIGUSR1"),
+            (lambda tracking: tracking.abandon(2, "the loss is not finite"), "ERROR", "the loss is not finite"),
+        ]
+    ):
+        one = folder.parent / f"run{number}"
+        one.mkdir()
+        end(Life(one, dataset, alerts=True).steps(4).tracking)
+        alert = server.alerts[-1]
+        assert (alert["severity"], alert["text"], len(server.alerts)) == (level, words, number + 1)
+        assert alert["title"].startswith(f"run{number}: ")
+    Life(folder, dataset).steps(4).finish()
+    assert len(server.alerts) == 3, "off by default"

@@ -17,7 +17,8 @@ KEY = "0123456789" * 4  # any key of 40 characters will do
 
 
 class StandInServer:
-    """Keeps what was sent: per run id `history` (rows), `summary`, `config`, `exit_code`, `preempting`; `artifacts`.
+    """Keeps what was sent: per run id `history` (rows), `summary`, `config`, `exit_code`, `preempting`; `artifacts`
+    and `alerts`.
 
     `stop` refuses connections, as a server that is down does; `start` listens on the same port with the same content.
     """
@@ -25,6 +26,7 @@ class StandInServer:
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
         self.artifacts: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, Any]] = []
         self.uploads: dict[str, bytes] = {}
         self.upload_seconds = 0.0
         self.port = 0
@@ -73,6 +75,9 @@ class StandInServer:
                 {"name": file, "uploadUrl": f"{self.url}/upload/{values['run']}/{file}"} for file in values["files"]
             ]
             return {"createRunFiles": {"runID": "UnVuOjE=", "uploadHeaders": [], "files": files}}
+        if operation == "NotifyScriptableRunAlert":
+            self.alerts.append(values)
+            return {"notifyScriptableRunAlert": {"success": True}}
         if operation == "ArtifactType":
             return {"project": {"artifact": None}}
         given = values.get("input", values)

@@ -1,0 +1,151 @@
+"""What settings and environment say about the tracker: made whole, or refused, before anything is started.
+
+A name that a tracker does not take would otherwise cost the whole run its tracking.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipelines.config import Config
+from pipelines.errors import UserError
+
+# By Accelerate's names: the module that is imported, what pip installs.
+_PACKAGES = {
+    "wandb": ("wandb", "wandb"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "aim": ("aim", "aim"),
+    "clearml": ("clearml", "clearml"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "dvclive": ("dvclive", "dvclive"),
+    "mlflow": ("mlflow", "mlflow"),
+    "swanlab": ("swanlab", "swanlab"),
+    "trackio": ("trackio", "trackio"),
+}
+_LONGEST = 128  # characters of a name that W&B takes
+
+
+@dataclass(frozen=True)
+class TrackerNames:
+    """Where a run is filed. entity: W&B's user or team; None: the account's own."""
+
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def check_tracker(config: Config) -> None:
+    """UserError where the tracker cannot be had, or does not take the names that settings and environment give."""
+    if config.alerts and config.tracker != "wandb":
+        raise UserError(f"alerts: they are W&B's: --tracker wandb sends them, {config.tracker} does not")
+    if config.tracker in _PACKAGES:
+        _check_installed(config.tracker)
+    tracker_names(config)
+
+
+def tracker_names(config: Config) -> TrackerNames:
+    """The names, from settings and environment. UserError where W&B does not take them.
+
+    W&B's variables are left in the environment as W&B takes them: without blank ones, and `WANDB_PROJECT` without its
+    `ENTITY/`.
+    """
+    return (
+        wandb_names(config) if config.tracker == "wandb" else TrackerNames((config.project or "").strip() or "dalitune")
+    )
+
+
+def is_agents_run() -> bool:
+    """Whether an agent, of a W&B sweep or of W&B Launch, has chosen the run's id and its project."""
+    return bool(os.environ.get("WANDB_SWEEP_ID") or os.environ.get("WANDB_LAUNCH"))
+
+
+def _check_installed(tracker: str) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    module, package = _PACKAGES[tracker]
+    otherwise = "or --tracker none (metrics.jsonl has every row anyway)"
+    if tracker not in LOGGER_TYPE_TO_CLASS:
+        raise UserError(f"tracker: this Accelerate does not know {tracker}: pip install -U accelerate, {otherwise}")
+    if find_spec(module) is None or tracker not in map(str, get_available_trackers()):
+        raise UserError(f"tracker: {tracker} is not installed: pip install {package}, {otherwise}")
+
+
+def _check_variables() -> None:
+    """Each of W&B's variables by W&B's own rules; the value is not shown, as it may be a key."""
+    import wandb
+    from pydantic import ValidationError
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        value = os.environ[name].strip()
+        os.environ[name] = value
+        if not value:
+            del os.environ[name]
+        elif name not in ("WANDB_PROJECT", "WANDB_TAGS"):  # those are understood here
+            try:
+                wandb.Settings().update_from_env_vars({name: value})
+            except (ValidationError, wandb.errors.UsageError) as error:
+                fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                raise UserError(f"{name}: {fault.removeprefix('Value error, ')}") from None
+    if folder := os.environ.get("WANDB_DIR"):
+        nearest = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise UserError(f"WANDB_DIR: {folder} is no folder that can be written to")
+
+
+def wandb_names(config: Config) -> TrackerNames:
+    """What `tracker_names` says for W&B, whatever tracker the settings name."""
+    _check_variables()
+
+    def given(key: str, variable: str) -> tuple[str, str]:
+        """The value, and what to call it where it is wrong: a setting wins over a variable."""
+        setting = getattr(config, key)
+        return (os.environ.get(variable, ""), variable) if setting is None else (setting.strip(), key)
+
+    written, origin = given("project", "WANDB_PROJECT")
+    entity, slash, project = written.strip("/").rpartition("/")
+    entity, project = entity.strip(), project.strip()
+    of_environment = os.environ.get("WANDB_ENTITY")
+    if slash and origin == "WANDB_PROJECT" and of_environment not in (None, entity):
+        raise UserError(f"WANDB_PROJECT: {written} and WANDB_ENTITY {of_environment} contradict each other")
+    _check_name(origin, project, "project")
+    _check_name(origin if slash else "WANDB_ENTITY", entity or of_environment or "", "entity")
+    group, group_origin = given("group", "WANDB_RUN_GROUP")
+    _check_length(group_origin, group)
+    _check_length("WANDB_NAME", os.environ.get("WANDB_NAME", ""))
+    tags = _tags(*given("tags", "WANDB_TAGS"))
+
+    # W&B reads its variables, too, and would stop at what is understood here.
+    found = {
+        "WANDB_PROJECT": (project, config.project),
+        "WANDB_ENTITY": (entity or of_environment or "", config.project if entity else None),
+        "WANDB_TAGS": (",".join(tags), config.tags),
+    }
+    for name, (value, setting) in found.items():
+        if value and setting is None:
+            os.environ[name] = value
+        elif name == "WANDB_TAGS" or not is_agents_run():
+            os.environ.pop(name, None)
+    return TrackerNames(project or "dalitune", entity or of_environment, group or None, tags)
+
+
+def _tags(written: str, origin: str) -> tuple[str, ...]:
+    tags = tuple(dict.fromkeys(tag.strip() for tag in written.split(",") if tag.strip()))
+    for tag in tags:
+        if len(tag) > 64:
+            raise UserError(f"{origin}: the tag {tag[:20]}... has {len(tag)} characters, and W&B takes 64")
+    return tags
+
+
+def _check_name(origin: str, name: str, what: str) -> None:
+    """W&B puts it into an address."""
+    _check_length(origin, name)
+    if wrong := sorted(set(name) & set('/\\#?%:"<>' + (" " if what == "entity" else ""))):
+        possible = "it is a name, or ENTITY/PROJECT" if what == "project" else "it is the name of a user or a team"
+        raise UserError(f"{origin}: {what} {name!r} cannot have {' '.join(map(repr, wrong))}: {possible}")
+
+
+def _check_length(origin: str, name: str) -> None:
+    if len(name) > _LONGEST or not name.isprintable():
+        raise UserError(f"{origin}: W&B takes one line of at most {_LONGEST} characters, and not {name[:40]!r}")
