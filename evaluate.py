@@ -25,6 +25,7 @@ from pipelines.config import Config, ScriptParser, parse_config
 from pipelines.dataset import Dataset, Split, check_dataset, map_labels
 from pipelines.errors import UserError
 from pipelines.evaluation import Scores, predict, score
+from pipelines.files import begins_with, check_replaceable
 from pipelines.loader import choose_engine, eval_loader
 from pipelines.model import Weights, read_description, read_run_weights, read_state_dict, restore_model
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
@@ -44,6 +45,8 @@ def main(arguments: list[str]) -> None:
     config = _read_config(options)
     folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
     _check_writable(folder, options.json)
+    if options.json:
+        check_replaceable(options.json, begins_with('{\n  "split": '))
     if options.tracker == "wandb":
         names = check_tracked(options.model, config)
     state = start_processes()

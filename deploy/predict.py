@@ -33,6 +33,7 @@ if __name__ == "__main__":
 from pipelines import figures
 from pipelines.config import ScriptParser
 from pipelines.errors import UserError
+from pipelines.files import begins_with, check_replaceable
 from pipelines.inference import Answer, Preprocess, find_photos, open_run, view_of_file
 from pipelines.loader import choose_engine
 from pipelines.processes import cpu_cores, run_script, start_processes
@@ -109,6 +110,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--eval-batch-per-device must be at least 1")
     if options.grid and not options.grid.parent.is_dir():
         parser.error(f"--grid: there is no folder {options.grid.parent}")
+    # `--csv photos/*.jpg`, the name forgotten, names the first photo.
+    for output, is_own in (
+        (options.csv, begins_with(",".join(_COLUMNS))),
+        (options.json, begins_with('{"path": ')),
+        (options.grid, figures.is_own_picture),
+    ):
+        if output and output != "-":
+            check_replaceable(Path(output), is_own)
     return options
 
 

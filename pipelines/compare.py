@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines import figures
 from pipelines.errors import UserError
+from pipelines.files import check_replaceable
 from pipelines.processes import run_script
 from pipelines.runs import RunFolder
 from pipelines.text import check_printed, printable
@@ -69,6 +70,7 @@ def main(arguments: list[str]) -> None:
     runs.sort(key=lambda run: -run.best.get("val/top1", -1.0))
     print("\n".join(comparison_table(runs)))
     path = options.figure or options.runs[0].resolve().parent / "comparison.png"
+    check_replaceable(path, figures.is_own_picture)
     figures.save_comparison(path, {run.name: run.rows for run in runs})
     print(f"\nplot: {path}", flush=True)
     check_printed()

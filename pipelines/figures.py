@@ -24,6 +24,7 @@ from matplotlib.font_manager import FontProperties, get_font_names
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 MAX_PHOTOS = 16  # a grid of 4 x 4
 MAX_COUNTED_CLASSES = 25  # up to here a cell of the confusion matrix has room for its count
@@ -32,6 +33,7 @@ MAX_NAMED_RUNS = 10
 MAX_CELLS = 250  # along a side of that matrix; more would be too small to see
 TILE, CAPTION, NAME = 122, 118, 110  # points: width of a photo in a grid, of its caption, of a class name elsewhere
 
+_SOFTWARE = "dalitune"  # in a picture's text, by which it is known (W3C PNG, 11.3.3)
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"  # Okabe & Ito: stay apart for colour-blind readers
 INK, GREY = "#222222", "#8a8a8a"
 
@@ -212,6 +214,15 @@ def save_per_class(path: Path, per_class: Sequence[Mapping[str, float]], classes
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
+def is_own_picture(path: Path) -> bool:
+    """Whether a file is a picture that was saved here."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == _SOFTWARE
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
 @contextmanager
 def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure (inches) that becomes the PNG `path` at the end: all of it, or nothing where drawing fails."""
@@ -223,7 +234,9 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
         pixels = np.round(np.round(np.asarray(canvas.buffer_rgba())[..., :3] / 255 * 63) / 63 * 255).astype(np.uint8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        Image.fromarray(pixels).save(temporary, format="png")
+        information = PngInfo()
+        information.add_text("Software", _SOFTWARE)
+        Image.fromarray(pixels).save(temporary, format="png", pnginfo=information)
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error

@@ -1,7 +1,10 @@
 """Files of any kind."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+
+from pipelines.errors import UserError
 
 _BLOCK = 1 << 20  # bytes in memory at once
 
@@ -13,3 +16,19 @@ def file_digest(path: Path, algorithm: str = "blake2b") -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_replaceable(path: Path, is_own: Callable[[Path], bool]) -> None:
+    """UserError where an output would replace a file that is not `is_own`, as a photo whose name a shell has put in."""
+    if path.is_file() and path.stat().st_size and not is_own(path):
+        raise UserError(f"{path} is something else than such an output: it is not replaced; give another name")
+
+
+def begins_with(beginning: str) -> Callable[[Path], bool]:
+    """For `check_replaceable`: whether a file begins with a text (UTF-8)."""
+
+    def is_own(path: Path) -> bool:
+        with open(path, "rb") as file:
+            return file.read(len(beginning.encode())) == beginning.encode()
+
+    return is_own

@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -69,7 +70,7 @@ def cache_folder() -> Path:
             return _writable(folder)
         except OSError as error:
             usual, reason = folder, error.strerror
-            folder = Path(tempfile.gettempdir(), f"dalitune-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
+            folder = _private_folder(f"dalitune-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
             print(
                 f"{usual} cannot be written to ({reason}): the cache is {folder}; DALITUNE_CACHE names another",
                 file=sys.stderr,
@@ -82,6 +83,22 @@ def cache_folder() -> Path:
             f"the cache folder {folder} cannot be written to ({error.strerror}): "
             "set the variable DALITUNE_CACHE to a folder that can"
         ) from error
+
+
+def _private_folder(name: str) -> Path:
+    """A folder below the system's temporary one that nobody else can write to: of that name, or another where somebody
+    else has made it, or made it a link."""
+    folder = Path(tempfile.gettempdir(), name)
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    try:
+        state = folder.lstat()
+        is_private = stat.S_ISDIR(state.st_mode) and not stat.S_IMODE(state.st_mode) & 0o077
+        if not hasattr(os, "getuid") or (is_private and state.st_uid == os.getuid()):
+            return folder
+        return Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    except OSError:  # as where the temporary folder is full; whoever writes there will tell
+        return folder
 
 
 def _writable(folder: Path) -> Path:

@@ -345,3 +345,37 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError, match=r"file cannot be written to .*set the variable DALITUNE_CACHE") as caught:
         photos.cache_folder()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="the owner of a folder is told by its number")
+def test_a_cache_in_the_temporary_folder_is_nobody_elses(tmp_path, monkeypatch, capfd) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("DALITUNE_CACHE", raising=False)
+    monkeypatch.setattr(photos.platformdirs, "user_cache_path", lambda name: tmp_path / "file")
+    monkeypatch.setattr(photos.tempfile, "tempdir", str(tmp_path))
+    usual = tmp_path / f"dalitune-{os.getuid()}"
+
+    assert photos.cache_folder() == usual
+    assert stat.S_IMODE(usual.stat().st_mode) == 0o700
+    assert photos.cache_folder() == usual
+    assert str(usual) in capfd.readouterr().err
+
+    def is_another_one() -> bool:
+        cache = photos.cache_folder()
+        return cache not in (usual, usual.resolve()) and stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+    usual.chmod(0o777)
+    assert is_another_one()
+    usual.chmod(0o700)
+    with monkeypatch.context() as context:
+        context.setattr(photos.os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
+        foreign = tmp_path / f"dalitune-{os.stat(tmp_path).st_uid + 1}"
+        foreign.mkdir(mode=0o700)
+        cache = photos.cache_folder()
+        assert cache != foreign
+        assert cache.name.startswith(foreign.name)
+    usual.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    usual.symlink_to(tmp_path / "elsewhere")
+    assert is_another_one()
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -136,6 +136,25 @@ def test_the_grid_shows_the_least_sure(trained_run, run_here, tmp_path, monkeypa
         assert min(picture.size) > 100
 
 
+def test_an_output_replaces_nothing_but_an_earlier_one(trained_run, run_here, tmp_path):
+    other = tmp_path / "notes.txt"
+    other.write_text("a thesis")
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(Path(next(iter(trained_run.evaluated))).read_bytes())
+    before = photo.read_bytes()
+    for flag in ("--csv", "--json", "--grid"):
+        for file in (photo, other):
+            done = run_here(predict, trained_run.folder, flag, file, photo, "--cpu")
+            assert done.returncode == 2
+            assert f"{file} is something else than such an output: it is not replaced" in done.stderr
+    assert photo.read_bytes() == before
+    assert other.read_text() == "a thesis"
+    outputs = [(flag, tmp_path / f"a{flag}") for flag in ("--csv", "--json", "--grid")]
+    for _ in range(2):
+        done = run_here(predict, trained_run.folder, photo, "--cpu", *(word for pair in outputs for word in pair))
+        assert done.returncode == 0, done.stderr
+
+
 def test_a_mistake_is_one_line(trained_run, run_here, tmp_path):
     (tmp_path / "empty").mkdir()
     damaged = tmp_path / "damaged"
