@@ -30,6 +30,7 @@ if __name__ == "__main__":
 from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress
 from pipelines.config import Config, dump_yaml, parse_config
+from pipelines.copies import room_on
 from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
 from pipelines.evaluation import loss_and_top1, predict, score, validation_row, wilson_interval
@@ -90,7 +91,11 @@ def main(arguments: list[str]) -> None:
     if config.batchnorm == "sync" and state.device.type != "cuda":
         raise UserError("batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: give train or frozen")
     engine, reason = choose_engine(config.loader, state.device)
-    accelerator = start_accelerator(config, state, None if config.tracker == "none" else config.tracker)
+    steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)
+    last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+    epochs = -(-last_step // steps_per_epoch)
+    trackers = None if config.tracker == "none" else config.tracker
+    accelerator = start_accelerator(config, state, trackers, steps=last_step)
 
     name = config.run or main_first(state, lambda: new_run_name(recipe))
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
@@ -107,15 +112,13 @@ def main(arguments: list[str]) -> None:
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     model = torch.compile(model) if config.compile else model
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
-    micro_batch = micro_batch_of(config, model, network, accelerator)
+    sizes = {name: split.sizes for name, split in photos.items()}
+    micro_batch = micro_batch_of(config, model, network, accelerator, engine, sizes)
     training = train_loader(config, photos["train"], labels["train"], state, engine, micro_batch)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
-    steps_per_epoch = training.steps_per_epoch
-    last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    epochs = -(-last_step // steps_per_epoch)
     views = config.views_per_photo
     features = TrainingFeatures(network, training, accelerator, views_per_photo=views, epochs=epochs)
-    validation_features = FeatureCache() if network.frozen_part_is_fixed else None
+    validation_features = FeatureCache(room=room_on(accelerator.device)) if network.frozen_part_is_fixed else None
 
     # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
     at = Progress()
@@ -290,7 +293,10 @@ def update(
     processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
     """
     optimizer.zero_grad()
-    sums = torch.tensor([0.0, 0, 0, 0, 0, *wishes], device=accelerator.device)
+    sums = torch.zeros(7, device=accelerator.device)
+    for place, wish in enumerate(wishes, start=5):
+        if wish:  # filled, as a copy from the host would wait for all of the step before
+            sums[place].fill_(1)
     for number in range(step.rounds):
         # A process without a share takes part with a batch of no photos, as the others wait for its gradients.
         batch = next(step.batches, None) or loader.empty_batch()

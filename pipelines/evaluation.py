@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from pipelines.copies import to_device
 from pipelines.errors import PassStopped
 from pipelines.features import FeatureCache
 from pipelines.loader import Loader, share_bad_photos
@@ -170,7 +171,7 @@ def _hidden(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     if cache is not None and cache.complete:
         for hidden, labels, indices in cache.features:
-            yield hidden.to(accelerator.device), labels, indices
+            yield to_device(hidden, accelerator.device), labels, indices
         return
     if cache is not None and cache.size > cache.limit:
         cache = None  # it did not fit before: nothing is copied for it again

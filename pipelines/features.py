@@ -2,9 +2,11 @@
 
 import math
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pipelines.copies import read_later, room_on, to_device, to_host
 from pipelines.errors import PassStopped
 from pipelines.loader import Batch, Loader, share_bad_photos
 from pipelines.model import TransferModel
@@ -13,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-# 512 MiB are 2,600 photos' maps behind ResNet-18's layer3 and 260,000 photos' features. They wait in the host's memory,
-# as a GPU's is for the batch that was found to fit.
+# 512 MiB are 2,600 photos' maps behind ResNet-18's layer3 and 260,000 photos' features. They are kept on the GPU where
+# they are a small part of its memory; elsewhere in the host's, as a GPU's is for the batch that was found to fit.
 _LIMIT = 2**29
 
 
@@ -22,10 +24,11 @@ _LIMIT = 2**29
 class FeatureCache:
     """Of validation: what a fixed frozen part made of each micro-batch of this process's share.
 
-    limit: bytes. What is larger is computed each time.
+    limit: bytes. What is larger is computed each time. room: bytes of them that stay on the GPU.
     """
 
     limit: int = _LIMIT
+    room: int = 0
     features: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     size: int = 0
     complete: bool = False
@@ -37,7 +40,7 @@ class FeatureCache:
     def add(self, hidden: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
         self.size += hidden.nbytes
         if self.size <= self.limit:
-            self.features.append((hidden.cpu(), labels, indices))
+            self.features.append((hidden if self.size <= self.room else to_host(hidden), labels, indices))
         else:
             self.features.clear()
 
@@ -73,14 +76,15 @@ class TrainingFeatures:
             numbers = math.prod(self._of_none.shape[1:])
             self.bytes = views_per_photo * training.plan.length * numbers * self._of_none.element_size()
         self.are_kept = 0 < self.bytes <= limit
+        self._home = accelerator.device if self.bytes <= room_on(accelerator.device) else torch.device("cpu")
 
     def report(self) -> list[str]:
         """For the start of a run: whether the views are kept, where there are few; at most one line."""
         if not self.bytes:
             return []
-        size = f"{self.bytes / 2**20:,.0f} MiB"
+        size, whose = f"{self.bytes / 2**20:,.0f} MiB", "" if self._home.type == "cpu" else "the GPU's "
         return [
-            f"frozen part: computed once for each of {self._views_per_photo} views of a photo, {size} in memory"
+            f"frozen part: computed once for each of {self._views_per_photo} views of a photo, {size} in {whose}memory"
             if self.are_kept
             else f"frozen part: computed every time, as all views would take {size} of memory"
         ]
@@ -101,14 +105,18 @@ class TrainingFeatures:
         """What the model's `forward` takes, on the device, for a batch of the epoch that was prepared."""
         if self._now is None:
             return self._network.frozen_part(batch.images)
-        features = self._now[batch.indices].to(self._accelerator.device)
-        return features.contiguous(memory_format=torch.channels_last) if features.ndim == 4 else features
+        rows = self._now.index_select(0, to_device(batch.indices, self._now.device))
+        _, channels, *sides = self._of_none.shape
+        return to_device(rows, self._accelerator.device).unflatten(1, (*sides, channels)).movedim(-1, 1)
 
     def _compute(self, epoch: int, name: str, stop: Callable[[], bool]) -> torch.Tensor:
         device = self._accelerator.device
         loader = self._training.in_order()
         waited = loader.wait_seconds
-        known = self._of_none.new_empty((loader.plan.length, *self._of_none.shape[1:]), device="cpu")
+        # A photo's features are one row with the channels last, as the trained part wants them when they are looked up.
+        numbers = math.prod(self._of_none.shape[1:])
+        known = self._of_none.new_empty((loader.plan.length, numbers), device=self._home)
+        asked: deque[Callable[[], list[float]]] = deque()
         steps = tqdm(
             loader.epoch(epoch),
             total=loader.steps_per_epoch,
@@ -117,15 +125,17 @@ class TrainingFeatures:
             disable=not self._accelerator.is_main_process or not sys.stderr.isatty(),
         )
         for number, step in enumerate(steps):
-            if self._accelerator.reduce(torch.tensor([float(stop())], device=device), "sum").item():
+            asked.append(read_later(self._accelerator.reduce(torch.full((1,), float(stop()), device=device), "sum")))
+            if number and any(asked.popleft()()):  # a batch later, so that the GPU is not waited for
                 raise PassStopped
             first = number * loader.batch_size
             # Each process fills the rows of its share, and the sum with the others' zeros has all of them.
-            rows = torch.zeros((step.places, *self._of_none.shape[1:]), device=device)
+            rows = torch.zeros((step.places, numbers), device=device)
             for batch in step.batches:
                 if len(batch):
-                    rows[(batch.indices - first).to(device)] = self._frozen_part(batch.images).float()
-            known[first : first + step.places] = self._accelerator.reduce(rows, "sum").to(known.dtype).cpu()
+                    features = self._frozen_part(batch.images).movedim(1, -1).flatten(1)
+                    rows[to_device(batch.indices - first, device)] = features.float()
+            known[first : first + step.places] = self._accelerator.reduce(rows, "sum")
         share_bad_photos(self._training)
         self._training.wait_seconds += loader.wait_seconds - waited
         return known

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipelines.config import Config
+from pipelines.copies import to_device
 from pipelines.dataset import Split
 from pipelines.errors import UserError
 from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share
@@ -206,9 +207,7 @@ class Loader:
 
     def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
         labels = torch.from_numpy(self._labels[indices].astype(np.int64))
-        if self._device.type == "cuda":
-            labels = labels.pin_memory()
-        return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(indices))
+        return Batch(images, to_device(labels, self._device), torch.from_numpy(indices))
 
     def _no_images(self) -> torch.Tensor:
         size = self.plan.image_size

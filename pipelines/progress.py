@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipelines.copies import read_later
 from pipelines.errors import UserError
 
 import torch
@@ -77,29 +78,21 @@ class StepWatch:
     def __init__(self) -> None:
         self.stop = self.save = False
         self.not_finite_in_a_row = 0
-        self._copies: deque[tuple[torch.Tensor, torch.cuda.Event | None, Callable[[], str]]] = deque()
+        self._copies: deque[tuple[Callable[[], list[float]], Callable[[], str]]] = deque()
 
     def add(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
         """sums: float [7], of one step over all processes: as for `Interval.add`, then wishes to stop and to save.
 
         where: names step, lr and photos, for the message.
         """
-        if sums.device.type == "cuda":
-            copy, event = torch.empty_like(sums, device="cpu", pin_memory=True), torch.cuda.Event()
-            copy.copy_(sums, non_blocking=True)
-            event.record()
-            self._copies.append((copy, event, where))
-        else:
-            self._copies.append((sums.cpu(), None, where))
+        self._copies.append((read_later(sums), where))
         self.check(keep=1 if sums.device.type == "cuda" else 0)
 
     def check(self, keep: int = 0) -> None:
         """Looks at all steps but the last `keep`. Raises UserError once three losses in a row are not finite."""
         while len(self._copies) > keep:
-            copy, event, where = self._copies.popleft()
-            if event is not None:
-                event.synchronize()
-            loss, *_, stop, save = copy.tolist()
+            read, where = self._copies.popleft()
+            loss, *_, stop, save = read()
             self.stop, self.save = self.stop or stop > 0, self.save or save > 0
             self.not_finite_in_a_row = 0 if math.isfinite(loss) else self.not_finite_in_a_row + 1
             if self.not_finite_in_a_row == _DIVERGED_AFTER:

@@ -20,6 +20,7 @@ import train
 from pipelines.config import parse_config
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.processes import (
+    cores_hint,
     cpu_cores,
     cpu_is_asked_for,
     local_world_size,
@@ -87,17 +88,20 @@ def _name_the_nodes(state: PartialState) -> None:
     """A line for every node, and the first all-reduce."""
     cuda = state.device.type == "cuda"
     device = torch.cuda.get_device_name(state.device) if cuda else f"CPU, {cpu_cores()} cores"
-    processes: dict[tuple[str, str], list[int]] = defaultdict(list)
+    hint = "".join(cores_hint()) if cuda else ""
+    processes: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     started = time.perf_counter()
     total = torch.ones(1, device=state.device)
     if state.num_processes > 1:
         torch.distributed.all_reduce(total)
     count, seconds = int(total.item()), time.perf_counter() - started
-    for node, number, its_device in gather_object([(gethostname(), state.process_index, device)]):
-        processes[node, its_device].append(number)
+    for node, number, its_device, its_hint in gather_object([(gethostname(), state.process_index, device, hint)]):
+        processes[node, its_device, its_hint].append(number)
     if speaks():
-        for (node, its_device), numbers in processes.items():
+        for (node, its_device, its_hint), numbers in processes.items():
             print(f"preflight: {node}: processes {', '.join(map(str, numbers))}; {its_device}")
+            if its_hint:
+                print(f"preflight: {node}: {its_hint}")
         print(f"preflight: the first all-reduce of {count} processes took {seconds:.2f} s", flush=True)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if not count == state.num_processes == expected:

@@ -100,7 +100,7 @@ def test_views_that_would_fill_the_memory_or_change_are_computed_each_time(resne
 def test_a_pass_that_broke_off_is_begun_again(resnet, split):
     network, training = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), open_loader(split)
     features = open_features(network, training)
-    answers = iter([False, False, True])
+    answers = iter([False, False, True, True])  # a batch later it is known on all processes
     with pytest.raises(PassStopped):
         features.prepare(0, lambda: next(answers))
     photo = Path(split.path(18))

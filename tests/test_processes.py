@@ -320,12 +320,24 @@ def test_what_the_launcher_leaves_unused_is_said_with_the_flag(monkeypatch):
     unused = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="no")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("pipelines.processes.cpu_cores", lambda: 16)
     lines = launcher_hints(unused)
     assert ["--num_processes 4" in lines[0], "--mixed_precision bf16" in lines[1]] == [True, True]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     unused.mixed_precision = "bf16"
     assert launcher_hints(unused) == []
+    monkeypatch.setattr("pipelines.processes.cpu_cores", lambda: 15)
+    assert launcher_hints(unused) == ["3 CPU cores for each GPU, which wants 4 or more to be fed"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert launcher_hints(unused)[0].endswith("to be fed: sbatch --cpus-per-task=32")
     assert launcher_hints(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")) == []
+
+
+@pytest.mark.parametrize(("steps", "searches"), [(0, False), (496, False), (450_000, True)])
+def test_cudnn_searches_only_where_a_long_run_repays_it(steps, searches, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    start_accelerator(Config(runs=str(tmp_path)), PartialState(cpu=True), None, steps=steps)
+    assert torch.backends.cudnn.benchmark == searches
 
 
 def test_deterministic_asks_pytorch_for_it(monkeypatch, tmp_path):

@@ -14,7 +14,6 @@ from typing import Any
 import train
 from pipelines import processes
 from pipelines.checkpoint import checkpoint_folders
-from pipelines.memory import largest_that_fits
 
 import psutil
 import pytest
@@ -216,26 +215,6 @@ def test_no_room_for_a_checkpoint_leaves_the_one_before_whole(command, small_dis
     assert set(progress["files"]) == {"state.pt", "best.pt", "model.json"}
     torch.load(kept[0] / "state.pt", weights_only=True)
     assert status(runs / "r")["state"] == "failed"
-
-
-def test_the_largest_batch_that_fits():
-    """The out-of-memory error is a stand-in: a CPU has none."""
-    tried = []
-
-    def stand_in_for_a_gpu(size: int) -> None:
-        tried.append(size)
-        if size > 20:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    assert largest_that_fits(100, stand_in_for_a_gpu) == 12
-    assert tried == [100, 50, 25, 12]
-
-    def full(size: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    assert largest_that_fits(7, full) == 0
-    with pytest.raises(ValueError, match="a fault"):
-        largest_that_fits(8, lambda size: (_ for _ in ()).throw(ValueError("a fault")))
 
 
 # Real commands, killed and stopped from outside
