@@ -28,7 +28,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from pipelines import figures
-from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress
+from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.copies import room_on
 from pipelines.dataset import check_dataset, map_labels
@@ -48,7 +48,7 @@ from pipelines.loader import (
 )
 from pipelines.memory import micro_batch_of
 from pipelines.model import TransferModel, Weights, average_batchnorm_statistics, build_model, read_weights
-from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
+from pipelines.optimizer import learning_rates, lr_factor, make_optimizer, rate_jump, set_learning_rates
 from pipelines.processes import (
     ending_of,
     launcher_hints,
@@ -60,6 +60,7 @@ from pipelines.processes import (
     start_processes,
 )
 from pipelines.progress import EpochTable, Interval, StepWatch
+from pipelines.resume import changed_settings
 from pipelines.runs import RunFolder, describe_model, new_run_name, versions
 from pipelines.stopping import StopRequest
 from pipelines.text import printable
@@ -81,31 +82,39 @@ def main(arguments: list[str]) -> None:
     config, recipe = parse_config(arguments)
     state = start_processes()
     main_first(state, partial(check_tracker, config))
+    name = config.run or main_first(state, lambda: new_run_name(recipe, config.runs))
+    run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
+    beginning = "new" if config.prepare else main_first(state, partial(run.beginning, config))
+    nothing_to_do = f"{run.folder} is finished: nothing to do (--overwrite starts it anew)"
+    if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
+        main_first(state, partial(print, nothing_to_do))
+        return
     dataset = open_dataset(state, config)
     main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
     classes = dataset.splits["train"].classes
-    weights = main_then_others(state, partial(read_weights, config))
+    saved = None if beginning == "new" else main_first(state, partial(newest_checkpoint, run, dataset))
+    if beginning == "finished":
+        main_first(state, partial(print, nothing_to_do))
+        return
+    if saved:  # it holds all weights, and the first ones may be gone
+        main_first(state, partial(run.check_first_weights, config, saved.get("first_weights")))
+        weights = Weights(None if config.weights == "none" else {}, "of the checkpoint")
+    else:
+        weights = main_then_others(state, partial(read_weights, config))
     if config.prepare:
         main_first(state, lambda: print(*dataset.report(), f"weights: {weights.source}", "prepared", sep="\n"))
         return
     if config.batchnorm == "sync" and state.device.type != "cuda":
-        raise UserError("batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: give train or frozen")
+        advice = "this run goes on on those only" if saved else "give train or frozen"
+        raise UserError(f"batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: {advice}")
     engine, reason = choose_engine(config.loader, state.device)
     steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
     epochs = -(-last_step // steps_per_epoch)
     trackers = None if config.tracker == "none" else config.tracker
     accelerator = start_accelerator(config, state, trackers, steps=last_step)
-
-    name = config.run or main_first(state, lambda: new_run_name(recipe))
-    run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
-    beginning = main_first(state, partial(run.beginning, config))
-    if beginning == "finished":
-        if state.is_main_process:
-            print(f"{run.folder} is finished: nothing to do (--overwrite starts it anew)")
-        return
     checkpoints = Checkpoints(run, dataset, accelerator)
-    saved = checkpoints.newest() if beginning == "resumed" else None
+    first_weights = saved.get("first_weights") if saved else weights.digest()
 
     # Model, optimizer, loaders. The loaders are not prepared by Accelerate: the plan shards.
     network = build_model(config, weights, classes).to(accelerator.device)
@@ -128,11 +137,16 @@ def main(arguments: list[str]) -> None:
     clock = CheckpointClock(config.checkpoint_minutes)
     tracking: Tracking | None = None
     records: Any = None  # of the last evaluation in this life of the run
+    before = run.config_before() if beginning == "resumed" else None
     main_first(state, partial(run.create, config, resumed=beginning == "resumed"))
     try:
+        last_rates: dict[str, float] = {}
         if saved:
             checkpoints.load(saved, network, optimizer)
+            last_rates = learning_rates(optimizer)
             at = Progress(saved["epoch"], saved["global_step"], saved["skipped_steps"], saved["best"])
+            if at.global_step < last_step:  # max_steps may have ended an epoch early
+                at.epoch = min(at.epoch, at.global_step // steps_per_epoch)
             interval.restore(saved["interval"])
             whole_epoch.restore(saved["whole_epoch"])
             watch.not_finite_in_a_row = saved["not_finite_in_a_row"]
@@ -149,7 +163,8 @@ def main(arguments: list[str]) -> None:
                 f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
                 f"{micro_batch} photos at a time on a process",
                 f"run: {run.folder}",
-                *_how_it_goes_on(beginning, saved, accelerator.num_processes),
+                *_how_it_goes_on(config, before, saved, accelerator),
+                *rate_jump(config, steps_per_epoch, at.global_step, last_rates),
                 sep="\n",
                 flush=True,
             )
@@ -159,6 +174,7 @@ def main(arguments: list[str]) -> None:
             sums = {"interval": interval, "whole_epoch": whole_epoch}
             content = asdict(at) | {name: each.state(training.wait_seconds) for name, each in sums.items()}
             content |= {"bad": {"train": sorted(training.bad), "val": sorted(validation.bad)}}
+            content |= {"first_weights": first_weights}
             checkpoints.save(network, optimizer, content | {"not_finite_in_a_row": watch.not_finite_in_a_row})
             clock.start()
             watch.save = False
@@ -188,7 +204,7 @@ def main(arguments: list[str]) -> None:
                 watch.stop = True
                 stop_if_asked()
             steps = training.epoch(epoch - 1, start_step, images=not features.are_kept)
-            for step in islice(steps, last_step - at.global_step):
+            for step in islice(steps, max(0, last_step - at.global_step)):
                 rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, at.global_step))
                 wishes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
                 sums, batch = update(model, features, optimizer, step, wishes, training, accelerator, config)
@@ -244,7 +260,7 @@ def main(arguments: list[str]) -> None:
             table.end_epoch(epoch, summary | row, best=at.best["val/top1"])
             save()
         if not at.best["epoch"]:
-            raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr")
+            raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
 
         # What is left: curves, the best weights, and what to type next.
         if state.is_main_process:
@@ -355,14 +371,20 @@ def _end_report(best: dict[str, Any], run: RunFolder, loaders: tuple[Loader, ...
     ]
 
 
-def _how_it_goes_on(beginning: str, saved: dict[str, Any] | None, world_size: int) -> list[str]:
-    if beginning == "new":
+def _how_it_goes_on(
+    config: Config, before: Config | None, saved: dict[str, Any] | None, accelerator: Accelerator
+) -> list[str]:
+    if before is None:
         return []
+    settings = changed_settings(before, config)
+    changes = [f"settings changed: {settings}"] if settings else []
     if saved is None:
-        return ["resumed: there is no checkpoint yet, so it begins at step 0"]
-    lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}"]
-    if saved["world_size"] != world_size:
+        return ["resumed: there is no checkpoint yet, so it begins at step 0", *changes]
+    lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}", *changes]
+    if saved["world_size"] != accelerator.num_processes:
         lines.append(f"the checkpoint is of {saved['world_size']} processes: the same photos, sums in another order")
+    if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
+        lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
     if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
         lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
     return lines

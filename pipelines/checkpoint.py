@@ -36,7 +36,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 _KEPT = 2
-_STATE, _PROGRESS = "state.pt", "progress.json"
+_FOLDER, _STATE, _PROGRESS = "checkpoints", "state.pt", "progress.json"
 _NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
 
 
@@ -75,16 +75,9 @@ class Checkpoints:
 
     def __init__(self, run: RunFolder, dataset: Dataset, accelerator: Accelerator) -> None:
         self._run = run
-        self._folder = run.folder / "checkpoints"
+        self._folder = run.folder / _FOLDER
         self._dataset = dataset
         self._accelerator = accelerator
-
-    def newest(self) -> dict[str, Any] | None:
-        """The progress of the newest whole checkpoint, with its folder's name as `checkpoint`; None where none is.
-
-        UserError where there are some and none is whole, or the newest is of other photos.
-        """
-        return main_first(self._accelerator.state, self._find)
 
     def save(self, network: TransferModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
         """Writes a checkpoint and removes all but the last two. progress: JSON, with `epoch` and `global_step`.
@@ -109,27 +102,6 @@ class Checkpoints:
             own = _own_or_mean(state["batchnorm"], self._accelerator.process_index, self._accelerator.num_processes)
             network.load_state_dict(own, strict=False)
         main_first(self._accelerator.state, partial(self._restore_best, folder))
-
-    def _find(self) -> dict[str, Any] | None:
-        folders = checkpoint_folders(self._folder)
-        for folder in reversed(folders):
-            try:
-                progress = _read(folder)
-            except (OSError, ValueError, KeyError) as error:
-                print(f"{folder} is damaged ({error}): the checkpoint before it is used", file=sys.stderr, flush=True)
-                continue
-            if progress["dataset_fingerprint"] != self._dataset.fingerprint:
-                raise UserError(
-                    f"run: {self._run.folder} was trained on other photos than {self._dataset.root} has now: "
-                    "give another --run name, or start it anew with --overwrite"
-                )
-            return progress
-        if folders:
-            raise UserError(
-                f"run: none of the {len(folders)} checkpoints in {self._folder} is whole: put a whole one back, "
-                "or start the run anew with --overwrite"
-            )
-        return None
 
     def _write(
         self,
@@ -157,6 +129,7 @@ class Checkpoints:
             content = {
                 **progress,
                 "world_size": self._accelerator.num_processes,
+                "precision": self._accelerator.mixed_precision,
                 "dataset_fingerprint": self._dataset.fingerprint,
                 "metrics_bytes": self._run.metrics_bytes(),
                 "versions": versions(),
@@ -183,13 +156,40 @@ class Checkpoints:
                 _link(folder / name, self._run.folder / name)
 
 
+def newest_checkpoint(run: RunFolder, dataset: Dataset) -> dict[str, Any] | None:
+    """The progress of a run's newest whole checkpoint, with its folder's name as `checkpoint`; None where none is.
+
+    UserError where there are some and none is whole, or the newest is of other photos.
+    """
+    folders = checkpoint_folders(run.folder / _FOLDER)
+    for folder in reversed(folders):
+        try:
+            progress = _read(folder)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{folder} is damaged ({error}): the checkpoint before it is used", file=sys.stderr, flush=True)
+            continue
+        if progress["dataset_fingerprint"] != dataset.fingerprint:
+            raise UserError(
+                f"run: {run.folder} was trained on other photos than {dataset.root} has now: "
+                "give another --run name, or start it anew with --overwrite"
+            )
+        return progress
+    if folders:
+        raise UserError(
+            f"run: none of the {len(folders)} checkpoints in {run.folder / _FOLDER} is whole: put a whole one back, "
+            "or start the run anew with --overwrite"
+        )
+    return None
+
+
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints/`, oldest first; a folder of another name is none, and is left alone.
 
-    By number: as text, epoch-10000 would come before epoch-9999.
+    By number: as text, epoch-10000 would come before epoch-9999. By step: where `max_steps` has ended an epoch early,
+    and more steps go on in it, the later checkpoint has fewer whole epochs.
     """
     names = ((_NAME.fullmatch(path.name), path) for path in folder.glob("epoch-*"))
-    return [path for *_, path in sorted((int(name[1]), int(name[2]), path) for name, path in names if name)]
+    return [path for *_, path in sorted((int(name[2]), int(name[1]), path) for name, path in names if name)]
 
 
 def _read(folder: Path) -> dict[str, Any]:

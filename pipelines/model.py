@@ -1,5 +1,6 @@
 """The model: a torchvision ResNet with a head for the data's classes, cut into a frozen and a trained part."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -30,13 +31,22 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 class Weights:
     """Where a network starts from.
 
-    state: a torchvision ResNet's state_dict on the CPU, or None for random weights.
+    state: a torchvision ResNet's state_dict on the CPU, None for random weights, or {} where a checkpoint has all of
+    a run that did not begin with random ones.
     source: what to call it. classes: of its head, in order, where a run folder tells them.
     """
 
     state: Mapping[str, torch.Tensor] | None
     source: str
     classes: tuple[str, ...] | None = None
+
+    def digest(self) -> str:
+        """Hex, of the names and values; the file's name and format do not matter."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted((self.state or {}).items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 class TransferModel(nn.Module):
@@ -201,7 +211,7 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # for random weights; pretrained ones overwrite what is drawn here
         network = models.get_model(config.arch, weights=None, num_classes=len(classes))
-    if weights.state is not None:
+    if weights.state:
         # Strict, so that no layer stays random: of the network as it was drawn only a new head is kept.
         new_head = {} if weights.classes == tuple(classes) else network.fc.state_dict(prefix="fc.")
         network.load_state_dict({**weights.state, **new_head})

@@ -1,6 +1,7 @@
 """The optimizer and the learning-rate schedule, a pure function of `global_step`."""
 
 import math
+from collections.abc import Mapping
 
 from pipelines.config import Config
 from pipelines.model import TransferModel
@@ -46,4 +47,26 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
     """Sets every group's learning rate to `factor` times its base; returns them as `lr/head` and `lr/body`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+    return learning_rates(optimizer)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rates that are set, as `lr/head` and `lr/body`."""
     return {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+
+
+def rate_jump(config: Config, steps_per_epoch: int, global_step: int, last_rates: Mapping[str, float]) -> list[str]:
+    """For a run that goes on at `global_step`: a line where the rate is off its course, as other `epochs` make it.
+
+    last_rates: those of the last update, as in the checkpoint; {} where there was none.
+    """
+    if not last_rates or not global_step:
+        return []
+    last, following = (lr_factor(config, steps_per_epoch, step) for step in (global_step - 1, global_step))
+    was, next_rate = last_rates["lr/head"], config.lr * following
+    if math.isclose(was, config.lr * last, rel_tol=1e-6, abs_tol=1e-12):
+        return []
+    return [
+        f"lr: the last step was at {was:.3g} and the next is at {next_rate:.3g}, as the {config.schedule} schedule is "
+        f"over {config.epochs} epochs now"
+    ]

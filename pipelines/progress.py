@@ -98,7 +98,8 @@ class StepWatch:
             if self.not_finite_in_a_row == _DIVERGED_AFTER:
                 raise UserError(
                     f"the loss was not finite in {_DIVERGED_AFTER} updates in a row, last at {where()}: lower --lr, "
-                    "add --warmup-epochs or --clip-grad-norm; earlier best weights, if any, are kept"
+                    "add --warmup-epochs or --clip-grad-norm, in a new run (another --run name, or --overwrite); "
+                    "earlier best weights, if any, are kept"
                 )
 
 

@@ -7,10 +7,10 @@ import re
 import secrets
 import shutil
 import string
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,33 +19,39 @@ from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.dataset import Dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.model import read_weights
+from pipelines.resume import ask_for_the_same_photos, is_longer, other_result, spelled
 
 import torch
 from filelock import FileLock, Timeout
 
 _OWN_FILES = ("config.yaml", "status.json")
-# Settings that do not change what is learned.
-_MAY_CHANGE = {
-    *("run", "runs", "overwrite", "prepare", "epochs", "checkpoint_minutes"),
-    *("tracker", "project", "tags", "group", "alerts", "log_model"),
-    *("loader", "loader_threads", "prefetch", "eval_batch_per_device"),
-}
 _LIBRARIES = (
     *("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow"),
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),  # one of them, by the driver
 )
 
 
-def new_run_name(recipe: str) -> str:
-    """A name for a run without one: of the W&B agent's run, the Slurm job, or the time and four random letters."""
-    recipe = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe)[:60].lstrip(".-") or "run"
-    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
-        return os.environ["WANDB_RUN_ID"]
-    if os.environ.get("SLURM_JOB_ID"):
-        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-        return f"{recipe}-{array}-{task}" if array and task else f"{recipe}-{os.environ['SLURM_JOB_ID']}"
+def new_run_name(recipe: str, runs: str = "runs") -> str:
+    """A name for a run without one: the recipe's, the time and four random letters, or one that is found again.
+
+    Found again are the training of a W&B agent's run, by its id, and a Slurm job's own, by the job's number, which
+    `slurm/train.sbatch` hands to that one alone: what else is started in an allocation, as from a notebook, is new.
+    """
+    recipe = _as_name(recipe)[:60] or "run"
+    if os.environ.get("WANDB_SWEEP_ID") and (of_agent := _as_name(os.environ.get("WANDB_RUN_ID", ""))[:100]):
+        # An agent starts no finished run again: this is another training in the same trial.
+        if RunFolder(Path(runs) / of_agent).status().get("state") != "finished":
+            return of_agent
+    elif job := _as_name(os.environ.get("DALITUNE_JOB", "")):
+        return f"{recipe}-{job}"[:100]
     letters = "".join(secrets.choice(string.ascii_lowercase) for _ in range(4))
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{letters}"
+
+
+def _as_name(text: str) -> str:
+    """The text, or what of it may be in the name of a run."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-")
 
 
 class RunFolder:
@@ -71,28 +77,74 @@ class RunFolder:
     def beginning(self, config: Config) -> str:
         """How a run of this name begins: "new", "resumed", or "finished" where nothing is left to do.
 
-        UserError where a run with other settings is there.
+        UserError where a run is there whose result other settings have decided, or that has lost what it would go on
+        from. Photos and first weights are not looked at.
         """
-        state = self.status().get("state")
+        status = self.status()
         # A job that Slurm has requeued comes with the flags of its first life, in which --overwrite has done its work.
         overwrite = config.overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
         if overwrite or not self.folder.exists():
             return "new"
-        before = self._config_before()
-        changed = [key for key, value in before.items() if key not in _MAY_CHANGE and value != asdict(config)[key]]
-        if changed:
-            raise UserError(
-                f"run: {self.folder} was started with other settings ({', '.join(changed)}): give another --run name, "
-                "or start it anew with --overwrite"
-            )
-        if not before:
+        before = self.config_before()
+        if before is None:
             return "new"
-        return "finished" if state == "finished" and config.epochs <= before["epochs"] else "resumed"
+        is_finished = status.get("state") == "finished"
+        # Before the first checkpoint nothing is lost: a setting may be put right that has ended the run at its start.
+        if (changed := other_result(before, config)) and (is_finished or self.has_saved()):
+            values = ", ".join(f"{key} {spelled(getattr(before, key))}" for key in changed)
+            less = " (of less memory with --max-batch-per-device)" if "batch_size" in changed else ""
+            raise UserError(
+                f"run: {self.folder} was started with other settings ({', '.join(changed)}): it goes on with "
+                f"{values}{less}; for a new run give another --run name, or start it anew with --overwrite"
+            )
+        if not is_finished:
+            return "resumed"
+        if not is_longer(before, config, status.get("global_step", 0)):
+            return "finished"
+        if self.best.exists() and not self.has_checkpoint():
+            raise UserError(
+                f"run: {self.folder} is finished, and its checkpoints are gone: put one back, or begin a new run with "
+                f"its weights: --run NAME --weights {self.folder}"
+            )
+        return "resumed"
 
-    def _config_before(self) -> dict[str, Any]:
-        """The settings in the run's config.yaml; {} where there is none."""
+    def config_before(self) -> Config | None:
+        """The settings in the run's config.yaml; None where there is none."""
         recipe = self.folder / "config.yaml"
-        return asdict(parse_config([f"--config={recipe}"])[0]) if recipe.exists() else {}
+        return parse_config([f"--config={recipe}"])[0] if recipe.exists() else None
+
+    def has_the_same_data(self, config: Config) -> bool:
+        """Whether `data` says what it said when the run began."""
+        before = self.config_before()
+        return before is not None and ask_for_the_same_photos(before, config)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to go on from."""
+        return any((self.folder / "checkpoints").glob("epoch-*"))
+
+    def has_saved(self) -> bool:
+        """Whether something would be lost if the run began anew."""
+        return self.best.exists() or self.has_checkpoint()
+
+    def check_first_weights(self, config: Config, digest: str | None) -> None:
+        """UserError where `weights` is set to others than the run began with, whose digest is `digest`, if known.
+
+        A checkpoint holds all weights: the first ones need not be there any more.
+        """
+        before = self.config_before() or config
+        if config.weights in (None, "none", before.weights) or digest is None:
+            return
+        try:
+            is_same = read_weights(config).digest() == digest
+        except (UserError, MachineError) as error:
+            print(f"{error}; not needed, as the checkpoint has all weights", file=sys.stderr, flush=True)
+            return
+        if not is_same:
+            raise UserError(
+                f"run: {self.folder} was started with other settings (weights): it began with others than "
+                f"{config.weights} holds: leave --weights out; for a new run give another --run name, or start it anew "
+                "with --overwrite"
+            )
 
     def create(self, config: Config, *, resumed: bool = False) -> None:
         """Makes the folder, with config.yaml and the status `running`, and keeps other runs out of it until this ends.

@@ -48,11 +48,11 @@ def main(arguments: list[str]) -> None:
     waiting.start()
     state = start_processes()
     _name_the_nodes(state)
-    name = config.run or main_first(state, lambda: new_run_name(recipe))
+    name = config.run or main_first(state, lambda: new_run_name(recipe, config.runs))
     _check_run_folder(state, Path(os.path.abspath(config.runs)) / name)
     waiting.cancel()
     try:
-        train.main(arguments)
+        train.main(arguments if config.run else [*arguments, f"--run={name}"])
     except Stopped:
         # A launcher that was told to end fails whatever its processes do, and srun ends all other nodes with it.
         main_first(state, lambda: None)

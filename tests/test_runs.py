@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch) -> None:
     names = "WANDB_SWEEP_ID WANDB_RUN_ID SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT"
+    names += " DALITUNE_JOB"
     for name in names.split():
         monkeypatch.delenv(name, raising=False)
 
@@ -35,25 +36,33 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_name_of_its_own_has_recipe_time_and_four_letters():
-    name = new_run_name("finetune")
-    assert re.fullmatch(r"finetune-\d{8}-\d{6}-[a-z]{4}", name)
+    assert re.fullmatch(OWN_NAME, new_run_name("finetune"))
     assert len({new_run_name("finetune") for _ in range(20)}) == 20
 
 
-def test_under_slurm_the_name_is_the_job(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    assert new_run_name("finetune") == "finetune-4711"
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4700")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert new_run_name("finetune") == "finetune-4700-3"
+OWN_NAME = r"finetune-\d{8}-\d{6}-[a-z]{4}"
 
 
-def test_under_a_wandb_agent_the_name_is_the_agents_run(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+def test_the_name_is_the_jobs_for_the_training_alone_that_the_job_script_starts(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")  # as in an allocation, from a notebook, in a loop
+    assert re.fullmatch(OWN_NAME, new_run_name("finetune"))
+    for job in ("4711", "4700-3"):
+        monkeypatch.setenv("DALITUNE_JOB", job)
+        assert new_run_name("finetune") == f"finetune-{job}"
+
+
+def test_under_a_wandb_agent_the_name_is_the_agents_run_until_that_is_finished(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    assert new_run_name("finetune") == "finetune-4711"  # a run id alone is no sweep
+    assert re.fullmatch(OWN_NAME, new_run_name("finetune"))  # a run id alone is no sweep
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    assert new_run_name("finetune") == "abc123"
+    run = RunFolder(tmp_path / "abc123")
+    assert new_run_name("finetune", str(tmp_path)) == "abc123"
+    run.create(Config())
+    assert new_run_name("finetune", str(tmp_path)) == "abc123"
+    run.write_status("finished")
+    assert re.fullmatch(OWN_NAME, new_run_name("finetune", str(tmp_path)))
+    monkeypatch.setenv("WANDB_RUN_ID", "../a b")
+    assert new_run_name("finetune", str(tmp_path)) == "a-b"
 
 
 @given(st.text(max_size=80))

@@ -1,0 +1,83 @@
+"""Whether a run may go on with the settings that it is given now: what decides the result must be as it was."""
+
+import json
+import os
+from dataclasses import asdict
+from typing import Any
+
+from pipelines.config import Config
+
+# What becomes of a run that goes on with another value of a setting. Each stands in one of the four; a test holds that.
+REFUSED = {  # it decides the result
+    *("seed", "image_size", "resize", "crop_scale_min", "flip_probability", "views_per_photo"),
+    *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "label_smoothing", "clip_grad_norm"),
+    *("optimizer", "lr", "lr_body", "momentum", "weight_decay"),
+    *("schedule", "step_epochs", "step_gamma", "warmup_epochs"),
+}
+SAID = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
+    *("epochs", "max_steps", "max_batch_per_device", "eval_batch_per_device", "log_every", "skip_bad_files"),
+    *("loader", "deterministic", "channels_last", "compile"),
+}
+LOOKED_INTO = {
+    "data",
+    "val_fraction",
+    "class_names",
+    "weights",
+}  # the photos themselves and the first weights' digest decide
+OF_NO_ACCOUNT = {
+    *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "loader_threads", "prefetch"),
+    *("tracker", "project", "tags", "group", "alerts", "log_model"),
+}
+
+
+def other_result(before: Config, now: Config) -> list[str]:
+    """The settings by which a run that goes on would get another result."""
+    old, new = _that_decide(before), _that_decide(now)
+    return [key for key in old if old[key] != new[key] and getattr(before, key) != getattr(now, key)]
+
+
+def changed_settings(before: Config, now: Config) -> str:
+    """The settings that are others than before and worth a word, with both values; "" where none is."""
+    old, new = asdict(before), asdict(now)
+    keys = [key for key in old if key in SAID | REFUSED and old[key] != new[key]]
+    return ", ".join(f"{key} {spelled(new[key])} (was {spelled(old[key])})" for key in keys)
+
+
+def ask_for_the_same_photos(before: Config, now: Config) -> bool:
+    """Whether both name the same photos, so far as the settings tell."""
+    one, other = ((_absolute(each.data), each.val_fraction, each.class_names) for each in (before, now))
+    return one == other
+
+
+def is_longer(before: Config, now: Config, global_step: int) -> bool:
+    """Whether a run that was finished at `global_step` is to go on: for more epochs, or more of its steps."""
+    if now.max_steps is not None and now.max_steps <= global_step:
+        return False
+    was_cut = before.max_steps is not None and before.max_steps <= global_step
+    return was_cut or now.epochs > before.epochs
+
+
+def spelled(value: Any) -> str:
+    """A setting's value as a recipe spells it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _that_decide(config: Config) -> dict[str, Any]:
+    """The settings that decide the result, as they work: None for one that does nothing where it stands."""
+    values = {key: value for key, value in asdict(config).items() if key in REFUSED}
+    is_random = config.weights == "none"
+    values["weights"] = "none" if is_random else "pretrained"
+    if config.batchnorm == "auto":
+        values["batchnorm"] = "train" if is_random else "frozen"
+    idle = {
+        "momentum": config.optimizer != "sgd",
+        "step_epochs": config.schedule != "step",
+        "step_gamma": config.schedule != "step",
+        "freeze": config.mode == "feature_extract",
+        "lr_body": config.mode == "feature_extract" or config.lr_body == config.lr,
+    }
+    return {key: None if idle.get(key) else value for key, value in values.items()}
+
+
+def _absolute(data: str | None) -> str | None:
+    return data if data in (None, "shapes") else os.path.realpath(os.path.expanduser(data))

@@ -1,0 +1,245 @@
+"""What may go on, goes on: with changed settings, with photos that have moved, gone or been mended, without weights."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import train
+from pipelines import resume
+from pipelines.checkpoint import checkpoint_folders
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.optimizer import lr_factor, rate_jump
+from pipelines.runs import RunFolder
+
+import pytest
+import torch
+from test_disk import one_error_line
+from test_resume import same_bits
+from test_train import FROZEN, succeeded, val_rows
+
+TABLES = (resume.REFUSED, resume.SAID, resume.LOOKED_INTO, resume.OF_NO_ACCOUNT)
+
+# Settings
+
+
+def test_each_setting_says_what_becomes_of_a_run_that_goes_on_with_another_value():
+    """A new setting must be put into one of the tables in pipelines/resume.py."""
+    assert sorted(key for table in TABLES for key in table) == sorted(field.name for field in fields(Config))
+
+
+OTHER = {
+    "seed": 1, "image_size": 96, "resize": 300, "crop_scale_min": 0.5, "flip_probability": 0.1, "views_per_photo": 3,
+    "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
+    "batch_size": 16, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001,
+    "momentum": 0.5, "weight_decay": 0.1, "schedule": "step", "step_epochs": 2, "step_gamma": 0.5, "warmup_epochs": 1.0,
+    "epochs": 20, "max_steps": 50, "max_batch_per_device": 4, "eval_batch_per_device": 8, "log_every": 5,
+    "skip_bad_files": True, "loader": "torch", "deterministic": True, "channels_last": False, "compile": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "one")
+
+
+def saved_run(run: RunFolder, config: Config, state: str = "stopped", global_step: int = 0) -> RunFolder:
+    run.create(config)
+    run.write_status(state, global_step=global_step)
+    (run.folder / "checkpoints" / "epoch-0001-step-00000005").mkdir(parents=True)
+    run.close()
+    return run
+
+
+@pytest.mark.parametrize("key", sorted(OTHER))
+def test_what_decides_the_result_is_refused_and_all_else_goes_on_and_is_said(run, key):
+    assert set(OTHER) == resume.REFUSED | resume.SAID
+    # Values that matter: with them none of the settings stands idle.
+    before = {"schedule": "step"} if key.startswith("step_") else {}
+    saved_run(run, Config(**before))
+    other = Config(**before | {key: OTHER[key]})
+    if key in resume.SAID:
+        assert run.beginning(other) == "resumed"
+        assert resume.changed_settings(Config(), other).startswith(f"{key} {resume.spelled(OTHER[key])} (was ")
+    else:
+        was = resume.spelled(getattr(Config(**before), key))
+        with pytest.raises(UserError, match=rf"other settings \({key}\): it goes on with {key} {re.escape(was)}"):
+            run.beginning(other)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"schedule": "cosine"}, {"step_epochs": 2, "step_gamma": 0.5}),
+        ({"optimizer": "adamw"}, {"momentum": 0.1}),
+        ({"mode": "feature_extract"}, {"freeze": "layer3", "lr_body": 0.5}),
+        ({"lr": 0.02}, {"lr_body": 0.02}),
+        ({"batchnorm": "auto"}, {"batchnorm": "frozen"}),
+        ({"weights": "none"}, {"batchnorm": "train"}),
+        ({"weights": None}, {"weights": "imagenet"}),
+        ({"data": "photos"}, {"data": "/elsewhere/photos", "val_fraction": 0.3, "runs": "others", "tracker": "none"}),
+    ],
+)
+def test_a_setting_decides_by_what_it_does(run, before, now):
+    saved_run(run, Config(**before))
+    assert run.beginning(Config(**before | now)) == "resumed"
+
+
+def test_random_first_weights_are_others_than_pretrained_ones(run):
+    saved_run(run, Config(weights="none"))
+    with pytest.raises(UserError, match=r"other settings \(weights\)"):
+        run.beginning(Config())
+
+
+def test_before_anything_is_saved_every_setting_may_be_put_right(run):
+    """As --batch-size where the memory was full, or --lr where the loss was never finite."""
+    run.create(Config(lr=10.0))
+    run.write_status("failed")
+    assert run.beginning(Config(batch_size=4, lr=0.1)) == "resumed"
+    run.save_best(torch.nn.Linear(1, 1), {})
+    with pytest.raises(UserError, match=r"\(batch_size, lr\).*--max-batch-per-device"):
+        run.beginning(Config(batch_size=4, lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("before", "at", "now", "beginning"),
+    [
+        ({}, 50, {}, "finished"),
+        ({}, 50, {"epochs": 5}, "finished"),
+        ({}, 50, {"epochs": 20}, "resumed"),
+        ({}, 50, {"max_steps": 80}, "finished"),
+        ({}, 50, {"epochs": 20, "max_steps": 50}, "finished"),
+        ({"max_steps": 7}, 7, {"max_steps": 7}, "finished"),
+        ({"max_steps": 7}, 7, {"max_steps": 5}, "finished"),
+        ({"max_steps": 7}, 7, {"max_steps": 8}, "resumed"),
+        ({"max_steps": 7}, 7, {"max_steps": None}, "resumed"),
+        ({"max_steps": 80}, 50, {"max_steps": None}, "finished"),
+    ],
+)
+def test_a_finished_run_goes_on_for_more_epochs_or_steps(run, before, at, now, beginning):
+    saved_run(run, Config(**before), "finished", at)
+    assert run.beginning(Config(**before | now)) == beginning
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_weights(run):
+    saved_run(run, Config(), "finished").save_best(torch.nn.Linear(1, 1), {})
+    shutil.rmtree(run.folder / "checkpoints")
+    assert run.beginning(Config()) == "finished"
+    with pytest.raises(UserError, match="its checkpoints are gone"):
+        run.beginning(Config(epochs=20))
+
+
+# The learning rate
+
+
+def test_a_rate_that_is_off_its_course_is_said_with_both_values():
+    ten, twenty = Config(), Config(epochs=20)
+
+    def last(config: Config, step: int) -> dict[str, float]:
+        return {"lr/head": config.lr * lr_factor(config, 5, step - 1)}
+
+    assert rate_jump(ten, 5, 0, {}) == []
+    assert rate_jump(ten, 5, 23, last(ten, 23)) == []
+    assert rate_jump(twenty, 5, 50, last(ten, 50)) == [
+        "lr: the last step was at 9.87e-06 and the next is at 0.005, as the cosine schedule is over 20 epochs now"
+    ]
+    assert "last step was at 0.00594 and the next is at 0.00875" in rate_jump(twenty, 5, 23, last(ten, 23))[0]
+    for schedule in ("constant", "step"):
+        old, new = Config(schedule=schedule), Config(schedule=schedule, epochs=20)
+        assert rate_jump(new, 5, 50, last(old, 50)) == [], schedule
+
+
+# Whole runs
+
+
+@pytest.fixture
+def start(photos, random_weights, tmp_path, run_here) -> Callable[..., subprocess.CompletedProcess]:
+    """Trains the run "r" on `photos`, 5 steps an epoch, with other or more flags."""
+    settings = {"--data": photos, "--weights": random_weights, "--batch-size": 4, "--epochs": 1, "--log-every": 2}
+    settings |= {"--schedule": "constant", "--runs": tmp_path / "runs", "--run": "r"}
+
+    def begin(*flags: object, **others: object) -> subprocess.CompletedProcess:
+        named = settings | {f"--{key}": value for key, value in others.items()}
+        pairs = [word for flag, value in named.items() if value is not None for word in (flag, value)]
+        return run_here(train, *FROZEN, *pairs, *flags)
+
+    return begin
+
+
+@pytest.mark.slow
+def test_the_photos_decide_and_not_what_they_are_called(photos, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, "photos")
+    moved = tmp_path / "elsewhere" / "moved"
+    succeeded(start(data="photos"))
+    for epochs, data in enumerate(["photos/", tmp_path / "photos", moved, "../photos", None], start=2):
+        if data == moved:
+            moved.parent.mkdir()
+            (tmp_path / "photos").rename(moved)
+        elif data == "../photos":
+            moved.rename(tmp_path / "photos")
+            monkeypatch.chdir(moved.parent)
+        elif data is None:
+            monkeypatch.setenv("DALITUNE_DATA", str(tmp_path / "photos"))
+        said = succeeded(start(data=data, epochs=epochs, runs=tmp_path / "runs"))
+        assert f"resumed at step {5 * epochs - 5}" in said, data
+    assert "is finished: nothing to do" in succeeded(start(data="../photos", epochs=epochs))
+    photo = tmp_path / "photos" / "train" / "ant" / "00.jpg"
+    photo.with_name("99.jpg").write_bytes(photo.read_bytes())
+    line = one_error_line(start(data="../photos", epochs=epochs + 1))
+    assert "was trained on other photos" in line
+
+
+@pytest.mark.slow
+def test_our_own_advice_is_followed_in_the_same_run(start):
+    succeeded(start())
+    advice = ["--max-batch-per-device", 2, "--eval-batch-per-device", 5, "--skip-bad-files", "--loader", "torch"]
+    said = succeeded(start(*advice, "--channels-last", "false", "--max-steps", 7, epochs=2))
+    assert "resumed at step 5" in said
+    line = next(line for line in said.splitlines() if line.startswith("settings changed: "))
+    for change in ("max_batch_per_device 2 (was null)", "skip_bad_files true (was false)", "epochs 2 (was 1)"):
+        assert change in line
+    assert "resumed at step 7" in succeeded(start(*advice, "--channels-last", "false", epochs=2))
+
+
+@pytest.mark.slow
+def test_more_steps_after_an_early_end_lead_to_the_same_weights(start, tmp_path):
+    runs = tmp_path / "runs"
+    succeeded(start(epochs=2, run="whole"))
+    for steps in (3, 6, 100):
+        succeeded(start("--max-steps", steps, epochs=2))
+    newest = [checkpoint_folders(runs / name / "checkpoints")[-1] for name in ("r", "whole")]
+    assert newest[0].name == newest[1].name == "epoch-0002-step-00000010"
+    assert same_bits(newest[0] / "state.pt", newest[1] / "state.pt")
+    assert [row["global_step"] for row in val_rows(runs / "r")] == [3, 5, 6, 10]
+
+
+@pytest.mark.slow
+def test_first_weights_are_not_needed_again_and_a_finished_run_needs_no_photos(
+    start, random_weights, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("DALITUNE_WEIGHTS", raising=False)
+    first = Path(shutil.copy(random_weights, tmp_path / "w.pth"))
+    cosine = {"schedule": "cosine", "weights": first}
+    succeeded(start(**cosine))
+    other = torch.load(first, weights_only=True)
+    other["conv1.weight"] += 1
+    torch.save(other, tmp_path / "other.pth")
+    first.rename(tmp_path / "moved.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_dataset", None)
+        assert "is finished: nothing to do" in succeeded(start(**cosine))
+    said = succeeded(start(**cosine, epochs=2))
+    assert "weights: of the checkpoint; " in said
+    assert re.search(r"lr: the last step was at 0\.000477 and the next is at 0\.0025, as the cosine schedule", said)
+    for epochs, weights in ((3, tmp_path / "moved.pth"), (4, None)):
+        assert "resumed" in succeeded(start(**cosine | {"weights": weights}, epochs=epochs))
+    gone = start(**cosine | {"weights": tmp_path / "gone.pth"}, epochs=5)
+    assert "resumed" in succeeded(gone)
+    assert "gone.pth does not exist" in gone.stderr
+    assert "not needed" in gone.stderr
+    line = one_error_line(start(**cosine | {"weights": tmp_path / "other.pth"}, epochs=6))
+    assert "other settings (weights)" in line
