@@ -262,13 +262,18 @@ def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
 
 
 def test_a_sweep_gives_each_task_its_run_and_refuses_bad_lines(lab, training):
-    lines = ["--lr 0.01 --max-steps 2", "--lr 0.02 --max-steps=2", "--lrr 0.1", "--run mine"]
+    lines = ["--lr 0.01 --max-steps 2 --group 'one group'", "--lr 0.02 --max-steps=2", "--lrr 0.1", "--run mine"]
+    lines += ["--lr $(touch ran)", "--lr '0.1"]
     (lab.folder / "sweep.txt").write_text("\n".join(lines) + "\n")
     common = [*training]
     del common[common.index("--lr") : common.index("--lr") + 2]
-    array = lab.submit("sweep.sbatch", ["--gpus-per-node=0", "--array=1-4%2"], ["sweep.txt", *common]).number
-    tasks = [Job(lab, f"{array}_{number}") for number in range(1, 5)]
-    assert [task.ends() for task in tasks] == ["COMPLETED", "COMPLETED", "FAILED", "FAILED"]
+    array = lab.submit("sweep.sbatch", ["--gpus-per-node=0", "--array=1-6%2"], ["sweep.txt", *common]).number
+    tasks = [Job(lab, f"{array}_{number}") for number in range(1, 7)]
+    assert [task.ends() for task in tasks] == ["COMPLETED", "COMPLETED", *["FAILED"] * 4]
+    assert "group: one group\n" in (tasks[0].run / "config.yaml").read_text()
+    assert not (lab.folder / "ran").exists(), "no shell runs what is in a line"
+    assert "error: " in tasks[4].text()
+    assert tasks[5].text().endswith("error: sweep.txt: an open quote: --lr '0.1\n")
     for number, rate in ((1, 0.01), (2, 0.02)):
         run = tasks[number - 1].run.resolve()
         assert run.name == f"finetune-{array}-{number}"
@@ -276,7 +281,22 @@ def test_a_sweep_gives_each_task_its_run_and_refuses_bad_lines(lab, training):
     # Before anything is started: no preflight, no trace of a launcher.
     assert tasks[2].text() == "error: unknown flag '--lrr'; the nearest is --lr; --help lists all\n"
     assert tasks[3].text() == "error: sweep.txt: --run would put tasks into one run folder; leave it out\n"
-    assert [task.facts()["ExitCode"] for task in tasks[2:]] == ["2:0", "2:0"]
+    assert [task.facts()["ExitCode"] for task in tasks[2:]] == ["2:0"] * 4
+
+
+def test_photos_are_unpacked_only_on_a_disk_of_each_node_and_into_a_folder_of_ones_own(lab, training, tmp_path):
+    photos = Path(training[1])
+    with tarfile.open(f"{photos}.tar", "w") as tar:
+        tar.add(photos, arcname=".")
+    staged = {"STAGE": "1", "LOCAL_DISK": str(tmp_path), "DALITUNE_DATA": str(photos)}
+    nodes = ["--nodes=2", "--gpus-per-node=0"]
+    shared = lab.submit("train.sbatch", nodes, training[2:], **staged)
+    assert shared.ends() == "FAILED"
+    assert "error: LOCAL_DISK is one for all nodes" in shared.text()
+    (tmp_path / f"dalitune-{int(shared.number) + 1}").symlink_to(photos)
+    foreign = lab.submit("train.sbatch", nodes, training[2:], **staged)
+    assert foreign.ends() == "FAILED"
+    assert "is not a folder of this user: set LOCAL_DISK" in foreign.text()
 
 
 def test_a_run_folder_that_is_not_shared(lab, training):
