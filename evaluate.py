@@ -2,9 +2,10 @@
 
     accelerate launch evaluate.py runs/NAME                              # the run's own data, split val
     accelerate launch evaluate.py runs/NAME --data photos/ --split test  # other photos, labels matched by class name
-    accelerate launch evaluate.py best.pt --data photos/                 # a bare state_dict, classes as in the folder
+    accelerate launch evaluate.py weights.pth --data photos/             # a bare state_dict, classes as in the folder
 
-Every photo counts once, on any number of processes. `--json FILE` is for programs, the table for people.
+A folder CLASS/* or a CSV without splits is scored as a whole; of the run's own what was set aside from training. Every
+photo counts once, on any number of processes. `--json FILE` is for programs, the table for people.
 """
 
 import argparse
@@ -22,14 +23,15 @@ if __name__ == "__main__":
 
 from pipelines import figures
 from pipelines.config import Config, ScriptParser, parse_config
-from pipelines.dataset import Dataset, Split, check_dataset, map_labels
+from pipelines.dataset import Dataset, Split, check_dataset, map_labels, spelling_notes
 from pipelines.errors import UserError
-from pipelines.evaluation import Scores, predict, score
+from pipelines.evaluation import Scores, confusion_matrix, predict, score
 from pipelines.files import begins_with, check_replaceable
 from pipelines.loader import choose_engine, eval_loader
 from pipelines.model import Weights, read_description, read_run_weights, read_state_dict, restore_model
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.runs import replacing
+from pipelines.text import check_printed, listed, printable
 from pipelines.torch_engine import central_views
 from pipelines.wandb_tracker import add_to_summary, check_tracked
 
@@ -37,6 +39,7 @@ import numpy as np
 
 _SHOWN_PREDICTIONS = 16
 _SHOWN_CLASSES = 40  # rows of the table; --json has all
+_DENSE_CLASSES = 250  # up to here --json has the whole confusion matrix
 
 
 def main(arguments: list[str]) -> None:
@@ -48,19 +51,23 @@ def main(arguments: list[str]) -> None:
     if options.json:
         check_replaceable(options.json, begins_with('{\n  "split": '))
     if options.tracker == "wandb":
-        names = check_tracked(options.model, config)
+        tracked = check_tracked(options.model, config)
     state = start_processes()
     dataset = open_dataset(state, config)
-    main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(options.split,)))
-    split = dataset.splits[options.split]
-    weights = _read_weights(options.model, config.arch, dataset, split)
+    dataset, split_name = _choose_split(dataset, options)
+    main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(split_name,)))
+    split = dataset.splits[split_name]
+    weights, notes = _read_weights(options, config.arch, dataset, split)
     classes = weights.classes or ()
     labels = map_labels(split, classes)
+    names = [printable(name) for name in classes]  # what leaves here, to whatever reader
     accelerator = start_accelerator(config, state, trackers=None)
 
     engine, reason = choose_engine(config.loader, accelerator.device)
     if accelerator.is_main_process:
-        print(f"{weights.source} on {dataset.root}, split {options.split}: {len(split)} photos")
+        print(f"{printable(weights.source)} on {printable(dataset.root)}, {_what_is_scored(dataset, split)}")
+        for note in notes + spelling_notes(split, classes):
+            print(note)
         print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}; loader: {engine} ({reason})")
     loader = eval_loader(config, split, labels, state, engine)
     try:
@@ -71,26 +78,34 @@ def main(arguments: list[str]) -> None:
     if not accelerator.is_main_process:
         return
 
-    scores = score(records, classes)
-    matrix, grid = folder / f"confusion_matrix_{options.split}.png", folder / f"predictions_{options.split}.png"
-    figures.save_confusion_matrix(matrix, scores.confusion_matrix, classes)
-    _save_predictions(grid, records, split, classes, config)
+    scores = score(records, len(classes))
     if options.json:
-        facts = {"split": options.split, "world_size": accelerator.num_processes, "classes": list(classes)}
-        _write_json(options.json, facts | {"dataset_fingerprint": dataset.fingerprint} | asdict(scores))
-    _print_scores(scores, classes)
+        facts = {"split": printable(split_name), "world_size": accelerator.num_processes, "classes": names}
+        _write_json(options.json, facts | {"dataset_fingerprint": dataset.fingerprint} | _as_json(scores))
+    _print_scores(scores, names)
     if options.tracker == "wandb":
-        top5 = {"test/top5": scores.topk[5]} if 5 in scores.topk and len(classes) > 5 else {}
-        found = {"test/loss": scores.loss, "test/top1": scores.top1, **top5, "test/ece": scores.ece}
-        add_to_summary(options.model, names, found | {"test/photos": scores.count, "test/split": options.split})
-    print(f"confusion matrix: {matrix}\npredictions:      {grid}")
+        found: dict[str, float | str] = {
+            "loss": scores.loss,
+            "top1": scores.top1,
+            "balanced_top1": scores.balanced_top1,
+            "ece": scores.ece,
+        }
+        found |= {"top5": scores.topk[5]} if 5 in scores.topk and len(classes) > 5 else {}
+        found |= {"photos": scores.count, "split": printable(split_name)}
+        add_to_summary(options.model, tracked, {f"test/{key}": value for key, value in found.items()})
+    matrix, grid = (folder / f"{name}_{split_name}.png" for name in ("confusion_matrix", "predictions"))
+    if figures.attempt(matrix.name, lambda: figures.save_confusion_matrix(matrix, scores.confusion_pairs, names)):
+        print(f"confusion matrix: {printable(matrix)}")
+    if figures.attempt(grid.name, lambda: _save_predictions(grid, records, split, names, config)):
+        print(f"predictions:      {printable(grid)}", flush=True)
+    check_printed()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ScriptParser("evaluate.py", __doc__)
     parser.add_argument("model", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a state_dict file")
     parser.add_argument("--data", help="folder or CSV; default: the run's own")
-    parser.add_argument("--split", default="val", help="which split (default: val)")
+    parser.add_argument("--split", help="which split (default: val, or all of what has no splits)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores there")
     parser.add_argument(
         "--tracker", choices=("wandb", "none"), default="none", help="wandb: add test/* to the run's summary"
@@ -98,6 +113,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--figures", type=Path, metavar="DIR", help="where pictures go (default: the run's figures/)")
     parser.add_argument("--class-names", help="top or path (default: the run's, or top)")
     parser.add_argument("--arch", help="of a bare state_dict (default: resnet18)")
+    parser.add_argument(
+        "--class-order", choices=("text", "numeric"), help="of a bare state_dict (default: numeric, if all are numbers)"
+    )
     parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
     parser.add_argument("--resize", help="shorter side before the central crop (default: the run's, or 256)")
     parser.add_argument("--loader", default="auto", help="auto, dali or torch (default: auto)")
@@ -110,6 +128,8 @@ def _read_config(options: argparse.Namespace) -> Config:
     """The run's own settings, or the defaults for a bare state_dict, under the flags that were given."""
     if not options.model.exists():
         raise UserError(f"{options.model}: no such run folder or weights file (trained runs stand in runs/)")
+    if options.model.name == "best.pt" and (options.model.parent / "model.json").is_file():
+        options.model = options.model.parent  # a run's, which says what its classes are
     recipe, description = options.model / "config.yaml", options.model / "model.json"
     if options.data is None and description.exists():
         options.data = read_description(options.model, "model").get("data")
@@ -130,10 +150,37 @@ def _check_writable(figures_folder: Path, json_file: Path | None) -> None:
             raise UserError(f"{folder}: not a folder that can be written to: give another --figures DIR or --json FILE")
 
 
-def _read_weights(model: Path, arch: str, dataset: Dataset, split: Split) -> Weights:
-    """The weights with their classes: a run folder names them; a bare file has those of the data, in sorted order."""
+def _choose_split(dataset: Dataset, options: argparse.Namespace) -> tuple[Dataset, str]:
+    """The data and the split of it to score: all of data without splits, unless the run was trained on a part of it."""
+    if dataset.val_fraction is None:
+        return dataset, options.split or "val"
+    run = read_description(options.model, "model") if (options.model / "model.json").exists() else {}
+    is_own = dataset.fingerprint == run.get("dataset_fingerprint") or str(dataset.data) == run.get("data")
+    if options.split not in ("all", None) or (is_own and not options.split):
+        return dataset, options.split or "val"
+    whole = dataset.undivided()
+    if whole is dataset:
+        there = listed([name for name in dataset.splits if name != "val"])
+        raise UserError(f"{printable(dataset.root)}: no split 'val'; it has {there}: name one with --split")
+    return whole, "all"
+
+
+def _what_is_scored(dataset: Dataset, split: Split) -> str:
+    """The split, and how many photos of how many."""
+    count, total = len(split), sum(map(len, dataset.splits.values()))
+    if dataset.val_fraction is None or split.name not in ("train", "val"):
+        return f"split {printable(split.name)}: {count} of {total} photos"
+    part = "set aside from training" if split.name == "val" else "not set aside"
+    return f"split {split.name}: the {count} of {total} photos that are {part} (--split all: all of them)"
+
+
+def _read_weights(options: argparse.Namespace, arch: str, dataset: Dataset, split: Split) -> tuple[Weights, list[str]]:
+    """The weights with their classes, and a line on these: a run folder names them; a bare file has those of the data,
+    in numeric order where all are numbers, else sorted as text.
+    """
+    model: Path = options.model
     if model.is_dir():
-        return read_run_weights(model, arch, "model")
+        return read_run_weights(model, arch, "model"), []
     state = read_state_dict(model, arch, "model")
     classes = dataset.splits.get("train", split).classes
     if len(state["fc.bias"]) != len(classes):
@@ -141,15 +188,24 @@ def _read_weights(model: Path, arch: str, dataset: Dataset, split: Split) -> Wei
             f"{model} tells {len(state['fc.bias'])} classes apart, and the data has {len(classes)}: "
             "give the run folder instead, whose model.json names its classes"
         )
-    return Weights(state, str(model), classes)
+    are_numbers = all(name.isdecimal() for name in classes)
+    if options.class_order == "numeric" and not are_numbers:
+        raise UserError("--class-order numeric: not all class names are numbers; leave it out")
+    order = options.class_order or ("numeric" if are_numbers else "text")
+    numeric = tuple(sorted(classes, key=lambda name: (int(name), name))) if are_numbers else classes
+    chosen = numeric if order == "numeric" else classes
+    note = f"classes: those of the data, in {order} order: {listed(chosen)}"
+    if numeric != classes:  # 10 before 9, or after it
+        note += " (ImageFolder's order, and a training's here, is text: --class-order chooses)"
+    return Weights(state, str(model), chosen), [note]
 
 
-def _save_predictions(path: Path, records: np.ndarray, split: Split, classes: tuple[str, ...], config: Config) -> None:
+def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list[str], config: Config) -> None:
     """The worst mistakes first, then the right answers that were closest to being wrong."""
     right = records["predicted"] == records["label"]
     shown = records[np.lexsort((-records["loss"], right))][:_SHOWN_PREDICTIONS]
     images = central_views(split, shown["index"], image_size=config.image_size, resize=config.resize)
-    predicted, true = ([classes[label] for label in shown[name]] for name in ("predicted", "label"))
+    predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))
     figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
 
 
@@ -159,22 +215,35 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
-def _print_scores(scores: Scores, classes: tuple[str, ...]) -> None:
+def _as_json(scores: Scores) -> dict[str, Any]:
+    """All of them; the confusion matrix as a whole, or of many classes its entries that are not 0."""
+    content = asdict(scores)
+    if len(scores.per_class) <= _DENSE_CLASSES:
+        content["confusion_matrix"] = confusion_matrix(content.pop("confusion_pairs"), len(scores.per_class))
+    return content
+
+
+def _print_scores(scores: Scores, names: list[str]) -> None:
     low, high = scores.interval
+    commonest = max(range(len(names)), key=lambda label: scores.per_class[label]["count"] or 0)
     print(f"loss               {scores.loss:.4f}")
     print(
         f"top-1              {scores.top1:.4f}   {scores.correct} of {scores.count}, 95 % interval {low:.3f}-{high:.3f}"
     )
+    print(f"balanced           {scores.balanced_top1:.4f}   mean recall of the classes")
+    print(f"commonest class    {scores.majority_top1:.4f}   top-1 of always answering {names[commonest]}")
     for k, accuracy in sorted(scores.topk.items()):
-        if k < len(classes):
+        if k < len(names):
             print(f"top-{k:<15}{accuracy:.4f}")
     print(f"calibration error  {scores.ece:.4f}   15 bins")
-    width = max(len("class"), *(len(name) for name in classes[:_SHOWN_CLASSES]))
+    rows = sorted(zip(names, scores.per_class, strict=True), key=lambda row: not row[1]["count"])  # n/a comes last
+    width = max(len("class"), *(len(name) for name, _ in rows[:_SHOWN_CLASSES]))
     print(f"\n{'class':<{width}}  precision  recall      f1   photos")
-    for name, row in list(zip(classes, scores.per_class, strict=True))[:_SHOWN_CLASSES]:
-        print(f"{name:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:7}")
-    if len(classes) > _SHOWN_CLASSES:
-        print(f"... and {len(classes) - _SHOWN_CLASSES} more classes: --json FILE has them all")
+    for name, row in rows[:_SHOWN_CLASSES]:
+        cells = [f"{'n/a' if row[key] is None else f'{row[key]:.4f}':>6}" for key in ("precision", "recall", "f1")]
+        print(f"{name:<{width}}     {'  '.join(cells)}  {row['count']:7}")
+    if len(rows) > _SHOWN_CLASSES:
+        print(f"... and {len(rows) - _SHOWN_CLASSES} more classes: --json FILE has them all")
     print()
 
 

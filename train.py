@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
@@ -33,7 +32,7 @@ from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.copies import room_on
 from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
-from pipelines.evaluation import loss_and_top1, predict, score, validation_row, wilson_interval
+from pipelines.evaluation import BEST_BY, best_scores, loss_and_top1, predict, score, validation_row, wilson_interval
 from pipelines.features import FeatureCache, TrainingFeatures
 from pipelines.loader import (
     IMAGENET_MEAN,
@@ -135,6 +134,7 @@ def main(arguments: list[str]) -> None:
     watch, interval, whole_epoch = StepWatch(), Interval(accelerator.device), Interval(accelerator.device)
     stop = StopRequest(run.stop_file if state.is_main_process else None)
     clock = CheckpointClock(config.checkpoint_minutes)
+    best_by = BEST_BY[config.best_by]
     tracking: Tracking | None = None
     records: Any = None  # of the last evaluation in this life of the run
     before = run.config_before() if beginning == "resumed" else None
@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> None:
                 wishes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
                 sums, batch = update(model, features, optimizer, step, wishes, training, accelerator, config)
                 if at.global_step == 0 and state.is_main_process:
-                    _draw(partial(_save_train_batch, run, batch, training, classes))
+                    figures.attempt("train_batch.png", partial(_save_train_batch, run, batch, training, classes))
                     tracking.show(run.figures / "train_batch.png")
                 at.global_step += 1
                 at.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
@@ -242,14 +242,12 @@ def main(arguments: list[str]) -> None:
                 watch.stop = True
                 stop_if_asked()
             row = {"epoch": epoch, "global_step": at.global_step, **validation_row(records, len(classes))}
-            is_best = row["val/top1"] > at.best["val/top1"] and math.isfinite(
-                row["val/loss"]
-            )  # a tie keeps the earlier
+            is_best = row[best_by] > at.best.get(best_by, -1.0) and math.isfinite(row["val/loss"])  # a tie: the earlier
             if is_best:
                 *_, correct = loss_and_top1(records)
                 at.best = row | {"correct": correct, "count": len(records)}
             if at.best["epoch"]:  # a sweep stops by it
-                row["best/val_top1"] = at.best["val/top1"]
+                row |= best_scores(at.best)
             run.append_metrics(row)
             tracking.log(row, records, hold=at.global_step == last_step)
             if is_best:
@@ -257,20 +255,20 @@ def main(arguments: list[str]) -> None:
                 tracking.log_best(at.global_step)
             at.epoch = epoch
             run.write_status("running", epoch=epoch, global_step=at.global_step)
-            table.end_epoch(epoch, summary | row, best=at.best["val/top1"])
+            table.end_epoch(epoch, summary | row, best=at.best.get(best_by, math.nan))
             save()
         if not at.best["epoch"]:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
 
         # What is left: curves, the best weights, and what to type next.
         if state.is_main_process:
-            _draw(partial(_save_last_figures, run, records, classes))
+            _save_last_figures(run, records, classes, best_by)
             for picture in ("curves", "confusion_matrix", "per_class"):
                 tracking.show(run.figures / f"{picture}.png")
-            tracking.finish({"best/val_top1": at.best["val/top1"], "best/epoch": at.best["epoch"]})
+            tracking.finish(best_scores(at.best) | {"best/epoch": at.best["epoch"]})
             run.write_status("finished", "", 0, at.epoch, at.global_step)
             seconds = time.perf_counter() - started
-            print(*_end_report(at.best, run, (training, validation), seconds), sep="\n")
+            print(*_end_report(at.best, best_by, run, (training, validation), seconds), sep="\n")
     except BaseException as error:
         ending = ending_of(error)
         is_stop = ending.exit_code == Stopped.exit_code
@@ -353,13 +351,18 @@ def _setup_report(
     return lines
 
 
-def _end_report(best: dict[str, Any], run: RunFolder, loaders: tuple[Loader, ...], seconds: float) -> list[str]:
+def _end_report(
+    best: dict[str, Any], best_by: str, run: RunFolder, loaders: tuple[Loader, ...], seconds: float
+) -> list[str]:
     low, high = wilson_interval(best["correct"], best["count"])
     known = sum(int((loader.split.faults > 0).sum()) for loader in loaders)
     met = sum(len(loader.bad) for loader in loaders)
+    accuracies = {key.removeprefix("val/"): f"{best[key]:.4f}" for key in BEST_BY.values() if key in best}
+    chosen = best_by.removeprefix("val/")
+    others = "".join(f" ({name} {value})" for name, value in accuracies.items() if name != chosen)
     lines = [
-        f"best val top1 {best['val/top1']:.4f} at epoch {best['epoch']}: {best['correct']} of {best['count']}, "
-        f"95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
+        f"best val {chosen} {accuracies[chosen]}{others} at epoch {best['epoch']}: {best['correct']} of "
+        f"{best['count']}, 95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
     ]
     if known + met:
         lines.append(f"left out: {known + met} photos, {known} of them found by the scan and {met} met in the run")
@@ -390,14 +393,6 @@ def _how_it_goes_on(
     return lines
 
 
-def _draw(save_picture: Callable[[], None]) -> None:
-    """A picture that cannot be saved is said; the training goes on."""
-    try:
-        save_picture()
-    except MachineError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
-
-
 def _save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tuple[str, ...]) -> None:
     if not len(batch.images):  # its features were known; what they are of is worth a look
         batch = next(next(training.epoch(0)).batches)
@@ -406,13 +401,17 @@ def _save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: t
     figures.save_train_batch(run.figures / "train_batch.png", images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def _save_last_figures(run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...]) -> None:
+def _save_last_figures(run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...], best_by: str) -> None:
     """The curves, and what the last evaluation says of each class."""
-    figures.save_curves(run.figures / "curves.png", run.read_metrics(), title=run.folder.name)
+    paths = {name: run.figures / f"{name}.png" for name in ("curves", "confusion_matrix", "per_class")}
+    title = run.folder.name
+    draw = figures.attempt
+    draw("curves.png", lambda: figures.save_curves(paths["curves"], run.read_metrics(), title=title, best_by=best_by))
     if records is not None:  # a run that was killed between its last evaluation and its end has them already
-        scores = score(records, classes)
-        figures.save_confusion_matrix(run.figures / "confusion_matrix.png", scores.confusion_matrix, classes)
-        figures.save_per_class(run.figures / "per_class.png", scores.per_class, classes)
+        scores = score(records, len(classes))
+        pairs, per_class = scores.confusion_pairs, scores.per_class
+        draw("confusion_matrix.png", partial(figures.save_confusion_matrix, paths["confusion_matrix"], pairs, classes))
+        draw("per_class.png", partial(figures.save_per_class, paths["per_class"], per_class, classes))
 
 
 def _where(global_step: int, rates: dict[str, float], indices: list[int], loader: Loader) -> str:

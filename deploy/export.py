@@ -27,7 +27,7 @@ from pipelines import figures
 from pipelines.config import GROUPS, SCHEMA, Config, ScriptParser, parse_config
 from pipelines.dataset import Dataset, load_dataset, map_labels, scan_dataset
 from pipelines.errors import MachineError, UserError
-from pipelines.evaluation import confusion_matrix, wilson_interval
+from pipelines.evaluation import confusion_pairs, wilson_interval
 from pipelines.inference import Classifier, Preprocess, find_photos, import_extra, open_onnx, open_run
 from pipelines.model import Weights, read_description, read_run_weights, restore_model
 from pipelines.photos import cache_folder
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
     weights = read_run_weights(run, description["arch"], "run")
     reference = open_run(run, torch.device("cpu"), batch_size=8, threads=cpu_cores())
     dataset = _own_dataset(description, config)
-    paths, labels = _photos(options, dataset, reference.classes)
+    paths, labels = _photos(options, dataset, weights.classes or ())
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as temporary:
             folder = Path(temporary)
@@ -109,12 +109,14 @@ def main(arguments: list[str]) -> None:
             graph, check = _export_checked(network, reference, paths, folder / "model.onnx")
             tensors = safetensors.torch.save(dict(weights.state or {}), _properties(reference) | {"format": "pt"})
             (folder / "model.safetensors").write_bytes(tensors)  # by its own hand the file is for its owner alone
+            has_matrix = False
             if labels is not None:
-                read = check.predicted >= 0
-                matrix = confusion_matrix(check.predicted[read], labels[read], len(reference.classes))
-                figures.save_confusion_matrix(folder / "confusion_matrix.png", matrix, reference.classes)
+                read, names = check.predicted >= 0, reference.classes
+                pairs = confusion_pairs(check.predicted[read], labels[read], len(names))
+                picture = folder / "confusion_matrix.png"
+                has_matrix = figures.attempt(picture.name, lambda: figures.save_confusion_matrix(picture, pairs, names))
             facts = _facts(run, description, config, dataset, reference.preprocess)
-            card = _model_card(facts, graph, check, has_matrix=labels is not None)
+            card = _model_card(facts, graph, check, has_matrix=has_matrix)
             (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
             (run / "export").mkdir(exist_ok=True)
             for file in folder.iterdir():
@@ -361,7 +363,7 @@ def _facts(
         "arch": description["arch"],
         "count": len(classes),
         "classes": ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else ""),
-        "class_list": json.dumps(description["classes"]),
+        "class_list": json.dumps(classes),
         "scores": _scores(description.get("scores", {})),
         "data": "\n".join(_data(description, dataset)),
         "recipe": _recipe(config),
@@ -392,11 +394,12 @@ def _model_card(facts: Mapping[str, Any], graph: str, check: Check, *, has_matri
 def _scores(scores: Mapping[str, Any]) -> str:
     try:
         low, high = wilson_interval(scores["correct"], scores["count"])
+        balanced = f"{scores['val/balanced_top1']:.4f}" if "val/balanced_top1" in scores else "not known"
         return (
-            f"| split | top-1 | 95 % interval (Wilson) | photos | loss |\n|---|---|---|---|---|\n"
-            f"| val | {scores['val/top1']:.4f} | {low:.3f} to {high:.3f} | {scores['correct']} of {scores['count']} | "
-            f"{scores['val/loss']:.4f} |\n\nThe best of its training's evaluations, on photos that chose it: a test "
-            "set's are likely to be a little lower."
+            f"| split | top-1 | 95 % interval (Wilson) | balanced | photos | loss |\n|---|---|---|---|---|---|\n"
+            f"| val | {scores['val/top1']:.4f} | {low:.3f} to {high:.3f} | {balanced} | {scores['correct']} of "
+            f"{scores['count']} | {scores['val/loss']:.4f} |\n\nThe best of its training's evaluations, on photos that "
+            "chose it: a test set's are likely to be a little lower."
         )
     except KeyError:
         return "Not known: the run's `model.json` has none."

@@ -81,7 +81,9 @@ def main(arguments: list[str]) -> None:
                 push(doubtful, (-row["confidence"], number, row["class"]))
             bar.update()
     if options.grid and doubtful:
-        _save_grid(options.grid, paths, sorted(doubtful, reverse=True), run.preprocess)
+        shown = sorted(doubtful, reverse=True)
+        if figures.attempt(options.grid.name, lambda: _save_grid(options.grid, paths, shown, run.preprocess)):
+            _say(f"picture: {options.grid}")
 
     read = sum(counts.values())
     each = ", ".join(f"{printable(name)} {count}" for name, count in counts.most_common(5)) or "none"
@@ -181,7 +183,6 @@ def _save_grid(path: Path, paths: list[str], doubtful: list[tuple[float, int, st
     predicted, confidence = [name for *_, name in doubtful], [-value for value, *_ in doubtful]
     names = [Path(paths[number]).name for _, number, _ in doubtful]
     figures.save_answers(path, np.stack(images), names, predicted, confidence)
-    _say(f"picture: {path}")
 
 
 if __name__ == "__main__":

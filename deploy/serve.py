@@ -37,6 +37,7 @@ from pipelines.headers import judge
 from pipelines.inference import Answer, Classifier, import_extra, open_onnx, open_run
 from pipelines.model import read_description
 from pipelines.processes import Terminated, cpu_cores, run_script
+from pipelines.text import printable
 
 import torch
 
@@ -115,9 +116,9 @@ def describe(run: Path) -> dict[str, Any]:
     scores: Mapping[str, Any] = description.get("scores") or {}
     correct, count = scores.get("correct", 0), scores.get("count", 0)
     return {
-        "name": run.resolve().name,
+        "name": printable(run.resolve().name),
         "arch": description["arch"],
-        "classes": description["classes"],
+        "classes": [printable(name) for name in description["classes"]],
         "top1": correct / count if count else None,
         "interval": wilson_interval(correct, count) if count else None,
         "photos": count,

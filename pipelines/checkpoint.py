@@ -51,7 +51,7 @@ class Progress:
     epoch: int = 0
     global_step: int = 0
     skipped_steps: int = 0
-    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "val/top1": -1.0})
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})
 
 
 class CheckpointClock:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines import figures
 from pipelines.errors import UserError
+from pipelines.evaluation import BEST_BY
 from pipelines.files import check_replaceable
 from pipelines.processes import run_script
 from pipelines.runs import RunFolder
@@ -42,9 +43,14 @@ class Run:
 
     @property
     def best(self) -> Mapping[str, Any]:
-        """The evaluation row of the highest val/top1, the earlier one of a tie; {} where there is none."""
-        rows = [row for row in self.rows if row.get("val/top1") is not None]
-        return max(rows, key=lambda row: row["val/top1"], default={})
+        """The evaluation row that the run takes for its best, the earlier one of a tie; {} where there is none."""
+        rows = [row for row in self.rows if row.get(self.best_by) is not None]
+        return max(rows, key=lambda row: row[self.best_by], default={})
+
+    @property
+    def best_by(self) -> str:
+        """The accuracy that decides which row is best."""
+        return BEST_BY.get(str(self.settings.get("best_by")), "val/top1")
 
     @property
     def minutes(self) -> float:
@@ -67,12 +73,14 @@ def main(arguments: list[str]) -> None:
     runs = [read_run(folder) for folder in options.runs if (folder / "config.yaml").is_file()]
     if not runs:
         raise UserError("compare: none of these is a run folder with a config.yaml (trained runs stand in runs/)")
-    runs.sort(key=lambda run: -run.best.get("val/top1", -1.0))
+    common = {run.best_by for run in runs}
+    order = common.pop() if len(common) == 1 else "val/top1"
+    runs.sort(key=lambda run: -run.best.get(order, -1.0))
     print("\n".join(comparison_table(runs)))
     path = options.figure or options.runs[0].resolve().parent / "comparison.png"
     check_replaceable(path, figures.is_own_picture)
-    figures.save_comparison(path, {run.name: run.rows for run in runs})
-    print(f"\nplot: {path}", flush=True)
+    if figures.attempt(path.name, lambda: figures.save_comparison(path, {run.name: run.rows for run in runs})):
+        print(f"\nplot: {printable(path)}", flush=True)
     check_printed()
 
 
@@ -98,9 +106,22 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 def comparison_table(runs: Sequence[Run]) -> list[str]:
     """Aligned lines: one run each, under a header."""
     keys = differing_settings(runs)
-    table = [["run", *keys, "best top1", "at epoch", "last top1", "last val loss", "last loss", "minutes", "state"]]
+    table = [
+        [
+            "run",
+            *keys,
+            "best top1",
+            "balanced",
+            "at epoch",
+            "last top1",
+            "last val loss",
+            "last loss",
+            "minutes",
+            "state",
+        ]
+    ]
     for run in runs:
-        best = [_number(run.best.get("val/top1")), str(run.best.get("epoch", _ABSENT))]
+        best = [_number(run.best.get(key)) for key in BEST_BY.values()] + [str(run.best.get("epoch", _ABSENT))]
         last = [_number(run.last(key)) for key in ("val/top1", "val/loss", "train/loss")]
         settings = [str(run.settings.get(key, _ABSENT)) for key in keys]
         table.append([run.name, *settings, *best, *last, f"{run.minutes:.1f}", run.state])

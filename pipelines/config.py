@@ -144,6 +144,9 @@ class Config:
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """epochs over which the learning rate rises to its full value"""
 
+    best_by: Literal["top1", "balanced"] = "top1"
+    """which validation accuracy best.pt is the best of; balanced: the mean recall, so that each class counts the same
+    however many photos it has"""
     eval_batch_per_device: Annotated[int, Field(ge=1)] = 64
     """photos of a validation batch on one device"""
 
@@ -199,7 +202,7 @@ GROUPS = {
         "step_gamma",
         "warmup_epochs",
     ],
-    "Evaluation": ["eval_batch_per_device"],
+    "Evaluation": ["best_by", "eval_batch_per_device"],
     "Logging": ["log_every", "tracker", "project", "tags", "group", "alerts", "log_model"],
 }
 

@@ -12,10 +12,11 @@ import tempfile
 import time
 import warnings
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from pipelines.errors import MachineError, UserError
 from pipelines.headers import FAULTS, judge
 from pipelines.layout import WANTED, Findings, Photo, list_csv, list_folder
-from pipelines.text import listed, printable
+from pipelines.text import composed, listed, printable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -98,6 +99,17 @@ class Dataset:
     val_fraction: float | None
     findings: Findings
 
+    def undivided(self) -> "Dataset":
+        """The same with one split, "all", where "val" was taken from "train" and there is no other split."""
+        if self.val_fraction is None or len(self.splits) > 2:
+            return self
+        train, val = self.splits["train"], self.splits["val"]
+        names = ("labels", "sizes", "faults")
+        columns: dict[str, Any] = {each: np.concatenate([getattr(train, each), getattr(val, each)]) for each in names}
+        offsets = np.concatenate([train.path_offsets, val.path_offsets[1:]])
+        whole = replace(train, name="all", path_offsets=offsets, **columns)
+        return replace(self, splits={"all": whole}, duplicates=[], val_fraction=None)
+
     def report(self) -> list[str]:
         """What a person should know of the data before a run, in lines."""
         lines = [f"data: {printable(self.root)} (fingerprint {self.fingerprint})", *self.findings.lines()]
@@ -109,10 +121,18 @@ class Dataset:
             lines.append(f"{printable(split.name)}: {sum(counts.values())} photos, {len(counts)} classes: {each}")
         if self.val_fraction is not None:
             lines.append(f"val was taken from train: {self.val_fraction:g} of each class, chosen by a hash of the path")
-        known = {name for split in self.splits.values() for name in split.classes}
+        known = {composed(name): name for split in self.splits.values() for name in split.classes}
         for split in self.splits.values():
-            if absent := sorted(known - {name for name, count in split.class_counts().items() if count}):
+            there = {composed(name) for name, count in split.class_counts().items() if count}
+            if absent := sorted(name for key, name in known.items() if key not in there):
                 lines.append(f"{printable(split.name)} has no photo of {listed(absent)}")
+            lines += spelling_notes(split, self.splits["train"].classes if "train" in self.splits else split.classes)
+        folded = dict[str, str]()
+        for name in known.values():
+            if (twin := folded.setdefault(name.casefold(), name)) != name:
+                lines.append(f"{printable(twin)} and {printable(name)} are two classes: they differ in case only")
+        if "val" in self.splits:
+            lines += majority_notes(self.splits["val"])
         pairs = [f"{printable(train)} = {printable(val)}" for train, val in self.duplicates]
         faulty = [line for split in self.splits.values() for line in split.faulty_files()]
         if pairs:
@@ -200,16 +220,58 @@ def load_dataset(index_file: Path) -> Dataset:
 def map_labels(split: Split, classes: Sequence[str]) -> np.ndarray:
     """int32 [N]: the labels of the split's photos as positions in a model's `classes`, matched by name.
 
-    Where they are the split's own, its memory-mapped column is given: no copy for every process.
-    Raises UserError where photos have a class that the model lacks.
+    Two spellings that differ in Unicode normalisation only are one name (`spelling_notes` says so). Where the labels
+    are the split's own, its memory-mapped column is given: no copy for every process. Raises UserError where photos
+    have a class that the model lacks.
     """
-    position = {name: index for index, name in enumerate(classes)}
-    lookup = np.array([position.get(name, -1) for name in split.classes], np.int32)
-    if unknown := [split.classes[label] for label in np.flatnonzero(lookup < 0) if (split.labels == label).any()]:
-        known = listed(classes)
-        raise UserError(f"split {split.name!r} has classes that the model lacks: {listed(unknown)}; it knows {known}")
+    lookup = np.array(_positions(split.classes, classes), np.int32)
+    if unknown := [split.classes[label] for label in np.flatnonzero((lookup < 0) & (_counts(split) > 0))]:
+        raise UserError(
+            f"split {printable(repr(split.name))} has classes that the model lacks: {listed(unknown)}; it knows "
+            f"{listed(classes)}{_case_hint(unknown, classes)}"
+        )
     same = np.array_equal(lookup, np.arange(len(lookup)))
     return split.labels if same else lookup[split.labels]
+
+
+def spelling_notes(split: Split, classes: Sequence[str]) -> list[str]:
+    """A line on class names of `split` that are taken for one of `classes` in another spelling, where there are any."""
+    places = zip(split.classes, _positions(split.classes, classes), strict=True)
+    other = [name for name, place in places if place >= 0 and name != classes[place]]
+    note = f"{printable(split.name)}: {listed(other)}: matched, though spelled in another Unicode normalisation"
+    return [note] if other else []
+
+
+def majority_notes(split: Split) -> list[str]:
+    """A line with the score that no model should fall short of; none where there is no photo."""
+    counts = np.array([*split.class_counts().values()])
+    if not counts.any():
+        return []
+    name, top1 = split.classes[counts.argmax()], counts.max() / counts.sum()
+    return [
+        f"always answering {printable(name)}, the commonest class of {printable(split.name)}: top1 {top1:.4f}, "
+        f"balanced {1 / np.count_nonzero(counts):.4f}"
+    ]
+
+
+def _positions(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Where each of `names` stands in `classes`, -1 where it does not."""
+    alike = {composed(name): place for place, name in reversed([*enumerate(classes)])}
+    exact = {name: place for place, name in enumerate(classes)}
+    return [exact.get(name, alike.get(composed(name), -1)) for name in names]
+
+
+def _case_hint(unknown: Sequence[str], known: Sequence[str]) -> str:
+    folded = {composed(name).casefold(): name for name in known}
+    for name in unknown:
+        if twin := folded.get(composed(name).casefold()):
+            return f" ({printable(name)} and {printable(twin)} differ in case only: rename one of them)"
+    return ""
+
+
+def _counts(split: Split) -> np.ndarray:
+    """int64 [classes]: photos, sound or not."""
+    return np.bincount(split.labels, minlength=len(split.classes))
 
 
 def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[str] = ("train", "val")) -> None:
@@ -233,10 +295,17 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     for name in splits:
         if not present[name]:
             raise UserError(f"{root}: split {name!r} has no photo that can be used; add some")
-        if train and (absent := present[name] - train):
+        there = {composed(label) for label in train or ()}
+        if train and (absent := sorted(label for label in present[name] if composed(label) not in there)):
             raise UserError(
-                f"{root}: {name!r} has classes without a photo in 'train': {listed(sorted(absent))}; add some, or "
-                f"remove those of {name!r}"
+                f"{root}: {name!r} has classes without a photo in 'train': {listed(absent)}"
+                f"{_case_hint(absent, sorted(train))}; add some, or remove those of {name!r}"
+            )
+        spellings = Counter(map(composed, present[name]))
+        if name == "train" and (twins := [label for label, count in spellings.items() if count > 1]):
+            raise UserError(
+                f"{root}: 'train' has {listed(twins)} twice, in two Unicode normalisations (NFC, NFD): put the photos "
+                "into one folder"
             )
     if train and len(train) < 2:
         raise UserError(f"{root}: 'train' has photos of one class only, {listed(list(train))}; two are needed")

@@ -2,9 +2,10 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 from pipelines.copies import to_device
 from pipelines.errors import PassStopped
@@ -32,24 +33,31 @@ _RECORD = np.dtype(
 )
 
 
+# The setting best_by, and the value of a validation row that it means.
+BEST_BY = {"top1": "val/top1", "balanced": "val/balanced_top1"}
+
+
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation says.
+    """What an evaluation says, in memory that grows with photos and classes, not with their square.
 
-    top1, topk[k], precision, recall and f1 are fractions. interval: 95 % Wilson interval of top1. ece: expected
-    calibration error in 15 bins (Guo et al. 2017). confusion_matrix: int64 [C, C], rows truth, columns prediction.
-    per_class: one dict per class with precision, recall, f1, count.
+    top1, topk[k], precision, recall and f1 are fractions. balanced_top1: the mean recall of the classes that have
+    photos. majority_top1: what always answering the commonest class would reach. interval: 95 % Wilson interval of
+    top1. ece: expected calibration error in 15 bins (Guo et al. 2017). confusion_pairs: see the function of this name.
+    per_class: one dict per class with precision, recall, f1, count; all but the count None where it has no photo.
     """
 
     loss: float
     top1: float
+    balanced_top1: float
+    majority_top1: float
     correct: int
     count: int
     interval: tuple[float, float]
     topk: dict[int, float]
     ece: float
-    confusion_matrix: np.ndarray
-    per_class: list[dict[str, float]]
+    confusion_pairs: np.ndarray
+    per_class: list[dict[str, float | None]]
 
 
 def predict(
@@ -93,11 +101,31 @@ def loss_and_top1(records: np.ndarray) -> tuple[float, float, int]:
     return float(records["loss"].sum(dtype=np.float64) / count), correct / count, correct
 
 
+def balanced_top1(records: np.ndarray, classes: int) -> float:
+    """Balanced accuracy: the mean recall of the classes that have photos, as a fraction (Brodersen et al. 2010)."""
+    photos, right, _ = _class_counts(records, classes)
+    has_photos = photos > 0
+    return float((right[has_photos] / photos[has_photos]).mean()) if has_photos.any() else 0.0
+
+
 def validation_row(records: np.ndarray, classes: int) -> dict[str, float]:
-    """`val/loss`, `val/top1`, `val/ece` and, of more than five classes, `val/top5`, as metrics.jsonl has them."""
+    """`val/loss`, `val/top1`, `val/balanced_top1`, `val/ece` and, of more than five classes, `val/top5`, as
+    metrics.jsonl has them."""
     loss, top1, _ = loss_and_top1(records)
     top5 = {"val/top5": top_k(records, 5)} if classes > 5 else {}
-    return {"val/loss": loss, "val/top1": top1, **top5, "val/ece": calibration_error(records)}
+    balanced = balanced_top1(records, classes)
+    return {
+        "val/loss": loss,
+        "val/top1": top1,
+        "val/balanced_top1": balanced,
+        **top5,
+        "val/ece": calibration_error(records),
+    }
+
+
+def best_scores(best: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracies of the best validation row so far, as rows and summaries have them: `best/val_top1`, ..."""
+    return {f"best/{key.replace('/', '_')}": best[key] for key in BEST_BY.values() if key in best}
 
 
 def top_k(records: np.ndarray, k: int) -> float:
@@ -119,40 +147,58 @@ def calibration_error(records: np.ndarray) -> float:
     return float(binary_calibration_error(torch.from_numpy(records["confidence"].copy()), right, 15))
 
 
-def score(records: np.ndarray, classes: Sequence[str], ks: Sequence[int] = (5,)) -> Scores:
-    """All scores of `records`, through torchmetrics. k of top-k is clamped to the number of classes."""
-    from torchmetrics.functional import classification as tm  # seconds to import
-
-    predicted, labels = torch.from_numpy(records["predicted"].copy()), torch.from_numpy(records["label"].copy())
-    each = {"num_classes": len(classes), "average": "none"}
-    per_class = zip(
-        tm.multiclass_precision(predicted, labels, **each).tolist(),
-        tm.multiclass_recall(predicted, labels, **each).tolist(),
-        tm.multiclass_f1_score(predicted, labels, **each).tolist(),
-        np.bincount(records["label"], minlength=len(classes)).tolist(),
-        strict=True,
-    )
+def score(records: np.ndarray, classes: int, ks: Sequence[int] = (5,)) -> Scores:
+    """All scores of `records`. k of top-k is clamped to the number of classes."""
     loss, top1, correct = loss_and_top1(records)
+    photos, right, answers = _class_counts(records, classes)
+    precision, recall = right / np.maximum(answers, 1), right / np.maximum(photos, 1)
+    f1 = 2 * right / np.maximum(photos + answers, 1)
+    columns = (column.tolist() for column in (precision, recall, f1, photos))
+    per_class: list[dict[str, float | None]] = [
+        {"precision": p, "recall": r, "f1": f, "count": n}
+        if n
+        else {"precision": None, "recall": None, "f1": None, "count": 0}
+        for p, r, f, n in zip(*columns, strict=True)
+    ]
     return Scores(
         loss=loss,
         top1=top1,
+        balanced_top1=balanced_top1(records, classes),
+        majority_top1=int(photos.max(initial=0)) / max(1, len(records)),
         correct=correct,
         count=len(records),
         interval=wilson_interval(correct, len(records)),
-        topk={k: top_k(records, k) for k in {min(k, len(classes)) for k in ks}},
+        topk={k: top_k(records, k) for k in {min(k, classes) for k in ks}},
         ece=calibration_error(records),
-        confusion_matrix=confusion_matrix(records["predicted"], records["label"], len(classes)),
-        per_class=[dict(zip(("precision", "recall", "f1", "count"), values, strict=True)) for values in per_class],
+        confusion_pairs=confusion_pairs(records["predicted"], records["label"], classes),
+        per_class=per_class,
     )
 
 
-def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [C, C], rows truth, columns prediction. predicted, labels: int [photos]."""
-    from torchmetrics.functional.classification import multiclass_confusion_matrix  # seconds to import
+def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The confusion matrix's entries that are not 0: int64 [pairs, 3], true class, predicted class, photos, in order.
 
-    return multiclass_confusion_matrix(
-        *(torch.tensor(each, dtype=torch.int64) for each in (predicted, labels)), classes
-    ).numpy()
+    predicted, labels: int [photos], 0 <= each < classes. Of 8,000 classes the whole matrix would take half a gigabyte.
+    """
+    places, photos = np.unique(labels.astype(np.int64) * classes + predicted, return_counts=True)
+    return np.stack([places // classes, places % classes, photos], axis=1)
+
+
+def confusion_matrix(pairs: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [C, C], rows truth, columns prediction, from `confusion_pairs`."""
+    matrix = np.zeros((classes, classes), np.int64)
+    matrix[pairs[:, 0], pairs[:, 1]] = pairs[:, 2]
+    return matrix
+
+
+def _class_counts(records: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int64 [C] each: photos of a class, those of them that are answered right, answers that name the class."""
+    labels, predicted = records["label"], records["predicted"]
+    return (
+        np.bincount(labels, minlength=classes),
+        np.bincount(labels[labels == predicted], minlength=classes),
+        np.bincount(predicted, minlength=classes),
+    )
 
 
 def wilson_interval(correct: int, count: int, level: float = 0.95) -> tuple[float, float]:

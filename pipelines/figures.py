@@ -6,13 +6,15 @@ and in one style, whatever matplotlibrc the machine has.
 
 import math
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import MachineError
+from pipelines.text import printable
 
 import matplotlib.style
 import numpy as np
@@ -53,6 +55,21 @@ STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY),
 }
+
+
+def attempt(name: str, save_picture: Callable[[], None]) -> bool:
+    """Whether the picture could be saved. Where not, whatever the reason, that is said: none is worth a run."""
+    try:
+        save_picture()
+    except Exception as error:
+        why = (
+            str(error)
+            if isinstance(error, MachineError)
+            else f"{name}: not drawn ({str(error) or type(error).__name__})"
+        )
+        print(f"warning: {printable(why)}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def save_train_batch(
@@ -103,12 +120,14 @@ def save_answers(
             tile.set_title(f"{name}\n{guess}\nconfidence {sureness:.2f}")
 
 
-def save_curves(path: Path, rows: Sequence[Mapping[str, float | None]], *, title: str) -> None:
+def save_curves(
+    path: Path, rows: Sequence[Mapping[str, float | None]], *, title: str, best_by: str = "val/top1"
+) -> None:
     """Loss, top-1 accuracy and learning rate over epochs, or over `global_step` where epochs do not tell rows apart.
 
     rows: those of `metrics.jsonl`, in order. Training rows have `train/loss`, `train/top1`, `lr/head`, `lr/body`,
-    evaluation rows `val/loss`, `val/top1`; any value may be missing, None or NaN. The best `val/top1` is marked, the
-    earlier one of a tie.
+    evaluation rows `val/loss`, `val/top1`, `val/balanced_top1`; any value may be missing, None or NaN. best_by: the
+    one of the last two whose best is marked, the earlier one of a tie.
     """
     unit, x = _x_axis(rows)
     with _picture(path, 10, 3.2) as figure:
@@ -117,12 +136,15 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, float | None]], *, title
         for panel, name in ((loss, "loss"), (top1, "top1")):
             _line(panel, x, _column(rows, f"train/{name}"), color=BLUE, label="train")
             _line(panel, x, _column(rows, f"val/{name}"), color=ORANGE, label="val")
-        scores = np.where(np.isfinite(x), _column(rows, "val/top1"), np.nan)
+        scores = np.where(np.isfinite(x), _column(rows, best_by), np.nan)
         accuracy = "top-1 accuracy"
+        if best_by != "val/top1":
+            accuracy = "balanced accuracy"
+            _line(top1, x, scores, color=ORANGE, label="balanced", linestyle="--")
         if np.isfinite(scores).any():
             best = int(np.nanargmax(scores))
             top1.plot(x[best], scores[best], "*", color=VERMILION, markersize=11, label="best")
-            accuracy = f"top-1 accuracy: best {scores[best]:.3f} at {unit} {x[best]:g}"
+            accuracy = f"{accuracy}: best {scores[best]:.3f} at {unit} {x[best]:g}"
         head, body = _column(rows, "lr/head"), _column(rows, "lr/body")
         _line(rate, x, head, color=BLUE, label="head")
         _line(rate, x, body, color=ORANGE, label="body", linestyle="--")
@@ -158,12 +180,13 @@ def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, float |
         figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=min(3, max(1, len(labels))))
 
 
-def save_confusion_matrix(path: Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
+def save_confusion_matrix(path: Path, pairs: np.ndarray, classes: Sequence[str]) -> None:
     """The confusion matrix: colours are shares of the true class, printed numbers are photos.
 
-    matrix: int [C, C], rows the truth, columns the prediction; classes: C names. Above 25 classes a cell has no room
-    for its number: then the commonest confusions are listed beside, names are thinned to those that fit, and a
-    square-root scale lifts faint shares. Above 250 a cell shows the largest share of several neighbours.
+    pairs: int [P, 3], true class, predicted class, photos, each pair once; classes: C names. The row of a class without
+    photos is grey. Above 25 classes a cell has no room for its number: then the commonest confusions are listed beside,
+    names are thinned to those that fit, and a square-root scale lifts faint shares. Above 250 a cell shows the largest
+    share of several neighbours.
     """
     counted = len(classes) <= MAX_COUNTED_CLASSES
     side = min(max(0.4 * len(classes), 2.2), 7.5)  # of the matrix, inches
@@ -173,41 +196,48 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray, classes: Sequence[str]
     longest = max(_width(name) for name in names)
     margin = (longest + 34) / 72
     width, height = margin + side + (0.95 if counted else 5.1), margin + side + 0.3
-    total, right = int(matrix.sum()), int(np.trace(matrix))
-    shares, block = _pooled(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1))
+    truth, guess, photos = pairs.T
+    total, right = int(photos.sum()), int(photos[truth == guess].sum())
+    shares, block = _pooled_shares(pairs, len(classes))
     end = len(shares) * block - 0.5
     with _picture(path, width, height) as figure:
         figure.set_layout_engine("none")
         axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
-        scale = PowerNorm(1 if counted else 0.5, 0, 1)
-        colors = axes.imshow(shares, cmap="Blues", norm=scale, extent=(-0.5, end, end, -0.5), interpolation="nearest")
+        scale, cmap = PowerNorm(1 if counted else 0.5, 0, 1), matplotlib.colormaps["Blues"].with_extremes(bad="#d8d8d8")
+        colors = axes.imshow(shares, cmap=cmap, norm=scale, extent=(-0.5, end, end, -0.5), interpolation="nearest")
         axes.spines[:].set_visible(True)
         axes.set_xticks(shown, names, rotation=0 if longest < cell - 4 else 90)
         axes.set_yticks(shown, names)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.set_title(f"top-1 {right / max(total, 1):.3f}: {right:,} of {total:,} photos")
         label = "share of the true class" + (f", largest of {block} x {block}" if block > 1 else "")
+        label += "; grey: no photos" if np.isnan(shares).any() else ""
         bar = axes.inset_axes((1 + 0.1 / side, 0, 0.15 / side, 1))
         figure.colorbar(colors, cax=bar, label=label).outline.set_visible(False)
         if counted:
-            _print_counts(axes, matrix, shares, cell)
+            _print_counts(axes, pairs, shares, cell)
         else:
-            listing = _commonest_confusions(matrix, classes)
+            listing = _commonest_confusions(pairs, classes)
             axes.text(1 + 1 / side, 1, listing, va="top", linespacing=1.5, transform=axes.transAxes)
 
 
-def save_per_class(path: Path, per_class: Sequence[Mapping[str, float]], classes: Sequence[str]) -> None:
+def save_per_class(path: Path, per_class: Sequence[Mapping[str, float | None]], classes: Sequence[str]) -> None:
     """Recall and precision of each class, the worst recall above; of more than 40 classes only the worst 40.
 
-    per_class: C times `recall`, `precision` (fractions) and `count`; classes: C names.
+    per_class: C times `recall`, `precision` (fractions, None where there is no photo) and `count`; classes: C names. A
+    class without photos comes last.
     """
-    order = sorted(range(len(classes)), key=lambda place: per_class[place]["recall"])[:MAX_BARS]
+    recalls = [row["recall"] for row in per_class]
+    order = sorted(range(len(classes)), key=lambda place: math.inf if (r := recalls[place]) is None else r)[:MAX_BARS]
     names = [f"{_shortened(classes[place], NAME)}  ({per_class[place]['count']:,})" for place in order]
     with _picture(path, 7, 0.9 + 0.32 * len(order)) as figure:
         axes = figure.subplots()
         for name, color, shift in (("recall", BLUE, -0.2), ("precision", ORANGE, 0.2)):
-            values = [per_class[place][name] for place in order]
+            values = [per_class[place][name] or 0.0 for place in order]
             axes.barh(np.arange(len(order)) + shift, values, height=0.38, color=color, label=name)
+        for row, place in enumerate(order):
+            if recalls[place] is None:
+                axes.text(0.01, row, "n/a", va="center_baseline", color=GREY)
         axes.set_yticks(range(len(order)), names)
         axes.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6))
         axes.set_title("per class (photos)" + (f": the worst {MAX_BARS}" if len(order) < len(classes) else ""))
@@ -296,34 +326,38 @@ def _finish_panel(panel: Axes, name: str, unit: str) -> None:
         panel.text(0.5, 0.5, "no values", ha="center", color=GREY, transform=panel.transAxes)
 
 
-def _pooled(shares: np.ndarray) -> tuple[np.ndarray, int]:
-    """At most 250 cells a side, each the largest of a block, and the side of a block."""
-    block = math.ceil(len(shares) / MAX_CELLS)
-    padded = np.pad(shares, (0, -len(shares) % block))
-    return padded.reshape(len(padded) // block, block, -1, block).max(axis=(1, 3)), block
+def _pooled_shares(pairs: np.ndarray, classes: int) -> tuple[np.ndarray, int]:
+    """At most 250 cells a side, each the largest share of a block, NaN in rows without photos; the side of a block."""
+    truth, guess, photos = pairs.T
+    block = math.ceil(classes / MAX_CELLS)
+    of_class = np.bincount(truth, photos, minlength=classes)
+    shares = np.zeros((math.ceil(classes / block),) * 2)
+    np.maximum.at(shares, (truth // block, guess // block), photos / of_class[truth])
+    of_row = np.bincount(np.arange(classes) // block, of_class)
+    shares[of_row == 0] = np.nan
+    return shares, block
 
 
-def _print_counts(axes: Axes, matrix: np.ndarray, shares: np.ndarray, cell: float) -> None:
-    size = min(10, cell * 0.85 / (0.65 * len(str(matrix.max()))))
-    for (row, column), number in np.ndenumerate(matrix):
-        color = "white" if shares[row, column] > 0.5 else INK if number else GREY
+def _print_counts(axes: Axes, pairs: np.ndarray, shares: np.ndarray, cell: float) -> None:
+    counts = {(row, column): number for row, column, number in pairs.tolist()}
+    size = min(10, cell * 0.85 / (0.65 * len(str(max(counts.values(), default=0)))))
+    for (row, column), share in np.ndenumerate(shares):
+        number = counts.get((row, column), 0)
+        color = "white" if share > 0.5 else INK if number else GREY
         axes.text(column, row, str(number), ha="center", va="center_baseline", size=size, color=color)
 
 
-def _commonest_confusions(matrix: np.ndarray, classes: Sequence[str]) -> str:
-    errors = matrix.copy()
-    np.fill_diagonal(errors, 0)
+def _commonest_confusions(pairs: np.ndarray, classes: Sequence[str]) -> str:
+    errors = pairs[pairs[:, 0] != pairs[:, 1]]
     lines = ["commonest confusions: photos, true → predicted", ""]
-    for place in np.argsort(-errors, axis=None, kind="stable")[:25]:
-        truth, guess = np.unravel_index(place, errors.shape)
-        if number := errors[truth, guess]:
-            lines.append(f"{number:,}   {_shortened(classes[truth], NAME)} → {_shortened(classes[guess], NAME)}")
+    for truth, guess, number in errors[np.argsort(-errors[:, 2], kind="stable")[:25]]:
+        lines.append(f"{number:,}   {_shortened(classes[truth], NAME)} → {_shortened(classes[guess], NAME)}")
     return "\n".join(lines)
 
 
 def _clean(name: str) -> str:
-    """One line of drawable characters: file names may hold line breaks and bytes that are no text."""
-    return " ".join(name.encode("utf-8", "replace").decode().split())
+    """One line of drawable characters, without blanks at its ends."""
+    return " ".join(printable(name).split())
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Answer:
 
 
 class Classifier(Protocol):
-    """A trained model of `classes`, with the preprocessing that it was trained for."""
+    """A trained model of `classes`, printable names, with the preprocessing that it was trained for."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -183,7 +183,9 @@ def open_run(
             return model(model.frozen_part(images)).float().cpu().numpy()
 
     preprocess = read_preprocess(description, str(run / "model.json"))
-    return ViewClassifier(tuple(description["classes"]), preprocess, network, device, engine, batch_size, threads)
+    return ViewClassifier(
+        tuple(map(printable, description["classes"])), preprocess, network, device, engine, batch_size, threads
+    )
 
 
 def open_onnx(file: Path, *, threads: int = 1) -> Classifier:

@@ -17,6 +17,7 @@ from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
 from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
+from pipelines.text import composed
 
 import numpy as np
 import torch
@@ -211,11 +212,12 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # for random weights; pretrained ones overwrite what is drawn here
         network = models.get_model(config.arch, weights=None, num_classes=len(classes))
+    same_classes = [*map(composed, weights.classes or ())] == [*map(composed, classes)]
     if weights.state:
         # Strict, so that no layer stays random: of the network as it was drawn only a new head is kept.
-        new_head = {} if weights.classes == tuple(classes) else network.fc.state_dict(prefix="fc.")
+        new_head = {} if same_classes else network.fc.state_dict(prefix="fc.")
         network.load_state_dict({**weights.state, **new_head})
-    if weights.classes != tuple(classes):
+    if not same_classes:
         _draw_head(network.fc, config.seed if config.head_init == "uniform" else None)
     batchnorm = resolve_batchnorm(config, weights)
     if batchnorm == "sync" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

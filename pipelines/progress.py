@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 import torch
 from tqdm import tqdm
 
-_HEADER = "      lr  train loss  train top1    val loss    val top1  images/s  data wait    best"
+_HEADER = "      lr  train loss  train top1    val loss    val top1  balanced  images/s  data wait    best"
 _DIVERGED_AFTER = 3  # losses in a row that are not finite; fp16's search for a scale gives single ones
 
 
@@ -149,13 +149,14 @@ class EpochTable:
             )
 
     def end_epoch(self, epoch: int, row: Mapping[str, float], *, best: float) -> None:
-        """row: the epoch's means (`train/*`, `perf/*`), `val/*` and `lr/head`. best: highest val/top1 so far."""
+        """row: the epoch's means (`train/*`, `perf/*`), `val/*` and `lr/head`. best: the run's best so far."""
         if self._bar is not None:
             self._bar.close()
         if self._visible:
             print(
                 f"{f'{epoch}/{self._epochs}':>{self._width}}  {row['lr/head']:8.2e}  {row['train/loss']:10.4f}  "
                 f"{row['train/top1']:10.4f}  {row['val/loss']:10.4f}  {row['val/top1']:10.4f}  "
+                f"{row['val/balanced_top1']:8.4f}  "
                 f"{row['perf/images_per_s']:8.1f}  {row['perf/data_wait']:9.1%}  {best:6.4f}",
                 flush=True,
             )

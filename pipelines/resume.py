@@ -12,7 +12,7 @@ REFUSED = {  # it decides the result
     *("seed", "image_size", "resize", "crop_scale_min", "flip_probability", "views_per_photo"),
     *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "label_smoothing", "clip_grad_norm"),
     *("optimizer", "lr", "lr_body", "momentum", "weight_decay"),
-    *("schedule", "step_epochs", "step_gamma", "warmup_epochs"),
+    *("schedule", "step_epochs", "step_gamma", "warmup_epochs", "best_by"),
 }
 SAID = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
     *("epochs", "max_steps", "max_batch_per_device", "eval_batch_per_device", "log_every", "skip_bad_files"),

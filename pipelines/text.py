@@ -29,6 +29,11 @@ def _printable(letter: str) -> str:
     return " " if unicodedata.category(letter) == "Zs" else "?"
 
 
+def composed(name: str) -> str:
+    """NFC, in which one name has one spelling: a Mac's NFD writes an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
 def listed(names: Sequence[str]) -> str:
     """The first five names, and how many more there are."""
     return ", ".join(printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -17,6 +17,7 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.model import TransferModel, parameter_counts
 from pipelines.runs import RunFolder, versions
+from pipelines.text import printable
 from pipelines.tracker_settings import tracker_names
 from pipelines.trackers import Tracker, first_line, say
 from pipelines.wandb_tracker import WandbTracker
@@ -45,7 +46,7 @@ class Tracking:
         self._pictures: dict[str, Path] = {}
         self._may_restart = True
         if config.tracker != "none" and accelerator.is_main_process:
-            names, settings = tracker_names(config), asdict(config) | dict(facts)
+            names, settings = tracker_names(config), _with_printable_texts(asdict(config) | dict(facts))
             self._tracker = (
                 WandbTracker(accelerator, run, names, settings, config, dataset)
                 if config.tracker == "wandb"
@@ -91,7 +92,7 @@ class Tracking:
     def _announce(self, what: str, text: str, level: Literal["INFO", "WARN", "ERROR"]) -> None:
         if self._config.alerts:
             title = f"{self._run.folder.name}: {what}"
-            self._attempt(lambda tracker: tracker.announce(title, text or title, level))
+            self._attempt(lambda tracker: tracker.announce(title, printable(text) or title, level))
 
     def _attempt(self, task: Callable[[Tracker], object]) -> None:
         """Whatever a tracker raises, the training goes on."""
@@ -188,6 +189,11 @@ def describe_run(
         facts["git_commit"], facts["git_dirty"] = _git_state(Path(__file__).resolve().parent.parent)
     facts["version_python"] = platform.python_version()
     return facts | {f"version_{library}": number for library, number in versions().items()}
+
+
+def _with_printable_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not Unicode, as in a folder's name, no tracker takes."""
+    return {printable(key): printable(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def _git_state(folder: Path) -> tuple[str | None, bool | None]:

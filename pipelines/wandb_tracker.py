@@ -22,6 +22,7 @@ from pipelines.dataset import Dataset
 from pipelines.errors import UserError
 from pipelines.model import read_description
 from pipelines.runs import RunFolder
+from pipelines.text import printable
 from pipelines.torch_engine import central_views
 from pipelines.tracker_settings import TrackerNames, is_agents_run, wandb_names
 from pipelines.trackers import Tracker, first_line, say
@@ -183,9 +184,9 @@ class WandbTracker(Tracker):
             truth, prediction = classes[record["label"]], classes[record["predicted"]]
             table.add_data(
                 self._photos[int(record["index"])],
-                os.path.basename(split.path(int(record["index"]))).encode("utf-8", "replace").decode(),
-                truth,
-                prediction,
+                printable(os.path.basename(split.path(int(record["index"])))),
+                printable(truth),
+                printable(prediction),
                 float(record["confidence"]),
                 truth == prediction,
             )
@@ -204,17 +205,18 @@ class WandbTracker(Tracker):
         import wandb
 
         data = self._dataset
-        counts = {f"{name}_photos": len(split) for name, split in data.splits.items()}
+        counts = {f"{printable(name)}_photos": len(split) for name, split in data.splits.items()}
         index = wandb.Artifact(f"dataset-{data.fingerprint}", "dataset", metadata={"hash": data.fingerprint} | counts)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index.csv"
-            with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            with open(path, "w", newline="", encoding="utf-8") as file:
                 lines = csv.writer(file)
                 lines.writerow(("split", "label", "path"))
                 if sum(counts.values()) <= _LISTED_PHOTOS:
                     for name, split in data.splits.items():
                         paths = (os.path.relpath(split.path(place), data.root) for place in range(len(split)))
-                        lines.writerows((name, split.classes[y], at) for y, at in zip(split.labels, paths, strict=True))
+                        rows = ((name, split.classes[y], at) for y, at in zip(split.labels, paths, strict=True))
+                        lines.writerows(map(printable, row) for row in rows)
             index.add_file(str(path))  # W&B keeps a copy
         self._artifacts.append(self._wandb.log_artifact(index))
 

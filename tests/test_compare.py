@@ -23,6 +23,8 @@ def runs(tmp_path) -> Path:
             at = {"epoch": epoch, "global_step": 30 * epoch}
             rows += [at | {"train/loss": 1 / epoch, "perf/images_per_s": 5.0}]
             rows += [at | {"val/loss": None if score == 0.4 else 1 - score, "val/top1": score}]
+            if name == "fast":  # the other one is of an earlier version
+                rows[-1]["val/balanced_top1"] = epoch / 4
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "runs" / "notes.txt").write_text("no run")
     (tmp_path / "runs" / "empty").mkdir()
@@ -34,13 +36,25 @@ def test_the_table_has_what_differs_and_the_best_run_first(runs, run_here):
     assert done.returncode == 0, done.stderr
     header, *rows = [line.split("  ") for line in done.stdout.splitlines() if line and not line.startswith("plot")]
     header, *rows = [[cell.strip() for cell in row if cell.strip()] for row in (header, *rows)]
-    names = ["run", "lr", "best top1", "at epoch", "last top1", "last val loss", "last loss", "minutes", "state"]
+    names = [
+        "run",
+        "lr",
+        "best top1",
+        "balanced",
+        "at epoch",
+        "last top1",
+        "last val loss",
+        "last loss",
+        "minutes",
+        "state",
+    ]
     assert header == names
     assert rows == [
         [
             "fast",
             "0.1",
             "0.7000",
+            "0.2500",
             "1",
             "0.4000",
             "0.3000",
@@ -48,7 +62,7 @@ def test_the_table_has_what_differs_and_the_best_run_first(runs, run_here):
             "2.0",
             "failed",
         ],  # 60 steps of 10 photos, 5 a second
-        ["slow", "0.001", "0.6000", "2", "0.6000", "0.4000", "0.3333", "3.0", "finished"],
+        ["slow", "0.001", "0.6000", "-", "2", "0.6000", "0.4000", "0.3333", "3.0", "finished"],
     ]
     with Image.open(runs / "comparison.png") as plot:
         assert plot.width > 500
@@ -56,12 +70,19 @@ def test_the_table_has_what_differs_and_the_best_run_first(runs, run_here):
     assert run_here(compare, *sorted(runs.iterdir())).returncode == 0  # its own plot is no run
 
 
+def test_a_run_is_shown_at_what_it_takes_for_its_best(runs, run_here):
+    settings = dump_yaml(Config(run="fast", best_by="balanced"))
+    (runs / "fast" / "config.yaml").write_text(settings)
+    done = run_here(compare, runs / "fast")
+    assert done.stdout.splitlines()[1].split()[:5] == ["fast", "0.4000", "0.5000", "2", "0.4000"]
+
+
 def test_a_run_that_has_only_begun_stands_in_the_table(runs, run_here):
     (runs / "slow" / "metrics.jsonl").unlink()
     (runs / "slow" / "status.json").unlink()
     done = run_here(compare, runs / "slow", "--figure", runs / "plot.png")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].split() == ["slow", "-", "-", "-", "-", "-", "0.0", "-"]
+    assert done.stdout.splitlines()[1].split() == ["slow", "-", "-", "-", "-", "-", "-", "0.0", "-"]
 
 
 def test_no_run_and_a_damaged_one_are_one_line(runs, run_here):

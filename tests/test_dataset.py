@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import shutil
 import struct
 import sys
@@ -650,6 +651,68 @@ def test_data_that_cannot_be_trained_on_is_one_clear_line(tmp_path: Path, counts
     with pytest.raises(UserError) as error:
         check_dataset(dataset, skip_bad_files=False)
     assert message in str(error.value)
+
+
+NFC, NFD = "K\u00e4fer", "Ka\u0308fer"
+
+
+def test_two_spellings_of_one_class_are_one_and_that_is_said(tmp_path: Path) -> None:
+    counts = {f"train/{NFC}": 2, "train/Biene": 1, f"val/{NFD}": 1, "val/Biene": 2}
+    dataset = scan(make_folder(tmp_path / "data", counts), tmp_path)
+    check_dataset(dataset, skip_bad_files=False)
+    classes = dataset.splits["train"].classes
+    assert map_labels(dataset.splits["val"], classes).tolist() == [0, 0, 1]
+    report = dataset.report()
+    assert f"val: {NFD}: matched, though spelled in another Unicode normalisation" in report
+    assert not [line for line in report if "has no photo of" in line]
+    assert map_labels(dataset.splits["val"], [NFD, "Biene", NFC]).tolist() == [
+        1,
+        1,
+        0,
+    ]  # the exact one before the other
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"train/Bees": 1, "train/ants": 1, "val/bees": 1}, "bees (bees and Bees differ in case only: rename one"),
+        ({f"train/{NFC}": 1, f"train/{NFD}": 1, "val/ants": 1}, f"'train' has {NFC} twice, in two Unicode norm"),
+    ],
+)
+def test_names_that_a_person_takes_for_one_are_refused_by_their_cause(
+    tmp_path: Path, counts: dict[str, int], message: str
+) -> None:
+    root = make_folder(tmp_path / "data", counts)
+    if len(os.listdir(root / "train")) < 2:
+        pytest.skip("a file system that takes them for one")
+    dataset = scan(root, tmp_path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_dataset(dataset, skip_bad_files=False, splits=("val", "train") if "train/ants" in counts else ("train",))
+
+
+def test_a_models_class_in_another_case_and_two_classes_of_one_name_but_for_case_are_told(tmp_path: Path) -> None:
+    dataset = scan(make_folder(tmp_path / "data", {"train/A": 3, "train/a": 1, "val/A": 3, "val/a": 1}), tmp_path)
+    report = dataset.report()
+    assert "A and a are two classes: they differ in case only" in report
+    assert "always answering A, the commonest class of val: top1 0.7500, balanced 0.5000" in report
+    with pytest.raises(UserError, match=r"lacks: a; it knows A, b \(a and A differ in case only: rename one of them\)"):
+        map_labels(dataset.splits["val"], ["A", "b"])
+
+
+def test_what_has_no_splits_can_be_had_as_a_whole(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"a": 10, "b": 5})
+    dataset = scan(root, tmp_path)
+    whole = dataset.undivided().splits["all"]
+    assert list(dataset.undivided().splits) == ["all"]
+    both = [split.path(place) for split in dataset.splits.values() for place in range(len(split))]
+    assert [whole.path(place) for place in range(len(whole))] == both
+    assert sorted(both) == sorted(map(str, root.glob("*/*.jpg")))
+    assert [Path(path).parent.name for path in both] == [whole.classes[label] for label in whole.labels]
+    assert (whole.sizes > 0).all()
+    shutil.copytree(root, tmp_path / "two" / "train")
+    shutil.copytree(root, tmp_path / "two" / "test")
+    two = scan(tmp_path / "two", tmp_path)
+    assert two.undivided() is two
 
 
 def test_faulty_files_stop_a_run_unless_they_may_be_left_out(tmp_path: Path) -> None:

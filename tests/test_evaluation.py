@@ -1,5 +1,6 @@
 """Every photo counts once, and every score is what a person computes by hand."""
 
+import tracemalloc
 from pathlib import Path
 
 from pipelines.config import Config
@@ -9,6 +10,8 @@ from pipelines.evaluation import (
     _RECORD,
     FeatureCache,
     _outcomes,
+    confusion_matrix,
+    confusion_pairs,
     loss_and_top1,
     predict,
     score,
@@ -27,6 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.nn import functional
+from torchmetrics.functional import classification as tm
 from torchvision.models import resnet18
 
 CONFIG = Config(image_size=64, resize=72, eval_batch_per_device=4, loader="torch", loader_threads=2)
@@ -196,12 +200,14 @@ def example() -> np.ndarray:
 
 
 def test_scores_are_those_computed_by_hand():
-    scores = score(example(), CLASSES, ks=(1, 2, 5))
+    scores = score(example(), 3, ks=(1, 2, 5))
     assert scores.loss == pytest.approx(5.4 / 6)
     assert (scores.top1, scores.correct, scores.count) == (0.5, 3, 6)
     assert scores.interval == wilson_interval(3, 6)
     assert scores.topk == {1: 3 / 6, 2: 5 / 6, 3: 1.0}  # of 3 classes there are no 5 best
-    assert scores.confusion_matrix.tolist() == [[2, 1, 0], [0, 1, 1], [0, 1, 0]]
+    assert confusion_matrix(scores.confusion_pairs, 3).tolist() == [[2, 1, 0], [0, 1, 1], [0, 1, 0]]
+    assert scores.balanced_top1 == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert scores.majority_top1 == 3 / 6
     expected = [(1, 2 / 3, 0.8, 3), (1 / 3, 1 / 2, 0.4, 2), (0, 0, 0, 1)]
     for row, (precision, recall, f1, count) in zip(scores.per_class, expected, strict=True):
         assert row == pytest.approx({"precision": precision, "recall": recall, "f1": f1, "count": count})
@@ -209,12 +215,47 @@ def test_scores_are_those_computed_by_hand():
     assert scores.ece == pytest.approx((0.10 + 0.38 + 0.50 + 0.69 + 2 * 0.33) / 6, abs=1e-6)
 
 
-def test_a_class_without_photos_scores_zero_and_not_nan():
-    records = example()[:3]
-    scores = score(records, CLASSES)
-    assert [row["count"] for row in scores.per_class] == [3, 0, 0]
-    assert all(np.isfinite(list(row.values())).all() for row in scores.per_class)
-    assert scores.confusion_matrix.shape == (3, 3)
+def test_a_class_without_photos_has_no_score_and_does_not_count():
+    scores = score(example()[:3], 3)
+    nothing = {"precision": None, "recall": None, "f1": None, "count": 0}
+    assert scores.per_class[1:] == [nothing, nothing]
+    assert scores.per_class[0]["count"] == 3
+    assert scores.balanced_top1 == scores.top1 == 2 / 3
+    assert confusion_matrix(scores.confusion_pairs, 3).shape == (3, 3)
+    empty = score(example()[:0], 3)
+    assert (empty.balanced_top1, empty.majority_top1, len(empty.confusion_pairs)) == (0, 0, 0)
+
+
+def test_scores_are_torchmetrics():
+    rng = np.random.default_rng(0)
+    records = np.zeros(500, _RECORD)
+    records["label"], records["predicted"] = rng.integers(0, 9, 500) ** 2 // 8, rng.integers(0, 9, 500)
+    labels, predicted = (torch.from_numpy(records[name].copy()) for name in ("label", "predicted"))
+    scores = score(records, 9)
+    for name, metric in (("precision", tm.multiclass_precision), ("recall", tm.multiclass_recall)):
+        expected = metric(predicted, labels, num_classes=9, average="none").tolist()
+        for value, row in zip(expected, scores.per_class, strict=True):
+            assert row[name] == (pytest.approx(value) if row["count"] else None)
+    f1 = tm.multiclass_f1_score(predicted, labels, num_classes=9, average="none").tolist()
+    assert [row["f1"] or 0 for row in scores.per_class] == pytest.approx(f1)
+    matrix = tm.multiclass_confusion_matrix(predicted, labels, num_classes=9)
+    np.testing.assert_array_equal(confusion_matrix(scores.confusion_pairs, 9), matrix)
+    assert scores.balanced_top1 == pytest.approx(np.mean([row["recall"] for row in scores.per_class if row["count"]]))
+
+
+def test_many_classes_take_memory_by_photos_and_not_by_their_square():
+    records = np.zeros(20_000, _RECORD)
+    records["label"] = np.arange(20_000) % 8_000
+    records["predicted"] = (records["label"] + np.arange(20_000) % 3) % 8_000
+    score(records[:1], 8_000)  # what the first call loads
+    tracemalloc.start()
+    scores = score(records, 8_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6  # the matrix alone would be 512 MB
+    assert scores.confusion_pairs[:, 2].sum() == 20_000
+    assert scores.confusion_pairs.tolist() == sorted(scores.confusion_pairs.tolist())
+    assert confusion_pairs(records["predicted"][:2], records["label"][:2], 8_000).tolist() == [[0, 0, 1], [1, 2, 1]]
 
 
 def test_loss_and_top1_agree_with_score():
@@ -254,7 +295,8 @@ def test_a_row_of_metrics_has_top5_only_where_it_says_something():
     assert row == {
         "val/loss": pytest.approx(0.9),
         "val/top1": 0.5,
-        "val/ece": pytest.approx(score(example(), CLASSES).ece),
+        "val/balanced_top1": pytest.approx(7 / 18),
+        "val/ece": pytest.approx(score(example(), 3).ece),
     }
     many = example()
     many["rank"] = [0, 5, 1, 0, 4, 9]
@@ -267,4 +309,4 @@ def test_a_row_of_a_diverged_network_or_of_no_photo_is_no_error():
     row = validation_row(records, classes=6)
     assert np.isnan(row["val/loss"])
     assert np.isnan(row["val/ece"])
-    assert validation_row(example()[:0], classes=6) == {"val/loss": 0, "val/top1": 0, "val/top5": 0, "val/ece": 0}
+    assert set(validation_row(example()[:0], classes=6).values()) == {0}

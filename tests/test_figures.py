@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,34 +162,50 @@ def test_curves_mark_the_earlier_best(
     pixels(tmp_path / "curves.png")
     shown = {text for text, _ in texts}
     assert {f"top-1 accuracy: best 0.750 at {where}", where.split()[0]} <= shown
+    for row in rows[12:]:
+        row["val/balanced_top1"] = 1 - (row["val/top1"] or 0)
+    save_curves(tmp_path / "curves.png", rows, title="run", best_by="val/balanced_top1")
+    first = "epoch 1" if where == "epoch 2" else "step 4"
+    assert {f"balanced accuracy: best 0.500 at {first}", "balanced"} <= {text for text, _ in texts}
 
 
-@pytest.mark.parametrize("count", [1, 2, 25, 26, 1000])
+def pairs_of(matrix: dict[tuple[int, int], int]) -> np.ndarray:
+    return np.array([(*pair, photos) for pair, photos in sorted(matrix.items())], np.int64).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 25, 26, 1000, 8000])
 def test_confusion_matrix_of_any_size(tmp_path: Path, texts: list[tuple[str, float]], count: int) -> None:
-    matrix = np.eye(count, dtype=np.int64) * 4321
-    matrix[0, -1] = 87
-    matrix[count // 2] = 0  # a class without photos
+    empty = count // 2  # a class without photos
+    matrix = {(place, place): 4321 for place in range(count) if place != empty}
+    if empty:
+        matrix[0, count - 1] = 87
     classes = [f"class {place}" for place in range(count)]
-    save_confusion_matrix(tmp_path / "matrix.png", matrix, classes)
-    pixels(tmp_path / "matrix.png")
+    tracemalloc.start()
+    save_confusion_matrix(tmp_path / "matrix.png", pairs_of(matrix), classes)
+    assert tracemalloc.get_traced_memory()[1] < 100e6  # 8,000 x 8,000 floats are 512 MB
+    tracemalloc.stop()
+    grey = share_of((0xD8, 0xD8, 0xD8), pixels(tmp_path / "matrix.png"))
+    assert grey > 0.0005 or count > 250  # beyond, its neighbours in the block have some
     shown = [text for text, _ in texts]
     names = sum(text in classes for text in shown)
     assert names == 2 * count if count <= 26 else 50 <= names <= 100
     assert ("4321" in shown) == (1 < count <= 25)
+    assert any("grey: no photos" in text for text in shown) == (count <= 250)
     assert any(f"87   class 0 → class {count - 1}" in text for text in shown) == (count > 25)
 
 
 def test_confusion_matrix_takes_any_names(tmp_path: Path) -> None:
-    save_confusion_matrix(tmp_path / "matrix.png", np.zeros((8, 8), np.int64), NAMES)
+    save_confusion_matrix(tmp_path / "matrix.png", pairs_of({}), NAMES)
     pixels(tmp_path / "matrix.png")
 
 
 def test_one_confusion_among_a_thousand_classes_is_seen(tmp_path: Path) -> None:
-    matrix = np.eye(1000, dtype=np.int64)
-    save_confusion_matrix(tmp_path / "matrix.png", matrix, ["ant"] * 1000)
+    matrix = {(place, place): 1 for place in range(1000)}
+    save_confusion_matrix(tmp_path / "matrix.png", pairs_of(matrix), ["ant"] * 1000)
     before = pixels(tmp_path / "matrix.png")
-    matrix[200] = np.eye(1000, dtype=np.int64)[801]
-    save_confusion_matrix(tmp_path / "matrix.png", matrix, ["ant"] * 1000)
+    del matrix[200, 200]
+    matrix[200, 801] = 1
+    save_confusion_matrix(tmp_path / "matrix.png", pairs_of(matrix), ["ant"] * 1000)
     matrix_area = np.s_[:, : before.shape[1] // 2]
     assert (np.abs(pixels(tmp_path / "matrix.png") - before).max(axis=2)[matrix_area] > 100).sum() >= 4
 
@@ -237,6 +254,37 @@ def test_the_class_that_is_found_worst_stands_above(tmp_path: Path, texts: list[
     names = [text for text, _ in texts if text.startswith("class ")]
     assert names == [f"class {place}  ({place})" for place in range(1, min(count, 40) + 1)]
     assert any("the worst 40" in text for text, _ in texts) == (count > 40)
+
+
+def test_a_class_without_photos_is_no_bar_and_comes_last(tmp_path: Path, texts: list[tuple[str, float]]) -> None:
+    nothing = {"recall": None, "precision": None, "count": 0}
+    per_class = [nothing, {"recall": 0.0, "precision": 0.0, "count": 3}, {"recall": 1.0, "precision": 0.5, "count": 2}]
+    save_per_class(tmp_path / "bars.png", per_class, ["wasp", "ant", "bee"])
+    pixels(tmp_path / "bars.png")
+    assert [text for text, _ in texts if text.endswith(")")] == [
+        "ant  (3)",
+        "bee  (2)",
+        "wasp  (0)",
+        "per class (photos)",
+    ]
+    assert [text for text, _ in texts].count("n/a") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "curves.png: not drawn (MemoryError)"),
+        (ValueError("two\nlines \udce4"), r"curves.png: not drawn (two?lines \xe4)"),
+        (MachineError("x.png: cannot write this picture"), "x.png: cannot write this picture"),
+    ],
+)
+def test_a_picture_that_fails_is_a_line(error: Exception, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise error
+
+    assert not figures.attempt("curves.png", fail)
+    assert capsys.readouterr().err == f"warning: {told}\n"
+    assert figures.attempt("curves.png", lambda: None)
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])

@@ -17,6 +17,7 @@ ROW = {
     "train/top1": 0.75,
     "val/loss": 12.3456,
     "val/top1": 0.8765,
+    "val/balanced_top1": 0.8123,
     "perf/images_per_s": 1234.5,
     "perf/data_wait": 0.123,
 }
@@ -147,7 +148,7 @@ def test_rows_stand_under_the_header(capsys, epochs):
     for epoch, row in zip((1, epochs), rows, strict=True):
         assert right_edges(row) == right_edges(header)
         assert row.split()[0] == f"{epoch}/{epochs}"
-    assert rows[0].split()[1:-2] == ["1.00e-02", "0.5123", "0.7500", "12.3456", "0.8765", "1234.5"]
+    assert rows[0].split()[1:-2] == ["1.00e-02", "0.5123", "0.7500", "12.3456", "0.8765", "0.8123", "1234.5"]
 
 
 def test_a_plain_log_where_there_is_no_terminal(capsys):
