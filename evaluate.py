@@ -118,6 +118,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
     parser.add_argument("--resize", help="shorter side before the central crop (default: the run's, or 256)")
+    parser.add_argument("--transparency", help="white, black or ignored (default: the run's, or white)")
     parser.add_argument("--loader", default="auto", help="auto, dali or torch (default: auto)")
     parser.add_argument("--eval-batch-per-device", help="photos of a batch on one device (default: 64)")
     parser.add_argument("--skip-bad-files", action="store_const", const=True, help="leave out unreadable photos")
@@ -133,7 +134,19 @@ def _read_config(options: argparse.Namespace) -> Config:
     recipe, description = options.model / "config.yaml", options.model / "model.json"
     if options.data is None and description.exists():
         options.data = read_description(options.model, "model").get("data")
-    keys = ("data", "class_names", "arch", "image_size", "resize", "loader", "eval_batch_per_device", "skip_bad_files")
+    if options.transparency is None and description.exists():  # a run of before that setting knew no white
+        options.transparency = read_description(options.model, "model").get("transparency", "ignored")
+    keys = (
+        "data",
+        "class_names",
+        "arch",
+        "image_size",
+        "resize",
+        "transparency",
+        "loader",
+        "eval_batch_per_device",
+        "skip_bad_files",
+    )
     given = [f"--{key}={value}" for key in keys if (value := getattr(options, key)) is not None]
     config, _ = parse_config([f"--config={recipe}", *given] if recipe.exists() else given)
     return config

@@ -290,8 +290,9 @@ was not examined for biases in its data.
 
 ## Use
 
-The photo upright (by its EXIF orientation) and RGB; shorter side to {resize} pixels, bilinear with antialiasing; the
-central {image_size} x {image_size}; then minus {mean}, divided by {std}, on the 0..1 scale.
+The photo upright (by its EXIF orientation) and RGB, what is transparent {transparency}; shorter side to {resize}
+pixels, bilinear with antialiasing; the central {image_size} x {image_size}; then minus {mean}, divided by {std}, on the
+0..1 scale.
 
 ```python
 import torchvision
@@ -368,6 +369,7 @@ def _facts(
         "data": "\n".join(_data(description, dataset)),
         "recipe": _recipe(config),
         "versions": ", ".join(f"{name} {version}" for name, version in description.get("versions", {}).items()),
+        "transparency": "ignored" if preprocess.transparency == "ignored" else f"on {preprocess.transparency}",
         "resize": preprocess.resize,
         "image_size": preprocess.image_size,
         "mean": list(preprocess.mean),

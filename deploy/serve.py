@@ -52,7 +52,8 @@ _PAGE = Path(__file__).resolve().with_name("page.html")
 _POLICY = "default-src 'self' 'unsafe-inline'; img-src blob: data:; base-uri 'none'; form-action 'none'"
 _MESSAGES = {
     "empty file": "The file is empty.",
-    "not an image of a known format": "This is no JPEG, PNG, WebP, BMP, TIFF or PPM photo. HEIC: save it as JPEG.",
+    "not an image of a known format": "This is no JPEG, PNG, WebP, AVIF, BMP, TIFF or PPM photo.",
+    "HEIC, which needs pillow-heif": "This is a HEIC photo: save it as JPEG.",
     "broken header": "It begins like a photo, but its header is broken.",
     "truncated": "The photo is cut off: its file ends too early.",
     "damaged": "The photo is damaged.",
@@ -158,7 +159,7 @@ def make_app(classifier: Classifier, facts: Mapping[str, Any], folder: Path) -> 
 
     async def answer(path: str) -> Answer:
         run = asyncio.get_running_loop().run_in_executor
-        _, (height, width), _ = await run(small, judge, os.fsencode(path))
+        height, width = (await run(small, judge, os.fsencode(path))).size
         if height * width > MAX_PIXELS:
             return Answer(path, None, "too many pixels")
         return await run(small if height * width <= _LARGE else large, lambda: next(iter(classifier.classify([path]))))

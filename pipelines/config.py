@@ -78,6 +78,8 @@ class Config:
     """side of the square that the model sees, in pixels"""
     resize: Annotated[int, Field(ge=64, le=4096)] = 256
     """shorter side of a validation photo before its centre is cut out, in pixels"""
+    transparency: Literal["white", "black", "ignored"] = "white"
+    """what transparent pixels are composed on; ignored: the colour that lies under them, often black"""
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     """smallest share of the photo that a training crop may have"""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -187,7 +189,7 @@ SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["propertie
 GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files"],
-    "Images": ["image_size", "resize", "crop_scale_min", "flip_probability", "views_per_photo"],
+    "Images": ["image_size", "resize", "transparency", "crop_scale_min", "flip_probability", "views_per_photo"],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
     "Training": ["epochs", "max_steps", "batch_size", "max_batch_per_device", "label_smoothing", "clip_grad_norm"],

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.dataset import Split
 from pipelines.errors import MachineError
+from pipelines.headers import for_pillow
 from pipelines.loader import Pixels
 from pipelines.plan import Views
 from pipelines.torch_engine import SIZE_HAS_CHANGED, TorchEngine
@@ -21,7 +22,6 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 _READERS = ("fn.decoders.image_slice", "fn.io.file.read", "fn.peek_image_shape")  # what fails because of a photo
 _LONGEST = 16  # sides of the kept square
-_TIFF = (b".tif", b".tiff")
 
 
 @pipeline_def
@@ -83,8 +83,8 @@ def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: 
 class DaliEngine:
     """See `loader.Engine`. micro_batch: the most views of one `submit`; threads: CPU threads.
 
-    A photo that DALI cannot read is read by Pillow from then on, in its place in the batch, and every TIFF is: the
-    choice of the engine never changes which photos are used.
+    A photo that DALI cannot read is read by Pillow from then on, in its place in the batch, and so is what the scan
+    marks (`headers.for_pillow`): the choice of the engine never changes which photos are used.
     """
 
     def __init__(
@@ -155,9 +155,9 @@ class DaliEngine:
     def _is_for_pillow(self, views: Views) -> np.ndarray:
         # Of a strip of 1 x 5000 pixels DALI would resize all, to gigabytes; Pillow computes the square that is kept.
         is_strip = views.resized.max(axis=1) > _LONGEST * self._image_size
-        # Of a damaged TIFF DALI would take the crops whose rows are sound.
-        is_tiff = [self._split.path_bytes(int(index)).lower().endswith(_TIFF) for index in views.indices]
-        return is_strip | np.array(is_tiff, bool) | np.isin(views.indices, list(self._not_for_dali))
+        return (
+            is_strip | for_pillow(self._split.kinds[views.indices]) | np.isin(views.indices, list(self._not_for_dali))
+        )
 
     def _start(self, views: Views, by_pillow: np.ndarray) -> None:
         if not by_pillow.all():

@@ -31,8 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-_LAYOUT = [2, *FAULTS]  # an index of another layout, or with other faults, is made anew
-_FACTS = ("sizes", "faults", "byte_sizes", "mtimes", "signatures")  # the columns that come out of the files themselves
+_LAYOUT = [3, *FAULTS]  # an index of another layout, or with other faults, is made anew
+# The columns that come out of the files themselves.
+_FACTS = ("sizes", "faults", "byte_sizes", "mtimes", "signatures", "kinds")
 Table = dict[str, np.ndarray]  # columns by name, one row per photo, split after split
 
 
@@ -45,6 +46,8 @@ class Split:
     faults: uint8 [N], positions in FAULTS; 0 is a sound file.
     path_blob: uint8, path_offsets: uint64 [N + 1]: the path of photo i below `root`, in the file system's own bytes,
     is path_blob[path_offsets[i]:path_offsets[i + 1]].
+    kinds: uint8 [N], `headers.Judgement.kind`. transparency: what transparent pixels are composed on, "white" or
+    "black", or "ignored".
     """
 
     name: str
@@ -55,6 +58,8 @@ class Split:
     root: bytes
     path_blob: np.ndarray
     path_offsets: np.ndarray
+    kinds: np.ndarray
+    transparency: str = "white"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,7 +109,7 @@ class Dataset:
         if self.val_fraction is None or len(self.splits) > 2:
             return self
         train, val = self.splits["train"], self.splits["val"]
-        names = ("labels", "sizes", "faults")
+        names = ("labels", "sizes", "faults", "kinds")
         columns: dict[str, Any] = {each: np.concatenate([getattr(train, each), getattr(val, each)]) for each in names}
         offsets = np.concatenate([train.path_offsets, val.path_offsets[1:]])
         whole = replace(train, name="all", path_offsets=offsets, **columns)
@@ -188,10 +193,10 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str 
     return index_file
 
 
-def load_dataset(index_file: Path) -> Dataset:
+def load_dataset(index_file: Path, transparency: str = "white") -> Dataset:
     """The data set of an index file, memory-mapped: the processes of a machine share one copy.
 
-    Raises MachineError where the file is not a whole index.
+    transparency: as in `Split`. Raises MachineError where the file is not a whole index.
     """
     try:
         header, table = _read_index(index_file)
@@ -200,9 +205,12 @@ def load_dataset(index_file: Path) -> Dataset:
     blob, offsets = table["path_blob"], table["path_offsets"]
     splits, start = {}, 0
     for name, classes, count in header["splits"]:
-        labels, sizes, faults = (table[column][start : start + count] for column in ("labels", "sizes", "faults"))
-        bounds = offsets[start : start + count + 1]
-        splits[name] = Split(name, tuple(classes), labels, sizes, faults, os.fsencode(header["root"]), blob, bounds)
+        names = ("labels", "sizes", "faults", "kinds")
+        labels, sizes, faults, kinds = (table[column][start : start + count] for column in names)
+        bounds, root = offsets[start : start + count + 1], os.fsencode(header["root"])
+        splits[name] = Split(
+            name, tuple(classes), labels, sizes, faults, root, blob, bounds, kinds, transparency=transparency
+        )
         start += count
     paths = [os.fsdecode(_path_at(blob, offsets, row)) for row in table["duplicates"].ravel()]
     duplicates = list(zip(paths[::2], paths[1::2], strict=True))
@@ -342,6 +350,7 @@ def _collect(photos: Iterable[Photo], val_fraction: float) -> tuple[Table, list[
         "byte_sizes": np.full(len(order), -1, np.int64),  # -1: not looked at so far
         "mtimes": np.zeros(len(order), np.int64),  # nanoseconds
         "signatures": np.zeros(len(order), np.uint64),  # of byte size and edges; 0: faulty
+        "kinds": np.zeros(len(order), np.uint8),
     }
     counts = np.bincount(split_of, minlength=len(names)).tolist()
     return table, [[name, classes[name], count] for name, count in zip(names, counts, strict=True)], divided
@@ -381,8 +390,8 @@ def _scan(root: bytes, table: Table) -> None:
         # That a file may be read again shows neither in its size nor in its time.
         if unchanged and FAULTS[table["faults"][row]] != "cannot be read":
             return
-        fault, size, signature = judge(path)
-        for name, fact in zip(_FACTS, (size, FAULTS.index(fault), byte_size, mtime, signature), strict=True):
+        fault, size, signature, kind = judge(path)
+        for name, fact in zip(_FACTS, (size, FAULTS.index(fault), byte_size, mtime, signature, kind), strict=True):
             table[name][row] = fact
 
     with warnings.catch_warnings():

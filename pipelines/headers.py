@@ -1,88 +1,124 @@
 """The only judge of a file, for both engines: its header, its size, its structure and its end. Nothing is decoded."""
 
+import importlib.util
 import io
 import os
 import re
 import stat
 from hashlib import blake2b
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from pipelines.structure import EXIF, TOO_COSTLY, fault_of_structure, tags_are_bounded
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import Image, ImageFile, features
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 MAX_SIDE = 65_535  # pixels, as in JPEG; beyond it sizes of 32 bits would wrap
 _LONG_SIDE = f"a side of more than {MAX_SIDE:,} pixels"
+_NO_HEIF, _ODD_PIXELS = "HEIC, which needs pillow-heif", "pixels of a kind or a range that cannot be told"
 FAULTS: tuple[str, ...] = (
     *("", "missing", "cannot be read", "not a regular file", "empty file", "not an image of a known format"),
     *("broken header", "truncated", "too many pixels", "damaged", TOO_COSTLY, _LONG_SIDE),
+    *(_NO_HEIF, _ODD_PIXELS),
 )
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # Pillow's names
+TRANSPARENT = 0x80
+# Of a byte that holds a position in FORMATS, and TRANSPARENT where some pixels may be: what only Pillow reads right.
+# DALI composes nothing, knows no AVIF and no HEIC, scales no PPM by its largest value, and of a damaged TIFF takes the
+# crops whose rows are sound.
+_PILLOWS = {FORMATS.index(name) for name in ("TIFF", "PPM", "AVIF", "HEIF")}
+_FOR_PILLOW = np.array([byte >= TRANSPARENT or byte in _PILLOWS for byte in range(256)])
+HAS_AVIF, HAS_HEIF = features.check("avif"), importlib.util.find_spec("pillow_heif") is not None
+if HAS_HEIF:
+    importlib.import_module("pillow_heif").register_heif_opener()
 # Of files in folders, in lower case; the content says what a file is, whatever its ending.
 ENDINGS: tuple[str, ...] = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's, in its order
     *(".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".dib", ".apng", ".pnm", ".pbm"),
+    *((".avif", ".avifs") if HAS_AVIF else ()),
+    *((".heic", ".heif", ".hif") if HAS_HEIF else ()),
 )
 # Pictures whose formats are not read, each with what can be done.
-UNREAD_ENDINGS: dict[str, str] = dict.fromkeys(
-    (
-        *(".heic", ".heif", ".hif", ".avif", ".gif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".ico"),
-        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".exr", ".hdr", ".dcm"),
-    ),
-    "save them as JPEG or PNG",
+_HEIF_ADVICE = "HEIC is read with pillow-heif installed: pip install -e '.[heif]'"
+_OTHERS = (
+    *(".avif", ".avifs", ".gif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".dcm"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 )
+UNREAD_ENDINGS: dict[str, str] = {
+    ending: advice
+    for ending, advice in (
+        dict.fromkeys((".heic", ".heif", ".hif"), _HEIF_ADVICE) | dict.fromkeys(_OTHERS, "save them as JPEG or PNG")
+    ).items()
+    if ending not in ENDINGS
+}
 MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
 _LARGE_TILE = 1 << 22  # pixels
 _SMALL_PICTURE, _MOST_PIXELS_A_BYTE = 1 << 23, 10_000  # a blank page of a scanner has some thousands
 _EDGE = 4096  # bytes read at a file's start and at its end
 _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<BMP>BM)"
-    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)",
+    rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)"
+    rb"|....ftyp(?:(?P<AVIF>avi[fs]|m[is]f1.{4}(?:.{4}){0,8}?avif)|(?P<HEIF>he[iv][cxms]|m[is]f1))",
     re.DOTALL,
 )
 
 
-def judge(path: bytes) -> tuple[str, tuple[int, int], int]:
-    """Fault (one of FAULTS), upright height and width in pixels, signature of byte size and edges, of a file.
+# Modes that Pillow turns into RGB as they are meant; "I" and "F" are looked at.
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F"}
 
-    No file raises an error; a faulty one has size (0, 0) and signature 0.
+
+class Judgement(NamedTuple):
+    """fault: one of FAULTS. size: upright height and width in pixels. signature: of byte size and edges. kind: position
+    in FORMATS, and TRANSPARENT where pixels may be that. A faulty file has size (0, 0), signature 0 and kind 0.
     """
+
+    fault: str
+    size: tuple[int, int] = (0, 0)
+    signature: int = 0
+    kind: int = 0
+
+
+def judge(path: bytes) -> Judgement:
+    """What is to be known of a file before it is decoded. No file raises an error."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            return "not a regular file", (0, 0), 0
+            return Judgement("not a regular file")
         with open(path, "rb") as file:
             byte_size = file.seek(0, os.SEEK_END)
             file.seek(max(byte_size - _EDGE, 0))
             tail = file.read(_EDGE)
             file.seek(0)
             head = file.read(_EDGE)
-            fault, size = _judge_content(file, head, tail, byte_size)
+            judgement = _judge_content(file, head, tail, byte_size)
     except Image.DecompressionBombError:
-        fault = "too many pixels"
+        judgement = Judgement("too many pixels")
     except FileNotFoundError:
-        fault = "missing"
+        judgement = Judgement("missing")
     except Exception as error:
         # Pillow's parsers raise many kinds of error on broken data; OSError, too, but then without a number.
-        fault = "cannot be read" if isinstance(error, OSError) and error.errno else "broken header"
-    if fault:
-        return fault, (0, 0), 0
+        judgement = Judgement("cannot be read" if isinstance(error, OSError) and error.errno else "broken header")
+    if judgement.fault:
+        return judgement
     digest = blake2b(byte_size.to_bytes(8, "little") + head + tail, digest_size=8).digest()
-    return "", size, int.from_bytes(digest, "little")
+    return judgement._replace(signature=int.from_bytes(digest, "little"))
 
 
-def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> tuple[str, tuple[int, int]]:
-    """Fault, height and width of an open file."""
+def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> Judgement:
+    """All but the signature, of an open file."""
     if not byte_size:
-        return "empty file", (0, 0)
+        return Judgement("empty file")
     match = _MAGIC.match(head)
-    if not match:
-        return "not an image of a known format", (0, 0)
-    kind = str(match.lastgroup)
+    kind = str(match.lastgroup) if match else ""
+    if not match or (kind == "AVIF" and not HAS_AVIF):
+        return Judgement("not an image of a known format")
+    if kind == "HEIF" and not HAS_HEIF:
+        return Judgement(_NO_HEIF)
     if kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 > byte_size:
-        return "truncated", (0, 0)
+        return Judgement("truncated")
     if fault := fault_of_structure(file, kind, head, byte_size):
-        return fault, (0, 0)
+        return Judgement(fault)
     file.seek(0)
     # Image.open would go on to the further pictures in a phone's JPEG.
     photo = JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
@@ -90,16 +126,34 @@ def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> 
     if isinstance(photo, TiffImageFile):  # the stored size: photo.size may be the turned one
         width, height = photo.tag_v2[256], photo.tag_v2[257]
     if width * height > MAX_PIXELS:
-        return "too many pixels", (0, 0)
+        return Judgement("too many pixels")
     if max(width, height) > MAX_SIDE:
-        return _LONG_SIDE, (0, 0)
+        return Judgement(_LONG_SIDE)
     if kind != "JPEG" and not _is_whole(file, kind, photo, tail, byte_size):
-        return "truncated", (0, 0)
+        return Judgement("truncated")
     if not _is_affordable(photo, byte_size):
-        return TOO_COSTLY, (0, 0)
+        return Judgement(TOO_COSTLY)
     if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
         photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
-    return "", (width, height) if exif_orientation(photo) >= 5 else (height, width)
+    size = (width, height) if exif_orientation(photo) >= 5 else (height, width)
+    number = FORMATS.index(kind) | (TRANSPARENT if kind != "JPEG" and photo.has_transparency_data else 0)
+    if photo.mode not in _MODES or (photo.mode in ("I", "F") and not white_level(photo)):
+        return Judgement(_ODD_PIXELS)
+    return Judgement("", size, 0, number)
+
+
+def for_pillow(kinds: np.ndarray) -> np.ndarray:
+    """bool, of `Judgement.kind`: which photos only Pillow reads as they are meant."""
+    return _FOR_PILLOW[kinds]
+
+
+def white_level(photo: Image.Image) -> int | None:
+    """What stands for white in a grey photo of 16 or 32 bits; None where that cannot be told. Decodes 32 bits."""
+    if photo.mode.startswith("I;16") or photo.format == "PPM":
+        return 65_535
+    values = np.asarray(photo)
+    low, high = values.min(), values.max()
+    return next((white for white in (1, 255, 65_535) if low >= 0 and high <= white), None)
 
 
 def _is_affordable(photo: ImageFile.ImageFile, byte_size: int) -> bool:
@@ -118,6 +172,8 @@ def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes
     """Whether a file that is no JPEG reaches the end of its picture."""
     tile = photo.tile[0] if photo.tile else None
     end = 0
+    if kind in ("AVIF", "HEIF"):
+        return _end_of_boxes(file, byte_size) <= byte_size
     if kind == "PNG":
         return _holds(file, b"IEND\xaeB`\x82", tail, byte_size)
     if isinstance(photo, TiffImageFile):
@@ -129,6 +185,19 @@ def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes
         bits = {"1": 1, "RGB": 24}.get(photo.mode, 8)
         end = tile[2] + photo.height * (stride or (photo.width * bits + 7) // 8)
     return end <= byte_size
+
+
+def _end_of_boxes(file: BinaryIO, byte_size: int) -> int:
+    """Where the last of a file's boxes ends (ISO/IEC 14496-12, 4.2)."""
+    at = 0
+    for _ in range(1000):
+        file.seek(at)
+        head = file.read(16)
+        size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+        if at >= byte_size or size < 8:  # 0: to the end; less: bytes behind the picture
+            break
+        at += size
+    return at
 
 
 def _holds(file: BinaryIO, marker: bytes, tail: bytes, byte_size: int) -> bool:

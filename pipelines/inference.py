@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelines.config import SCHEMA
 from pipelines.dataset import Split
 from pipelines.errors import UserError
 from pipelines.headers import FAULTS, MAX_PIXELS, judge
@@ -43,6 +44,7 @@ class Preprocess:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    transparency: str = "white"  # what transparent pixels are composed on, as in `Split`
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class ViewClassifier:
         """See `Classifier`."""
         if not paths:
             return
-        split, chosen = _split_of(paths), self.preprocess
+        split, chosen = _split_of(paths, self.preprocess), self.preprocess
         engine = make_engine(
             self.engine,
             split,
@@ -150,7 +152,7 @@ class PictureClassifier:
     def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
         """See `Classifier`."""
         for path in paths:
-            split = _split_of([path])
+            split = _split_of([path], self.preprocess)
             _judge(split, 0)
             if fault := FAULTS[split.faults[0]]:
                 yield Answer(path, None, fault)
@@ -219,21 +221,26 @@ def open_onnx(file: Path, *, threads: int = 1) -> Classifier:
 
 def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
     """uint8 [image_size, image_size, 3]: what a network sees of a sound photo. Raises whatever Pillow raises."""
-    split = _split_of([path])
+    split = _split_of([path], preprocess)
     _judge(split, 0)
     return np.asarray(view_of(split, _central_views(split, preprocess, range(1)), 0, preprocess.image_size))
 
 
 def read_preprocess(description: Mapping[str, Any], source: str) -> Preprocess:
-    """The four keys of a `model.json` that say what is done to a photo. UserError where one is missing or wrong."""
+    """The keys of a `model.json` that say what is done to a photo. UserError where one is missing or wrong.
+
+    A run of before there was `transparency` was trained with what lies under it.
+    """
     try:
         sizes = int(description["resize"]), int(description["image_size"])
         (r, g, b), (std_r, std_g, std_b) = (map(float, description[name]) for name in ("mean", "std"))
-        if not (sizes[0] >= sizes[1] > 0 and min(std_r, std_g, std_b) > 0):
+        transparency = description.get("transparency", "ignored")
+        known = transparency in SCHEMA["transparency"]["enum"]
+        if not (sizes[0] >= sizes[1] > 0 and min(std_r, std_g, std_b) > 0 and known):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{source} is damaged: it must name resize, image_size, mean and std of the photos") from None
-    return Preprocess(*sizes, (r, g, b), (std_r, std_g, std_b))
+    return Preprocess(*sizes, (r, g, b), (std_r, std_g, std_b), transparency)
 
 
 def find_photos(given: Sequence[str]) -> list[str]:
@@ -267,7 +274,7 @@ def import_extra(name: str) -> Any:
         ) from None
 
 
-def _split_of(paths: Sequence[str]) -> Split:
+def _split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
     """Any files as a split without labels; `_judge` fills in sizes and faults as the files' turn comes."""
     names = [os.fsencode(os.path.abspath(path)) for path in paths]
     count = len(names)
@@ -280,11 +287,13 @@ def _split_of(paths: Sequence[str]) -> Split:
         root=b"",
         path_blob=np.frombuffer(b"".join(names), np.uint8),
         path_offsets=np.cumsum([0, *map(len, names)]).astype(np.uint64),
+        kinds=np.zeros(count, np.uint8),
+        transparency=preprocess.transparency,
     )
 
 
 def _judge(split: Split, place: int) -> None:
-    fault, split.sizes[place], _ = judge(split.path_bytes(place))
+    fault, split.sizes[place], _, split.kinds[place] = judge(split.path_bytes(place))
     split.faults[place] = FAULTS.index(fault)
 
 

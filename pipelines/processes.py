@@ -115,7 +115,7 @@ def open_dataset(state: PartialState, config: Config) -> Dataset:
 
     index = Path(main_first(state, scan))
     share_file(state, index)
-    return load_dataset(index)
+    return load_dataset(index, config.transparency)
 
 
 def main_then_others(state: PartialState, task: Callable[[], Result]) -> Result:

@@ -9,7 +9,8 @@ from pipelines.config import Config
 
 # What becomes of a run that goes on with another value of a setting. Each stands in one of the four; a test holds that.
 REFUSED = {  # it decides the result
-    *("seed", "image_size", "resize", "crop_scale_min", "flip_probability", "views_per_photo"),
+    *("seed", "image_size", "resize", "transparency", "crop_scale_min", "flip_probability"),
+    "views_per_photo",
     *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "label_smoothing", "clip_grad_norm"),
     *("optimizer", "lr", "lr_body", "momentum", "weight_decay"),
     *("schedule", "step_epochs", "step_gamma", "warmup_epochs", "best_by"),

@@ -109,9 +109,12 @@ class RunFolder:
         return "resumed"
 
     def config_before(self) -> Config | None:
-        """The settings in the run's config.yaml; None where there is none."""
+        """The settings in the run's config.yaml; None where there is none. One of before `transparency` ignored it."""
         recipe = self.folder / "config.yaml"
-        return parse_config([f"--config={recipe}"])[0] if recipe.exists() else None
+        if not recipe.exists():
+            return None
+        added = [] if "\ntransparency:" in recipe.read_text("utf-8") else ["--transparency=ignored"]
+        return parse_config([f"--config={recipe}", *added])[0]
 
     def has_the_same_data(self, config: Config) -> bool:
         """Whether `data` says what it said when the run began."""
@@ -268,6 +271,7 @@ def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) 
         "resize": config.resize,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
+        "transparency": config.transparency,
         "scores": dict(scores),
         "data": str(dataset.data),
         "dataset_fingerprint": dataset.fingerprint,

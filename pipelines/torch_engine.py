@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipelines.dataset import Split
-from pipelines.headers import exif_orientation
+from pipelines.headers import exif_orientation, white_level
 from pipelines.loader import Pixels
 from pipelines.plan import EvalPlan, Views
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 # Odd EXIF data and transparent palettes are no news: the scan has judged the file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -112,12 +112,15 @@ def window_of(split: Split, views: Views, position: int) -> Image.Image:
     """
     index = int(views.indices[position])
     with Image.open(split.path(index)) as photo:
+        _scale_key(photo)
         photo.load()  # Pillow turns a TIFF now, and reads what stands behind the pixels of a PNG
         orientation = exif_orientation(photo)
         upright = photo.size if orientation >= 5 else photo.size[::-1]
         if upright != tuple(split.sizes[index].tolist()):
             raise ValueError(SIZE_HAS_CHANGED)
-        picture = _to_rgb(photo.crop(_stored_box(views.windows[position], orientation, photo.size)))
+        white = white_level(photo) if photo.mode[0] in "IF" else None
+        window = photo.crop(_stored_box(views.windows[position], orientation, photo.size))
+        picture = _to_rgb(window, white, split.transparency)
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
@@ -148,7 +151,23 @@ def _stored_box(window: np.ndarray, orientation: int, size: tuple[int, int]) -> 
     return left, top, left + width, top + height
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion cuts off at 255 instead of scaling
-        picture = Image.fromarray((np.asarray(picture).astype(np.float32) * (255 / 65535)).round().astype(np.uint8))
+def _scale_key(photo: ImageFile.ImageFile) -> None:
+    """Brings the transparent colour of a PNG of 2, 4 or 16 bits to the 8 bits that Pillow brings the pixels to."""
+    key, mode = photo.info.get("transparency"), photo.tile[0][3] if photo.format == "PNG" and photo.tile else None
+    if isinstance(key, int) and mode in ("L;2", "L;4"):
+        photo.info["transparency"] = key * 255 // (3 if mode == "L;2" else 15)
+    elif isinstance(key, tuple) and mode == "RGB;16B":
+        photo.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _to_rgb(picture: Image.Image, white: int | None, transparency: str) -> Image.Image:
+    """white: of a grey picture of 16 or 32 bits, whose values Pillow's own conversion cuts off at 255."""
+    if white:
+        values = np.asarray(picture)
+        grey = (values.astype(np.float32) * (255 / white)).round().astype(np.uint8)
+        opaque = np.where(values == picture.info.get("transparency"), 0, 255).astype(np.uint8)
+        picture = Image.fromarray(np.stack([grey, opaque], axis=2), "LA")
+    if transparency != "ignored" and picture.has_transparency_data:
+        ground = Image.new("RGBA", picture.size, transparency)
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
     return picture.convert("RGB")

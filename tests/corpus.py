@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.headers import MAX_PIXELS
+from pipelines.headers import HAS_AVIF, HAS_HEIF, MAX_PIXELS
 
 import numpy as np
 from PIL import Image
@@ -132,6 +132,10 @@ def _sound() -> dict[str, Specimen]:
     return zoo
 
 
+def _below_0() -> Image.Image:
+    return Image.fromarray(np.linspace(-1, 1, HEIGHT * WIDTH, dtype=np.float32).reshape(HEIGHT, WIDTH))
+
+
 def _faulty() -> dict[str, Specimen]:
     whole = {
         "jpg": encoded(quality=90),
@@ -160,8 +164,6 @@ def _faulty() -> dict[str, Specimen]:
         "text.jpg": b"This is not a photo.\n",
         "page.jpg": b"<!DOCTYPE html><title>404</title>",
         "gif.jpg": encoded("GIF"),
-        "heic.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 500,
-        "avif.jpg": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"\0" * 500,
         "zeros.jpg": b"\0" * 5000,
         "start marker alone.jpg": b"\xff\xd8",
         "apple double.jpg": b"\0\5\x16\7\0\2\0\0Mac OS X        " + b"\0" * 200,
@@ -181,6 +183,11 @@ def _faulty() -> dict[str, Specimen]:
         "bomb.ppm": b"P6\n%d %d\n255\n" % (side, side) + b"\0" * 1000,
         "bomb, barely.png": png(struct.pack(">IIBBBBB", MAX_PIXELS // 2 + 1, 2, 8, 0, 0, 0, 0), b""),
     }
+    heif = {"heic.jpg": (HAS_HEIF, b"heic\0\0\0\0mif1heic"), "avif.jpg": (HAS_AVIF, b"avif\0\0\0\0avifmif1")}
+    for name, (is_read, brands) in heif.items():
+        content = b"\0\0\0\x18ftyp" + brands + b"\0" * 500
+        (broken if is_read else no_image)[name] = content
+    without_plugin = {"heic.jpg": no_image.pop("heic.jpg")} if not HAS_HEIF else {}
     coded = jpeg.index(b"\xff\xda") + 20
     kinds = {
         "truncated": cut,
@@ -188,6 +195,8 @@ def _faulty() -> dict[str, Specimen]:
         "empty file": {"empty.jpg": b"", "empty.png": b""},
         "not an image of a known format": no_image,
         "broken header": broken,
+        "HEIC, which needs pillow-heif": without_plugin,
+        "pixels of a kind or a range that cannot be told": {"below 0.tif": encoded("TIFF", "F", _below_0())},
         "too many pixels": bombs,
     }
     return {
@@ -233,7 +242,7 @@ BROKEN_INSIDE: dict[str, Specimen] = _broken_inside()
 ZOO: dict[str, Specimen] = SOUND | FAULTY | BROKEN_INSIDE
 
 # What systems leave behind in folders, and other files: none is taken for a photo.
-LITTER = (".DS_Store", "._0.jpg", "Thumbs.db", ".hidden", ".nomedia", "notes.txt", "clip.mp4", "photo.heic")
+LITTER = (".DS_Store", "._0.jpg", "Thumbs.db", ".hidden", ".nomedia", "notes.txt", "clip.mp4", "photo.jxl")
 
 # Names that are allowed, for classes and, with ".jpg" behind them, for photos. Linux allows 255 bytes.
 ODD_NAMES: tuple[bytes, ...] = (

@@ -32,7 +32,8 @@ def test_each_setting_says_what_becomes_of_a_run_that_goes_on_with_another_value
 
 
 OTHER = {
-    "seed": 1, "image_size": 96, "resize": 300, "crop_scale_min": 0.5, "flip_probability": 0.1, "views_per_photo": 3,
+    "seed": 1, "image_size": 96, "resize": 300, "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
+    "views_per_photo": 3,
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
     "batch_size": 16, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001,
     "momentum": 0.5, "weight_decay": 0.1, "schedule": "step", "step_epochs": 2, "step_gamma": 0.5, "warmup_epochs": 1.0,

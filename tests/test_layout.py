@@ -82,7 +82,7 @@ def test_split_folders_are_found_in_any_spelling(tmp_path: Path, folders: str, s
         ("x/train/{a,b}/1.jpg x/test/a/1.jpg y/a/1.jpg", "--data ROOT/x"),
         ("{a,b}/train/1.jpg {a,b}/test/1.jpg", "a class with the splits in it, test, train: turn them round (train/a)"),
         ("photos/{ants,bees}/1.jpg", "one class only, photos, with 2 folders of photos in it: --data ROOT/photos"),
-        ("a/1.jpg b/1.txt b/2.HEIC", "b: a class without photos"),
+        ("a/1.jpg b/1.txt b/2.JXL", "b: a class without photos"),
         ("1.jpg", "no class folders in it"),
     ],
 )
@@ -139,19 +139,19 @@ def test_hidden_and_system_and_tools_folders_never_count(tmp_path: Path, split: 
 
 
 def test_what_is_passed_over_is_counted_in_the_report(tmp_path: Path) -> None:
-    names = [".DS_Store", "._1.jpg", "notes.txt", "README", "x.HEIC", "y.heic", "z.gif"]
+    names = [".DS_Store", "._1.jpg", "notes.txt", "README", "x.JXL", "y.jxl", "z.gif"]
     _, findings = read(make(tmp_path, "{a,b}/1.jpg", *(f"a/{name}" for name in names), "wandb/x/1.png"))
     first, second = findings.lines()
     assert first == (
         "passed over: 2 hidden or system files and folders, 1 folders of runs or tools, 2 other files "
         "(.txt 1, no ending 1)"
     )
-    assert second.startswith("3 pictures are not used, of formats that are not read here: .heic 2, .gif 1; ")
+    assert second.startswith("3 pictures are not used, of formats that are not read here: .jxl 2, .gif 1; ")
 
 
 def test_endings_of_photos(tmp_path: Path) -> None:
     names = ["1.jpg", "2.JFIF", "3.jpe", "4.jif", "5.Png", "6.dib", "7.tiff", "8.mpo"]
-    make(tmp_path, *names, "jpg", "x.jpg.txt", "y.heic")
+    make(tmp_path, *names, "jpg", "x.jpg.txt", "y.jxl")
     assert [os.path.basename(path) for path in photos_below(str(tmp_path), Findings())] == names
     assert len(photos_below(str(tmp_path), Findings(), unread=True)) == len(names) + 1
 
