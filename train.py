@@ -88,7 +88,9 @@ def main(arguments: list[str]) -> None:
     if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
         main_first(state, partial(print, nothing_to_do))
         return
-    dataset = open_dataset(state, config)
+    dataset = open_dataset(state, config, run.arrange) if beginning != "new" else open_dataset(state, config)
+    if beginning == "resumed":  # what is found bad now may be mended or removed before the next start
+        main_first(state, partial(run.note_faulty, dataset))
     main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
     classes = dataset.splits["train"].classes
     saved = None if beginning == "new" else main_first(state, partial(newest_checkpoint, run, dataset))
@@ -140,6 +142,7 @@ def main(arguments: list[str]) -> None:
     before = run.config_before() if beginning == "resumed" else None
     main_first(state, partial(run.create, config, resumed=beginning == "resumed"))
     try:
+        main_first(state, partial(run.keep_photos, dataset, anew=saved is None))
         last_rates: dict[str, float] = {}
         if saved:
             checkpoints.load(saved, network, optimizer)
@@ -150,7 +153,8 @@ def main(arguments: list[str]) -> None:
             interval.restore(saved["interval"])
             whole_epoch.restore(saved["whole_epoch"])
             watch.not_finite_in_a_row = saved["not_finite_in_a_row"]
-            training.bad, validation.bad = set(saved["bad"]["train"]), set(saved["bad"]["val"])
+            for loader in (training, validation):
+                loader.bad = run.still_bad(loader.split, saved["bad"][loader.split.name])
         main_first(state, partial(run.cut_metrics, saved["metrics_bytes"] if saved else 0))
         facts = describe_run(accelerator, dataset, network, engine)
         tracking = Tracking(accelerator, config, run, dataset, facts)
@@ -175,6 +179,8 @@ def main(arguments: list[str]) -> None:
             content = asdict(at) | {name: each.state(training.wait_seconds) for name, each in sums.items()}
             content |= {"bad": {"train": sorted(training.bad), "val": sorted(validation.bad)}}
             content |= {"first_weights": first_weights}
+            for loader in (training, validation):
+                run.note_bad(loader.split, loader.bad)
             checkpoints.save(network, optimizer, content | {"not_finite_in_a_row": watch.not_finite_in_a_row})
             clock.start()
             watch.save = False
@@ -273,6 +279,9 @@ def main(arguments: list[str]) -> None:
         ending = ending_of(error)
         is_stop = ending.exit_code == Stopped.exit_code
         with suppress(MachineError):  # on a full disk; what ended the run is what is to be told
+            if ending.bad_photo:
+                split, position = ending.bad_photo
+                run.note_bad(photos[split], [position])
             run.write_status(
                 "stopped" if is_stop else "failed", ending.line, ending.exit_code, at.epoch, at.global_step
             )

@@ -13,7 +13,7 @@ import time
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -77,9 +77,9 @@ class Split:
         counts = np.bincount(self.labels[self.faults == 0], minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
-    def faulty_files(self) -> list[str]:
-        """One line per faulty file: the path below `root`, the reason."""
-        rows = np.flatnonzero(self.faults).tolist()
+    def faulty_files(self, besides: Collection[int] = ()) -> list[str]:
+        """One line per faulty file: the path below `root`, the reason. besides: positions that are not asked for."""
+        rows = np.setdiff1d(np.flatnonzero(self.faults), list(besides)).tolist()
         paths = [os.fsdecode(_path_at(self.path_blob, self.path_offsets, row)) for row in rows]
         return [f"{printable(path)} ({FAULTS[self.faults[row]]})" for path, row in zip(paths, rows, strict=True)]
 
@@ -93,7 +93,8 @@ class Dataset:
     fingerprint: hex, of the paths below `root`, labels, class names and byte sizes; not of times, place or machine.
     duplicates: (train path, val path) below `root`, the same bytes; a val photo stands here once at most.
     val_fraction: the share of "train" that was set aside as "val"; None where the data has a "val" of its own.
-    findings: how the data was read.
+    findings: how the data was read. index_file: where it comes from.
+    gone: for a run that goes on, by split, the positions of photos that have left since it began.
     """
 
     data: Path
@@ -103,6 +104,8 @@ class Dataset:
     duplicates: list[tuple[str, str]]
     val_fraction: float | None
     findings: Findings
+    index_file: Path
+    gone: Mapping[str, Sequence[int]]
 
     def undivided(self) -> "Dataset":
         """The same with one split, "all", where "val" was taken from "train" and there is no other split."""
@@ -222,6 +225,8 @@ def load_dataset(index_file: Path, transparency: str = "white") -> Dataset:
         duplicates,
         header["val_fraction"],
         Findings(**header["findings"]),
+        index_file,
+        header.get("gone", {}),
     )
 
 
@@ -292,7 +297,7 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     for name in splits:
         if name not in dataset.splits:
             raise UserError(f"{root}: no split {name!r}; it has {listed(list(dataset.splits))}; {WANTED}")
-    bad = [line for name in splits for line in dataset.splits[name].faulty_files()]
+    bad = [line for name in splits for line in dataset.splits[name].faulty_files(dataset.gone.get(name, ()))]
     if bad and not skip_bad_files:
         first = "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else "")
         advice = "Mend them, or add --skip-bad-files, which names each and leaves it out"

@@ -4,10 +4,14 @@
 class _Ending(Exception):
     exit_code: int
 
-    def __init__(self, line: str, *, on_one_process: bool = False) -> None:
-        """line: one line, what is wrong, where, what to do. on_one_process: the other processes do not raise it."""
+    def __init__(self, line: str, *, on_one_process: bool = False, bad_photo: tuple[str, int] | None = None) -> None:
+        """line: one line, what is wrong, where, what to do. on_one_process: the other processes do not raise it.
+
+        bad_photo: split and position of a photo that cannot be read.
+        """
         super().__init__(" ".join(line.split()))
         self.on_one_process = on_one_process
+        self.bad_photo = bad_photo
 
 
 class UserError(_Ending):

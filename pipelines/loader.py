@@ -218,9 +218,8 @@ class Loader:
             index = int(views.indices[position])
             line = f"{printable(self.split.path(index))}: cannot be decoded ({printable(reason)})"
             if not self._skip_bad_files:
-                raise UserError(
-                    f"{line}: repair or remove it, or leave such photos out with --skip-bad-files", on_one_process=True
-                )
+                advice = "repair or remove it, or leave such photos out with --skip-bad-files"
+                raise UserError(f"{line}: {advice}", on_one_process=True, bad_photo=(self.split.name, index))
             tqdm.write(f"left out: {line}", file=sys.stderr)  # above a progress bar, not into it
             self.bad.add(index)
         kept = np.ones(len(views), bool)

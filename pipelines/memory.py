@@ -50,7 +50,9 @@ def micro_batch_of(
     torch.cuda.empty_cache()
     smallest = int(accelerator.gather(torch.tensor([fits], device=accelerator.device)).min())
     if not smallest:
-        raise MachineError("the GPU's memory does not take a single photo: lower --image-size, or free the GPU")
+        raise MachineError(
+            "the GPU's memory does not take a single photo: free the GPU; a new run may lower --image-size"
+        )
     return smallest
 
 

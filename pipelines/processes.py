@@ -106,12 +106,18 @@ def _wait_for_readers(store: dist.Store, key: str, readers: int) -> None:
         time.sleep(_POLL_SECONDS / 10)
 
 
-def open_dataset(state: PartialState, config: Config) -> Dataset:
-    """The photos that the setting `data` means, found and scanned by the main process, once for all."""
+def open_dataset(
+    state: PartialState, config: Config, arrange: Callable[[Path], Path] = lambda index_file: index_file
+) -> Dataset:
+    """The photos that the setting `data` means, found and scanned by the main process, once for all.
+
+    arrange: what is done to the index on the main process, for a run that goes on.
+    """
 
     def scan() -> str:
         cache = cache_folder()
-        return str(scan_dataset(locate(config.data, cache), cache, config.val_fraction, config.class_names))
+        index_file = scan_dataset(locate(config.data, cache), cache, config.val_fraction, config.class_names)
+        return str(arrange(index_file))
 
     index = Path(main_first(state, scan))
     share_file(state, index)
@@ -191,11 +197,13 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None,
 class Ending:
     """How a run ends before its end: one line and the exit code.
 
+    bad_photo: split and position of the photo that it is about, where it is about one.
     is_said: another process has said the line. needs_trace: the line does not say all, as with an error of our own.
     """
 
     line: str
     exit_code: int
+    bad_photo: tuple[str, int] | None = None
     is_said: bool = False
     needs_trace: bool = False
 
@@ -217,7 +225,7 @@ def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int
         ending = ending_of(error)
         is_alone = getattr(error, "on_one_process", False) or isinstance(error, torch.OutOfMemoryError)
         if is_alone and dist.is_initialized():
-            default_store().set(_FAILED, json.dumps([ending.line, ending.exit_code]))
+            default_store().set(_FAILED, json.dumps([ending.line, ending.exit_code, ending.bad_photo]))
         if ending.needs_trace:
             traceback.print_exc()
         elif (speaks() or is_alone) and not ending.is_said:
@@ -243,7 +251,7 @@ def ending_of(error: BaseException) -> Ending:
 
 def _ending_of(error: BaseException) -> Ending:
     if isinstance(error, (UserError, MachineError, Stopped)):
-        return Ending(str(error), error.exit_code)
+        return Ending(str(error), error.exit_code, error.bad_photo)
     if isinstance(error, KeyboardInterrupt):
         return Ending("interrupted", 130)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -272,10 +280,10 @@ def _failure_of_another_process() -> Ending | None:
         give_up = time.monotonic() + 10 * _POLL_SECONDS
         while not store.check([_FAILED]) and time.monotonic() < give_up:
             time.sleep(_POLL_SECONDS)
-        line, exit_code = json.loads(store.get(_FAILED)) if store.check([_FAILED]) else (None, 0)
+        line, exit_code, photo = json.loads(store.get(_FAILED)) if store.check([_FAILED]) else (None, 0, None)
     except (RuntimeError, ValueError):  # the store has gone with its process
         return None
-    return Ending(line, exit_code, is_said=True) if line else None
+    return Ending(line, exit_code, tuple(photo) if photo else None, is_said=True) if line else None
 
 
 def default_store() -> dist.Store:

@@ -9,19 +9,21 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config, dump_yaml, parse_config
-from pipelines.dataset import Dataset
+from pipelines.dataset import Dataset, Split, load_dataset
 from pipelines.errors import MachineError, UserError
+from pipelines.known_photos import in_known_places, keep_photos
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.model import read_weights
 from pipelines.resume import ask_for_the_same_photos, is_longer, other_result, spelled
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -64,6 +66,7 @@ class RunFolder:
         self.best = folder / "best.pt"
         self.figures = folder / "figures"
         self.metrics = folder / "metrics.jsonl"
+        self._photos, self._bad_photos = folder / "photos.npz", folder / "bad_photos.json"
         self.stop_file = folder / "STOP"
 
     def status(self) -> dict[str, Any]:
@@ -128,6 +131,63 @@ class RunFolder:
     def has_saved(self) -> bool:
         """Whether something would be lost if the run began anew."""
         return self.best.exists() or self.has_checkpoint()
+
+    def arrange(self, index_file: Path) -> Path:
+        """For a run that goes on: the index of the photos, each in the place that it had when the run began.
+
+        Says what has changed; UserError where the result would be another.
+        """
+        if not (self.has_saved() and self._photos.exists()):
+            return index_file
+        arranged, lines, differences = in_known_places(index_file, self._photos, self._noted().keys())
+        if differences:
+            raise UserError(
+                f"run: {self.folder} was trained on other photos than {load_dataset(index_file).root} has now: "
+                f"{'; '.join(differences)}: put them back as they were, give another --run name, or start it anew with "
+                "--overwrite"
+            )
+        for line in lines:
+            print(line, flush=True)
+        return arranged
+
+    def keep_photos(self, dataset: Dataset, *, anew: bool) -> None:
+        """photos.npz: the photos that the run begins with, so that `arrange` finds their places again.
+
+        anew: for a run that begins; otherwise only where an earlier version has written none.
+        """
+        if not self._writes or (self._photos.exists() and not anew):
+            return
+        try:
+            with replacing(self._photos) as partial, open(partial, "wb") as file:
+                keep_photos(dataset.index_file, file)
+        except OSError as error:
+            raise cannot_save(self._photos, error) from None
+
+    def note_faulty(self, dataset: Dataset) -> None:
+        """Notes what the scan has found faulty."""
+        for name, split in dataset.splits.items():
+            self.note_bad(split, set(np.flatnonzero(split.faults).tolist()) - set(dataset.gone.get(name, ())))
+
+    def note_bad(self, split: Split, positions: Iterable[int]) -> None:
+        """bad_photos.json: photos that cannot be read, which may be mended or removed while the run goes on."""
+        if not self._writes:
+            return
+        noted = self._noted()
+        found = {_below_root(split, position): _size_and_time(split.path(position)) for position in positions}
+        if found.items() - noted.items():
+            self._write_json(self._bad_photos.name, noted | found)
+
+    def still_bad(self, split: Split, positions: Iterable[int]) -> set[int]:
+        """Those of the noted photos whose files have not changed since."""
+        noted = self._noted()
+        states = {position: noted.get(_below_root(split, position)) for position in positions}
+        return {at for at, state in states.items() if state in (None, _size_and_time(split.path(at)))}
+
+    def _noted(self) -> dict[str, str]:
+        with suppress(OSError, ValueError):
+            noted = json.loads(self._bad_photos.read_text(encoding="utf-8"))
+            return noted if isinstance(noted, dict) else {}
+        return {}
 
     def check_first_weights(self, config: Config, digest: str | None) -> None:
         """UserError where `weights` is set to others than the run began with, whose digest is `digest`, if known.
@@ -286,6 +346,18 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # dalitune itself, where its files were copied and not installed
             found[name] = version(name)
     return found
+
+
+def _below_root(split: Split, position: int) -> str:
+    return os.path.relpath(split.path(position), os.fsdecode(split.root))
+
+
+def _size_and_time(path: str) -> str:
+    try:
+        state = os.stat(path)
+        return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
+    except (OSError, ValueError):
+        return "missing"
 
 
 def cannot_save(path: Path, error: Exception) -> MachineError:

@@ -145,6 +145,7 @@ def test_a_photo_that_fails_on_one_process_is_said_once_and_stands_in_the_status
     status = json.loads((tmp_path / "runs/met/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 2)
     assert f"error: {status['reason']}" == errors[0]
+    assert json.loads((tmp_path / "runs/met/bad_photos.json").read_text()).keys() == {"train/a/03.jpg"}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
