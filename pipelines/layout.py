@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from pipelines.errors import UserError
 from pipelines.headers import ENDINGS, UNREAD_ENDINGS
-from pipelines.text import listed, printable
+from pipelines.text import listed, name_of_folder, path_on_disk, printable
 
 WANTED = "give a folder with train/CLASS/* or CLASS/* in it, or a CSV file path,label[,split]"
 Photo = tuple[str, str, bytes]  # split, class, path below the root
@@ -153,9 +153,9 @@ def _list_split(
         for below, names in found:
             path = below[below_top:].replace(os.sep, "/")
             example = example or (path if path != name else "")
-            label = path if class_names == "path" else name
+            label = name_of_folder(path if class_names == "path" else name)
             for file in names:
-                yield split, label, os.fsencode(os.path.join(below, file)[below_root:])
+                yield name_of_folder(split), label, os.fsencode(os.path.join(below, file)[below_root:])
     if example and not is_noted:
         readings = {"top": f"{tops} classes by their first folder", "path": f"{paths} by their path, as {example!r}"}
         other = "path" if class_names == "top" else "top"
@@ -381,8 +381,9 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                         raise csv.Error("line contains NUL")  # as the reader of Python 3.10 says by itself
                     if column in columns and not value.strip():
                         raise UserError(f"{where}: the {column} is empty; fill it in, or remove the line")
-                given = _mended(below_folder, row["path"])
-                mended += given != row["path"]
+                written = path_on_disk(row["path"])
+                given = _mended(below_folder, written)
+                mended += given != written
                 full = os.path.normpath(os.path.join(below_folder, given))
                 path = os.fsencode(full[len(below_folder) :])
                 if not full.startswith(below_folder):

@@ -14,6 +14,7 @@ from urllib.request import Request, urlopen
 
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
+from pipelines.text import path_on_disk
 
 import numpy as np
 import platformdirs
@@ -43,7 +44,7 @@ def locate(data: str | None, cache: Path) -> Path:
         return shapes(cache)
     if data is not None:
         # An empty text, as of an unset shell variable, would be the current folder.
-        if not data or not os.path.exists(path := os.path.expanduser(data)):
+        if not data or not os.path.exists(path := os.path.expanduser(path_on_disk(data))):
             raise UserError(
                 f"data: there is no {data!r}: give a folder ROOT/<split>/<class>/*, a CSV file path,label[,split], "
                 'or "shapes" for drawn ones'

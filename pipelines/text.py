@@ -18,7 +18,24 @@ def printable(text: object) -> str:
 
     A byte that is not UTF-8 is spelled as in `K\\xe4fer`, so that two names stay apart; control characters are "?".
     """
-    return "".join(_printable(letter) for letter in str(text))
+    shown = str(text)
+    with suppress(UnicodeEncodeError):  # what a locale without UTF-8 has taken apart is put together again
+        shown = shown.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return "".join(map(_printable, shown))
+
+
+def name_of_folder(name: str) -> str:
+    """A folder's name as it reads in UTF-8, whatever the locale makes of its bytes: a class has one name."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def path_on_disk(text: str) -> str:
+    """A path that a file spells in UTF-8, as the system's calls take it where the locale cannot spell it."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    return text
 
 
 def _printable(letter: str) -> str:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import evaluate
 import train
-from deploy import predict
+from deploy import export, predict, serve
 from pipelines import figures
 from pipelines.config import Config, dump_yaml
 from pipelines.dataset import load_dataset, scan_dataset
+from pipelines.inference import open_run
 from pipelines.runs import describe_model
 
 import numpy as np
 import pytest
 import torch
+from starlette.responses import JSONResponse
 from torchvision.models import resnet18
 
 SMALL = {"image_size": 64, "resize": 72, "tracker": "none"}
@@ -147,6 +149,16 @@ def test_names_that_are_no_text_and_a_class_that_val_lacks(make_run, photo_folde
     assert done.returncode == 0, done.stderr
     for line in answers.read_text(encoding="utf-8").splitlines():
         assert json.loads(line)["class"] in found["classes"]
+
+
+def test_the_page_and_programs_get_printable_names(make_run, photo_folder) -> None:
+    run = make_run(photo_folder({"train": {ODD: 1, CHINESE: 1}, "val": {ODD: 1, CHINESE: 1}}))
+    classes = [r"K\xe4fer", CHINESE]
+    assert serve.describe(run)["classes"] == classes
+    classifier = open_run(run, torch.device("cpu"))
+    assert list(classifier.classes) == classes
+    assert json.loads(JSONResponse(serve.describe(run)).body)["classes"] == classes
+    assert export._properties(classifier)["classes"] == json.dumps(classes)
 
 
 def test_of_many_classes_json_has_the_pairs(monkeypatch, make_run, flat, run_here, tmp_path: Path) -> None:

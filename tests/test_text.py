@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from tqdm import tqdm
 
 CHINESE = "蚂蚁"
+ROOT = Path(train.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -113,3 +115,20 @@ def test_answers_that_do_not_reach_stdout_are_a_failure(trained_run, monkeypatch
         patch.setattr(sys, "stdout", broken("full disk", 1)[0])
         assert run_script(predict.main, [str(trained_run.folder), photo, "--csv=-", "--cpu"]) == 3
     assert "not all results could be written" in capsys.readouterr().err
+
+
+def test_a_locale_without_utf8_changes_no_name() -> None:
+    code = """
+import os, sys
+from pipelines.text import name_of_folder, path_on_disk, printable
+assert sys.getfilesystemencoding() == "ascii"
+utf8, latin = "\u8682".encode(), b"K\\xe4fer"
+assert name_of_folder(os.fsdecode(utf8)) == "\u8682"
+assert name_of_folder(os.fsdecode(latin)) == "K\\udce4fer"
+assert os.fsencode(path_on_disk("\u8682")) == utf8
+assert path_on_disk(os.fsdecode(latin)) == os.fsdecode(latin)
+assert printable(os.fsdecode(utf8 + latin)) == "\u8682K\\\\xe4fer"
+"""
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    call = [sys.executable, "-c", code.encode("ascii", "backslashreplace").decode()]
+    subprocess.run(call, check=True, cwd=ROOT, env=os.environ | variables)

@@ -511,7 +511,7 @@ def merged(run: Path) -> dict[int, dict[str, Any]]:
 @pytest.fixture
 def whole(photo_folder, tmp_path, run_here) -> Path:
     """The folder of a small training of six classes, three epochs."""
-    classes = dict.fromkeys("abcdef", 4)
+    classes = dict.fromkeys(["a", "b", "c", "d", os.fsdecode(b"K\xe4fer"), "蚂蚁"], 4)
     settings = [*TRAINING, "--data", photo_folder({"train": classes, "val": classes}), "--runs", tmp_path]
     settings += ["--run", "whole", "--epochs", "3", "--log-every", "4", "--lr", "0.002", "--tags", "a,b"]
     done = run_here(train, *settings)
@@ -542,7 +542,8 @@ def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
     assert all(training | {"epoch"} <= row.keys() for row in found["history"])
     evaluated = [row["global_step"] for row in found["history"] if "val/loss" in row]
     assert evaluated == [6, 12, 18]
-    evaluation = {"val/loss", "val/top1", "val/top5", "val/ece", "predictions.path", SWEEP["metric"]["name"]}
+    evaluation = {"val/loss", "val/top1", "val/balanced_top1", "val/top5", "val/ece", "predictions.path"}
+    evaluation |= {SWEEP["metric"]["name"], "best/val_balanced_top1"}
     assert all(evaluation <= row.keys() for row in found["history"] if row["global_step"] in evaluated)
     assert all(row["grad_norm"] > 0 for row in found["history"])
     best = max(rows.values(), key=lambda row: row.get("val/top1", -1))
@@ -559,7 +560,7 @@ def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
     shown = [[tuple(row[:3]) for row in table["data"]] for table in tables]
     assert shown[0] == shown[1] == shown[2]
     assert len(set(shown[0])) == 16
-    assert {truth for _, _, truth in shown[0]} == set("abcdef")
+    assert {truth for _, _, truth in shown[0]} == {*"abcd", r"K\xe4fer", "蚂蚁"}
 
     # The weights each time they improved, and the index of the photos.
     scores = [-1.0, *(rows[step]["val/top1"] for step in evaluated)]
@@ -573,7 +574,7 @@ def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
     (index,) = (artifact for artifact in found["artifacts"] if artifact.type == "dataset")
     assert config["dataset_fingerprint"] in index.metadata
     lines = Path(index.manifest.contents[0].local_path).read_text().splitlines()
-    assert (lines[0], lines[1], len(lines)) == ("split,label,path", "train,a,train/a/00.jpg", 1 + 48)
+    assert (lines[0], lines[1], len(lines)) == ("split,label,path", r"train,K\xe4fer,train/K\xe4fer/00.jpg", 1 + 48)
     assert found["exit"] == 0
 
     # An evaluation is added to the summary of the same run.
@@ -583,7 +584,7 @@ def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
     (_, life) = lives(whole)
     found = content(life)
     assert found["summary"]["test/top1"] == best["val/top1"]
-    assert {"test/loss", "test/top5", "test/ece"} <= found["summary"].keys()
+    assert {"test/loss", "test/balanced_top1", "test/top5", "test/ece"} <= found["summary"].keys()
     assert not found["history"]
     assert found["exit"] == 0
 
