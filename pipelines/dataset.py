@@ -4,7 +4,6 @@ What a folder or a CSV file means, `layout` says. The scan is the only judge of 
 a later scan opens only new and changed files.
 """
 
-import filecmp
 import json
 import os
 import sys
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import MachineError, UserError
-from pipelines.headers import FAULTS, judge
+from pipelines.files import file_digest
+from pipelines.headers import EDGE, FAULTS, judge
 from pipelines.layout import WANTED, Findings, Photo, list_csv, list_folder
 from pipelines.text import composed, listed, printable
 
@@ -31,9 +31,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-_LAYOUT = [3, *FAULTS]  # an index of another layout, or with other faults, is made anew
+_LAYOUT = [4, *FAULTS]  # an index of another layout, or with other faults, is made anew
 # The columns that come out of the files themselves.
 _FACTS = ("sizes", "faults", "byte_sizes", "mtimes", "signatures", "kinds")
+_PAIRS = ("duplicates", "contradictions")  # of rows
 Table = dict[str, np.ndarray]  # columns by name, one row per photo, split after split
 
 
@@ -91,7 +92,8 @@ class Dataset:
     data: the folder or the CSV file. root: the folder that paths are given below.
     splits: by name, "train" and "val" first.
     fingerprint: hex, of the paths below `root`, labels, class names and byte sizes; not of times, place or machine.
-    duplicates: (train path, val path) below `root`, the same bytes; a val photo stands here once at most.
+    duplicates: for each two splits that share photos, the earlier one first, pairs of paths below `root` of the same
+    bytes; a photo of the later split stands here once at most. contradictions: the same under two class names.
     val_fraction: the share of "train" that was set aside as "val"; None where the data has a "val" of its own.
     findings: how the data was read. index_file: where it comes from.
     gone: for a run that goes on, by split, the positions of photos that have left since it began.
@@ -101,7 +103,8 @@ class Dataset:
     root: Path
     splits: dict[str, Split]
     fingerprint: str
-    duplicates: list[tuple[str, str]]
+    duplicates: dict[tuple[str, str], list[tuple[str, str]]]
+    contradictions: list[tuple[str, str]]
     val_fraction: float | None
     findings: Findings
     index_file: Path
@@ -116,7 +119,7 @@ class Dataset:
         columns: dict[str, Any] = {each: np.concatenate([getattr(train, each), getattr(val, each)]) for each in names}
         offsets = np.concatenate([train.path_offsets, val.path_offsets[1:]])
         whole = replace(train, name="all", path_offsets=offsets, **columns)
-        return replace(self, splits={"all": whole}, duplicates=[], val_fraction=None)
+        return replace(self, splits={"all": whole}, duplicates={}, val_fraction=None)
 
     def report(self) -> list[str]:
         """What a person should know of the data before a run, in lines."""
@@ -141,11 +144,12 @@ class Dataset:
                 lines.append(f"{printable(twin)} and {printable(name)} are two classes: they differ in case only")
         if "val" in self.splits:
             lines += majority_notes(self.splits["val"])
-        pairs = [f"{printable(train)} = {printable(val)}" for train, val in self.duplicates]
+        for (earlier, later), pairs in self.duplicates.items():
+            lines += _pair_lines(f"{len(pairs)} photos of {printable(later)} are in {printable(earlier)} too:", pairs)
+        if self.contradictions:
+            title = f"{len(self.contradictions)} photos stand under another class too, with the same bytes:"
+            lines += _pair_lines(title, self.contradictions)
         faulty = [line for split in self.splits.values() for line in split.faulty_files()]
-        if pairs:
-            more = [f"  and {len(pairs) - 10} more"] if len(pairs) > 10 else []
-            lines += [f"{len(pairs)} photos of val are in train too:", *(f"  {pair}" for pair in pairs[:10]), *more]
         if faulty:  # each is named: it is left out
             lines += [f"{len(faulty)} files cannot be used:", *(f"  {file}" for file in faulty)]
         return lines
@@ -190,8 +194,11 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str 
         "fingerprint": _fingerprint(table, splits),
         "findings": asdict(findings),
     }
-    if header != known_header or not all(np.array_equal(column, known[name]) for name, column in table.items()):
-        table["duplicates"] = _duplicates(root, table, {name: count for name, _, count in splits})
+    is_same = header["splits"] == known_header.get("splits") and all(
+        np.array_equal(column, known[name]) for name, column in table.items()
+    )
+    if header != known_header or not is_same:
+        table |= {name: known[name] for name in _PAIRS} if is_same else _twins(root, table, splits)
         _write_index(index_file, table, header)
     return index_file
 
@@ -215,14 +222,19 @@ def load_dataset(index_file: Path, transparency: str = "white") -> Dataset:
             name, tuple(classes), labels, sizes, faults, root, blob, bounds, kinds, transparency=transparency
         )
         start += count
-    paths = [os.fsdecode(_path_at(blob, offsets, row)) for row in table["duplicates"].ravel()]
-    duplicates = list(zip(paths[::2], paths[1::2], strict=True))
+    split_names = [name for name, *_ in header["splits"]]
+    ends = np.cumsum([count for *_, count in header["splits"]])
+    duplicates: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for pair in table["duplicates"]:
+        first, second = np.searchsorted(ends, pair, side="right").tolist()
+        duplicates.setdefault((split_names[first], split_names[second]), []).append(_paths_at(blob, offsets, pair))
     return Dataset(
         Path(header["data"]),
         Path(header["root"]),
         splits,
         header["fingerprint"],
         duplicates,
+        [_paths_at(blob, offsets, pair) for pair in table["contradictions"]],
         header["val_fraction"],
         Findings(**header["findings"]),
         index_file,
@@ -423,22 +435,65 @@ def _in_threads(look: Callable[[int], None], total: int, title: str) -> None:
         print(f"{title}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def _duplicates(root: bytes, table: Table, counts: dict[str, int]) -> np.ndarray:
-    """int64 [any, 2]: rows of a train and a val photo of the same bytes; whole files are read where the edges agree."""
-    train_end = counts.get("train", 0)
-    signatures, twins = np.unique(table["signatures"][:train_end], return_index=True)
-    val = table["signatures"][train_end : train_end + counts.get("val", 0)]
-    rows = np.flatnonzero(np.isin(val, signatures) & (val != 0))
-    pairs = np.stack([twins[np.searchsorted(signatures, val[rows])], train_end + rows], axis=1)
+def _twins(root: bytes, table: Table, splits: list[list[Any]]) -> dict[str, np.ndarray]:
+    """Pairs of rows of the same bytes, int64 [any, 2]: "duplicates", a row for each of the later of two splits with the
+    first such row of the earlier one; "contradictions", a row with the first such row, which has another class name.
 
-    def path(row: int) -> bytes:
-        return os.path.join(root, _path_at(table["path_blob"], table["path_offsets"], row))
+    Whole files are read where size and edges agree and the edges are not all of them.
+    """
+    ends = np.cumsum([count for *_, count in splits])
+    numbers: dict[str, int] = {}  # of class names, over all splits
+    lookup = np.array([numbers.setdefault(composed(name), len(numbers)) for _, names, _ in splits for name in names])
+    first_class = np.cumsum([0, *(len(names) for _, names, _ in splits)])
+    order = np.argsort(table["signatures"], kind="stable")
+    signatures = table["signatures"][order]
+    agree = (signatures[1:] == signatures[:-1]) & (signatures[1:] != 0)
+    if not agree.any():
+        return {name: np.zeros((0, 2), np.int64) for name in _PAIRS}
+    rows = order[np.concatenate([agree, [False]]) | np.concatenate([[False], agree])]
+    split_of = np.searchsorted(ends, rows, side="right")
+    class_of = lookup[first_class[split_of] + table["labels"][rows]]
+    # Of those who agree, only the ones in several splits or classes matter.
+    places, keys = split_of * len(numbers) + class_of, table["signatures"][rows]
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    differ = np.minimum.reduceat(places, starts) != np.maximum.reduceat(places, starts)
+    wanted = np.flatnonzero(np.repeat(differ, np.diff(starts, append=len(rows)))).tolist()
+    contents = _digests(root, table, rows[wanted].tolist())
+    same: dict[bytes, list[int]] = {}
+    for at, content in zip(wanted, contents, strict=True):
+        if content:
+            same.setdefault(content, []).append(at)
+    duplicates, contradictions = [], []
+    for members in same.values():
+        firsts = dict[int, int]()  # of each split; the members are in the order of their rows
+        for at in members:
+            duplicates += [(rows[first], rows[at]) for split, first in firsts.items() if split != split_of[at]]
+            firsts.setdefault(int(split_of[at]), at)
+            if class_of[at] != class_of[members[0]]:
+                contradictions.append((rows[members[0]], rows[at]))
+    pairs = {"duplicates": duplicates, "contradictions": contradictions}
+    return {name: np.array(sorted(found), np.int64).reshape(-1, 2) for name, found in pairs.items()}
 
-    same = np.zeros(len(pairs), bool)
-    for at, (train_row, val_row) in enumerate(pairs):
+
+def _digests(root: bytes, table: Table, rows: list[int]) -> list[bytes]:
+    """Of each file's content; b"" where it cannot be read. Of links to one file, one is read."""
+    found, known = [b""] * len(rows), dict[tuple[int, int], bytes]()
+
+    def look(at: int) -> None:
+        row = rows[at]
+        if table["byte_sizes"][row] <= 2 * EDGE:  # the signature is of all of it
+            found[at] = table["signatures"][row].tobytes()
+            return
+        path = os.path.join(root, _path_at(table["path_blob"], table["path_offsets"], row))
         with suppress(OSError):
-            same[at] = filecmp.cmp(path(train_row), path(val_row), shallow=False)
-    return pairs[same].astype(np.int64)
+            state = os.stat(path)
+            key = state.st_dev, state.st_ino
+            if key not in known:
+                known[key] = file_digest(Path(os.fsdecode(path))).encode()
+            found[at] = known[key]
+
+    _in_threads(look, len(rows), "comparing photos that look like copies")
+    return found
 
 
 def _read_index(index_file: Path) -> tuple[dict[str, Any], Table]:
@@ -447,7 +502,7 @@ def _read_index(index_file: Path) -> tuple[dict[str, Any], Table]:
         header = json.loads((file.metadata() or {})["header"])
         if header["layout"] != _LAYOUT:
             raise ValueError("an index of another version")
-        names = ("path_blob", "path_offsets", "labels", *_FACTS, "duplicates")
+        names = ("path_blob", "path_offsets", "labels", *_FACTS, *_PAIRS)
         table = {name: file.get_tensor(name).numpy() for name in names}
     for column in table.values():
         column.flags.writeable = False
@@ -474,6 +529,16 @@ def _fingerprint(table: Table, splits: list[list[Any]]) -> str:
 
 def _path_at(blob: np.ndarray | bytearray, offsets: np.ndarray | array, row: int) -> bytes:
     return bytes(blob[offsets[row] : offsets[row + 1]])
+
+
+def _paths_at(blob: np.ndarray, offsets: np.ndarray, pair: np.ndarray) -> tuple[str, str]:
+    first, second = (os.fsdecode(_path_at(blob, offsets, row)) for row in pair)
+    return first, second
+
+
+def _pair_lines(title: str, pairs: list[tuple[str, str]]) -> list[str]:
+    more = [f"  and {len(pairs) - 10} more"] if len(pairs) > 10 else []
+    return [title, *(f"  {printable(one)} = {printable(other)}" for one, other in pairs[:10]), *more]
 
 
 def _path_hashes(blob: np.ndarray | bytearray, offsets: np.ndarray | array) -> np.ndarray:

@@ -56,7 +56,7 @@ UNREAD_ENDINGS: dict[str, str] = {
 MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
 _LARGE_TILE = 1 << 22  # pixels
 _SMALL_PICTURE, _MOST_PIXELS_A_BYTE = 1 << 23, 10_000  # a blank page of a scanner has some thousands
-_EDGE = 4096  # bytes read at a file's start and at its end
+EDGE = 4096  # bytes read at a file's start and at its end
 _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<BMP>BM)"
     rb"|(?P<TIFF>II[*+]\0|MM\0[*+])|(?P<PPM>P[1-6]\s)"
@@ -87,10 +87,10 @@ def judge(path: bytes) -> Judgement:
             return Judgement("not a regular file")
         with open(path, "rb") as file:
             byte_size = file.seek(0, os.SEEK_END)
-            file.seek(max(byte_size - _EDGE, 0))
-            tail = file.read(_EDGE)
+            file.seek(max(byte_size - EDGE, 0))
+            tail = file.read(EDGE)
             file.seek(0)
-            head = file.read(_EDGE)
+            head = file.read(EDGE)
             judgement = _judge_content(file, head, tail, byte_size)
     except Image.DecompressionBombError:
         judgement = Judgement("too many pixels")

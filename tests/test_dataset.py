@@ -527,6 +527,15 @@ def test_the_index_is_mapped_and_not_copied(tmp_path: Path) -> None:
     assert {name: getattr(split, name).dtype for name in types} == types
 
 
+def test_the_fingerprint_of_a_plain_folder_stays(tmp_path: Path) -> None:
+    """A run's photos are known by it: it may not change with the code."""
+    for number, name in enumerate(
+        ["train/a/1.jpg", "train/b/2.png", "train/b/deep/3.jpg", "val/a/4.jpg", "val/b/5.bmp"]
+    ):
+        write(tmp_path / "data" / name, bytes(number))
+    assert scan(tmp_path / "data", tmp_path).fingerprint == "9eea47e5498caca34782242124b1a7a8"
+
+
 def test_the_fingerprint_is_of_the_data_alone(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data", {"train/a": 3, "train/b": 3, "val/a": 1, "val/b": 1})
     fingerprint = scan(root, tmp_path).fingerprint
@@ -622,9 +631,28 @@ def test_a_photo_of_val_that_is_in_train_too_is_found(tmp_path: Path) -> None:
         write(root / folder / "empty.jpg", b"")
     expected = [("train/b/3.jpg", "val/a/copy.jpg"), ("train/b/3.jpg", "val/b/copy.jpg")]
     dataset = scan(root, tmp_path)
-    assert dataset.duplicates == expected
+    assert dataset.duplicates == {("train", "val"): expected}
     assert "  train/b/3.jpg = val/a/copy.jpg" in dataset.report()
-    assert scan(root, tmp_path).duplicates == expected
+    assert scan(root, tmp_path).duplicates == {("train", "val"): expected}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "BMP"])  # below and above two edges
+def test_copies_in_any_two_splits_and_under_two_classes_are_found(tmp_path: Path, kind: str) -> None:
+    root = make_folder(tmp_path / "data", {"train/a": 2, "train/b": 2, "val/a": 1, "test/b": 1})
+    content = encoded(kind, size=(120, 100), seed=99)
+    for name in ("train/a/x.jpg", "train/b/y.jpg", "train/b/z.jpg", "val/a/x.jpg", "test/a/x.jpg", "test/a/z.jpg"):
+        write(root / name, content)
+    for number in range(3):  # of one split and one class: no harm to any score
+        write(root / "train" / "a" / f"copy{number}.jpg", encoded(kind, size=(120, 100), seed=98))
+    dataset = scan(root, tmp_path)
+    assert dataset.duplicates == {
+        ("train", "val"): [("train/a/x.jpg", "val/a/x.jpg")],
+        ("train", "test"): [("train/a/x.jpg", f"test/a/{name}.jpg") for name in "xz"],
+        ("val", "test"): [("val/a/x.jpg", f"test/a/{name}.jpg") for name in "xz"],
+    }
+    assert dataset.contradictions == [("train/a/x.jpg", f"train/b/{name}.jpg") for name in "yz"]
+    assert "2 photos of test are in val too:" in dataset.report()
+    assert "2 photos stand under another class too, with the same bytes:" in dataset.report()
 
 
 def test_labels_are_mapped_by_name(tmp_path: Path) -> None:
