@@ -125,15 +125,8 @@ def build_index(photos: int, index: Path, answers: "Queue[dict[str, float]]") ->
     table["sizes"][:] = rng.integers(200, 600, table["sizes"].shape)
     table["byte_sizes"][:] = rng.integers(50_000, 200_000, photos)
     table |= {name: np.zeros((0, 2), np.int64) for name in ("duplicates", "contradictions")}
-    header = {
-        "layout": INDEX_LAYOUT,
-        "data": "made up",
-        "root": "/photos",
-        "splits": splits,
-        "val_fraction": None,
-        "findings": {},
-    }
-    _write_index(index, table, {**header, "fingerprint": _fingerprint(table, splits)})
+    header = {"layout": INDEX_LAYOUT, "data": "made up", "root": "/photos", "splits": splits, "val_fraction": None}
+    _write_index(index, table, {**header, "findings": {}, "fingerprint": _fingerprint(table, splits)})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB on Linux
     answers.put(
         {
