@@ -3,7 +3,7 @@
     accelerate launch train.py --config configs/quickstart.yaml      # generated photos, two CPU cores, about a minute
     accelerate launch train.py                                       # ants and bees, configs/finetune.yaml
     accelerate launch train.py --data photos/ --epochs 20 --lr 0.02  # ROOT/<split>/<class>/*, or a CSV
-    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py --data photos/
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py --config configs/imagenet.yaml
     python train.py --help                                           # every setting
 
 Devices and precision belong to the launcher; what is learned, to the recipe. The best weights, the figures and every
@@ -353,7 +353,7 @@ def _setup_report(
         f"weights: {weights.source}; {facts['parameters']:,} parameters, "
         f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
         f"processes: {processes} on {accelerator.device.type}, precision {facts['precision']}",
-        *launcher_hints(accelerator),
+        *launcher_hints(accelerator, config, facts["train_photos"]),
     ]
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
         lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -21,13 +22,14 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.files import file_digest
+from pipelines.hardware import bf16_gain, has_bf16, nvidia_hint
 from pipelines.photos import cache_folder, locate
 from pipelines.text import lasting_streams
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 Result = TypeVar("Result")
 # What ends a script, or asks a training to stop.
@@ -36,6 +38,15 @@ _POLL_SECONDS = 0.2
 _BLOCK = 1 << 24  # bytes of a file in memory at once
 _CORES_OF_A_GPU = 4  # with fewer, decoding and launching wait for each other
 _STEPS_WORTH_A_SEARCH = 5000  # a second or more for each shape of a batch, to make a step some per cent faster
+_YES = ("1", "true", "yes", "y", "on", "t")
+_OTHER_PROJECTS = {  # what the launcher sets for them
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a model split over devices",
+}
+_BF16_PAYS = 1.15  # times as fast as fp32
+_BF16_MATTERS = 2000  # photos of 224 pixels in all epochs: about a minute on two cores
 _FAILED = "dalitune/failed"  # where a process that fails alone leaves its line
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
@@ -53,7 +64,11 @@ def cpu_cores() -> int:
 
 
 def start_processes() -> PartialState:
-    """Joins the process group that the launcher describes (a single process without one) and picks the device."""
+    """Joins the process group that the launcher describes (a single process without one) and picks the device.
+
+    UserError where the launcher's configuration asks for what is not done here, or for more devices than there are.
+    """
+    _check_launcher()
     threads = max(1, cpu_cores() // local_world_size())
     group: dict[str, Any] = {}
     if "RANK" in os.environ:
@@ -65,6 +80,37 @@ def start_processes() -> PartialState:
         # The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves all other cores idle.
         torch.set_num_threads(threads)
     return state
+
+
+def _check_launcher() -> None:
+    """Before anything reads the launcher's variables: Accelerate would look for what is not installed, or obey."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    asked = [what for name, what in _OTHER_PROJECTS.items() if os.environ.get(name, "").lower() in _YES]
+    asked += [f"mixed precision {precision}"] if precision not in ("no", "fp16", "bf16", "") else []
+    asked += [f"the dynamo backend {backend} (here it is --compile)"] if backend not in ("no", "") else []
+    asked += (
+        [
+            f"{accumulation} gradient accumulation steps (here --batch_size says what a step has, and "
+            "--max-batch-per-device splits it)"
+        ]
+        if accumulation not in ("1", "")
+        else []
+    )
+    if asked:
+        raise UserError(
+            f"the launcher's configuration asks for {' and '.join(asked)}, as that of another project: "
+            "accelerate launch --config_file accelerate_config.yaml train.py ... leaves it out"
+        )
+    processes, devices = local_world_size(), torch.accelerator.device_count()
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not cpu_is_asked_for() and devices < processes:
+        # Without devices each process would train a run of its own, in silence.
+        raise UserError(
+            f"{processes} processes on this machine, and PyTorch sees {devices} GPUs: "
+            + (nvidia_hint() or f"--num_processes {max(1, devices)}, or ACCELERATE_USE_CPU=true in front for the CPU"),
+            on_one_process=os.environ.get("LOCAL_RANK", "0") == "0",
+        )
 
 
 def local_world_size() -> int:
@@ -181,16 +227,21 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None,
         torch.backends.cudnn.benchmark = steps >= _STEPS_WORTH_A_SEARCH
     # Accelerate knows only the older name of DDP's setting.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    return Accelerator(
-        cpu=cpu_is_asked_for(),
-        # Micro-batches are the loop's own. A launcher's setting would scale the gradient twice, and it would win over
-        # gradient_accumulation_steps=1.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=trackers,
-        project_dir=config.runs,
-        # BatchNorm's statistics are made equal before each evaluation; DDP need not send them at every step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    if state.distributed_type == DistributedType.XLA:
+        raise UserError("TPUs are not supported: start on GPUs, or with ACCELERATE_USE_CPU=true on the CPU")
+    try:
+        return Accelerator(
+            cpu=cpu_is_asked_for(),
+            # Micro-batches are the loop's own. A launcher's setting would scale the gradient twice, and would win over
+            # gradient_accumulation_steps=1.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=trackers,
+            project_dir=config.runs,
+            # BatchNorm's statistics are made equal before each evaluation; DDP need not send them at every step.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except (ValueError, ImportError) as error:  # such as a precision that the device does not have
+        raise UserError(f"Accelerate does not start: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -293,7 +344,7 @@ def default_store() -> dist.Store:
 
 def cpu_is_asked_for() -> bool:
     """Whether the launcher's environment rules the GPUs out."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES
 
 
 def cores_hint() -> list[str]:
@@ -305,9 +356,14 @@ def cores_hint() -> list[str]:
     return [f"{cores} CPU cores for each GPU, which wants {_CORES_OF_A_GPU} or more to be fed{add}"]
 
 
-def launcher_hints(accelerator: Accelerator) -> list[str]:
-    """Lines on what the launcher leaves unused of this machine, each with the flag to add; [] where it uses all."""
-    hints = []
+def launcher_hints(accelerator: Accelerator, config: Config, photos: int) -> list[str]:
+    """Lines on what the launcher leaves unused of this machine, each with the flag to add; [] where it uses all.
+
+    photos: to train on, in an epoch.
+    """
+    hints = _batch_hint(config, accelerator.num_processes)
+    if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        hints.append("the launcher was asked for several processes and has started one: accelerate launch --multi_gpu")
     if accelerator.device.type == "cuda":
         gpus, used = torch.cuda.device_count(), local_world_size()
         if gpus > used:
@@ -316,5 +372,40 @@ def launcher_hints(accelerator: Accelerator) -> list[str]:
             )
         if accelerator.mixed_precision == "no" and torch.cuda.is_bf16_supported(including_emulation=False):
             hints.append("this GPU is faster in bf16: accelerate launch --mixed_precision bf16")
+        if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            hints.append("this GPU only emulates bf16, slowly: accelerate launch --mixed_precision fp16")
         hints += cores_hint()
+    elif accelerator.device.type == "cpu":
+        if not cpu_is_asked_for() and (hint := nvidia_hint()):
+            hints.append(hint)
+        hints += _cpu_precision_hint(accelerator, config, photos)
     return hints
+
+
+def _batch_hint(config: Config, processes: int) -> list[str]:
+    """A line where some processes have no photo in a step, with settings that give each of them one."""
+    if config.batch_size >= processes:
+        return []
+    times = processes / config.batch_size
+    factor = times if config.optimizer == "sgd" else math.sqrt(times)
+    rates = {"lr": config.lr, "lr_body": config.lr_body}
+    flags = [f"--{name} {rate * factor:.2g}" for name, rate in rates.items() if rate is not None]
+    return [
+        f"batch_size {config.batch_size} is over all {processes} processes: {processes - config.batch_size} of them "
+        f"have nothing to do; --num_processes {config.batch_size} is as fast, and --batch_size {processes} "
+        f"{' '.join(flags)}, or more, gives each of them photos"
+    ]
+
+
+def _cpu_precision_hint(accelerator: Accelerator, config: Config, photos: int) -> list[str]:
+    if accelerator.mixed_precision == "bf16" and not has_bf16():
+        return ["this processor only emulates bf16, slowly: accelerate launch --mixed_precision no"]
+    if accelerator.mixed_precision != "no":
+        return []
+    seen = min(config.epochs * photos, (config.max_steps or sys.maxsize) * config.batch_size)
+    is_long = seen * (config.image_size / 224) ** 2 >= _BF16_MATTERS
+    # Several processes would disturb each other; what is known of the machine is said all the same.
+    gain = bf16_gain(measure=is_long and accelerator.num_processes == 1)
+    if gain is None or gain < _BF16_PAYS:
+        return []
+    return [f"this processor trains {gain:.1f} times as fast in bf16: accelerate launch --mixed_precision bf16"]

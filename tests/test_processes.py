@@ -10,9 +10,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from pipelines import processes
 from pipelines.config import Config
 from pipelines.errors import MachineError, Stopped, UserError
-from pipelines.processes import cpu_cores, launcher_hints, main_first, run_script, share_file, speaks, start_accelerator
+from pipelines.processes import (
+    cpu_cores,
+    launcher_hints,
+    main_first,
+    run_script,
+    share_file,
+    speaks,
+    start_accelerator,
+    start_processes,
+)
 
 import numpy as np
 import pytest
@@ -315,22 +325,87 @@ def test_the_accelerator_scales_nothing_and_makes_no_folder(monkeypatch, tmp_pat
     assert torch.equal(torch.rand(3), drawn)
 
 
+def hints(device: str = "cpu", precision: str = "no", processes: int = 1, photos: int = 10, **settings) -> list[str]:
+    launched = SimpleNamespace(device=torch.device(device), mixed_precision=precision, num_processes=processes)
+    return launcher_hints(launched, Config(**settings), photos)
+
+
 def test_what_the_launcher_leaves_unused_is_said_with_the_flag(monkeypatch):
     """GPUs and their number are stand-ins: none is here."""
-    unused = SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="no")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr("pipelines.processes.cpu_cores", lambda: 16)
-    lines = launcher_hints(unused)
+    lines = hints("cuda")
     assert ["--num_processes 4" in lines[0], "--mixed_precision bf16" in lines[1]] == [True, True]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    unused.mixed_precision = "bf16"
-    assert launcher_hints(unused) == []
+    assert hints("cuda", "bf16") == []
     monkeypatch.setattr("pipelines.processes.cpu_cores", lambda: 15)
-    assert launcher_hints(unused) == ["3 CPU cores for each GPU, which wants 4 or more to be fed"]
+    assert hints("cuda", "bf16") == ["3 CPU cores for each GPU, which wants 4 or more to be fed"]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert launcher_hints(unused)[0].endswith("to be fed: sbatch --cpus-per-task=32")
-    assert launcher_hints(SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")) == []
+    assert hints("cuda", "bf16")[0].endswith("to be fed: sbatch --cpus-per-task=32")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert hints("cuda", "bf16")[0].endswith("emulates bf16, slowly: accelerate launch --mixed_precision fp16")
+
+
+def test_processes_without_a_photo_are_said_with_the_numbers_to_use(monkeypatch):
+    assert hints(processes=8, batch_size=8) == []
+    (line,) = hints(processes=32, batch_size=8, lr=0.006, lr_body=0.00003)
+    assert line.startswith("batch_size 8 is over all 32 processes: 24 of them have nothing to do; --num_processes 8 ")
+    assert "--batch_size 32 --lr 0.024 --lr_body 0.00012, or more" in line
+    (line,) = hints(processes=32, batch_size=8, lr=0.006, optimizer="adamw")
+    assert "--batch_size 32 --lr 0.012, or more" in line
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert hints() == [
+        "the launcher was asked for several processes and has started one: accelerate launch --multi_gpu"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "what"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "FSDP and a model split over"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed precision fp8"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "the dynamo backend inductor (here it is --compile)"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4 gradient accumulation steps (here --batch_size says"),
+    ],
+)
+def test_an_accelerate_config_of_another_project_is_refused(monkeypatch, capsys, variables, what):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_script(lambda arguments: start_processes(), []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the launcher's configuration asks for {what}")
+    assert line.endswith("accelerate launch --config_file accelerate_config.yaml train.py ... leaves it out")
+
+
+def test_what_a_usual_launch_sets_is_accepted(monkeypatch):
+    usual = {"USE_CPU": "true", "MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "NO", "USE_FSDP": "false"}
+    for name, value in usual.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert start_processes().num_processes == 1
+
+
+def test_more_processes_than_devices_are_refused_and_not_so_many_trainings(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)  # a stand-in: no GPU is here
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    assert run_script(lambda arguments: start_processes(), []) == 2
+    line = "error: 4 processes on this machine, and PyTorch sees 2 GPUs: --num_processes 2, or ACCELERATE_USE_CPU=true"
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_precision_that_accelerate_refuses_is_one_line(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("bf16 mixed precision requires a supported device.")
+
+    monkeypatch.setattr(processes, "Accelerator", refuse)
+    with pytest.raises(UserError, match="Accelerate does not start: bf16 mixed precision requires a supported device"):
+        start_accelerator(Config(), PartialState(cpu=True), None)
 
 
 @pytest.mark.parametrize(("steps", "searches"), [(0, False), (496, False), (450_000, True)])

@@ -299,6 +299,29 @@ def test_photos_are_unpacked_only_on_a_disk_of_each_node_and_into_a_folder_of_on
     assert "is not a folder of this user: set LOCAL_DISK" in foreign.text()
 
 
+def test_a_job_with_tasks_for_each_gpu_that_is_submitted_without_an_environment(lab, training):
+    """As many write their jobs, at a site that exports nothing, and whose scripts do not stand `set -u`."""
+    activate = lab.folder / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    needed = ("PATH", "SLURM_CONF", "DALITUNE_CACHE", "OMP_WAIT_POLICY", "ACCELERATE_USE_CPU")
+    exports = [f"export {name}={lab.environment[name]}" for name in needed]
+    activate.write_text("\n".join(['echo "site: $NOT_SET_ANYWHERE"', *exports]) + "\n")
+    options = ["--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=2", "--export=NONE"]
+    try:
+        job = lab.submit("train.sbatch", options, [*training, "--max-steps", "2"])
+        assert job.ends() == "COMPLETED", job.text()
+    finally:
+        shutil.rmtree(lab.folder / ".venv")
+    text = job.text()
+    assert text.startswith("site: \n")
+    for node, ranks in (("node1", "0, 1"), ("node2", "2, 3")):
+        assert text.count(f"preflight: {node}: processes ") == 1
+        assert f"preflight: {node}: processes {ranks}" in text
+    assert "the first all-reduce of 4 processes" in text
+    assert text.count("\nrun: runs/") == 1
+    assert job.status()["state"] == "finished"
+
+
 def test_a_run_folder_that_is_not_shared(lab, training):
     runs = lab.folder / "unshared"
     runs.mkdir()
