@@ -82,6 +82,8 @@ def _check_variables() -> None:
         os.environ[name] = value
         if not value:
             del os.environ[name]
+        elif name in ("WANDB_RESUME_FROM", "WANDB_FORK_FROM"):
+            raise UserError(f"{name}: a run goes on in its folder here, and from no other run's step: unset it")
         elif name not in ("WANDB_PROJECT", "WANDB_TAGS"):  # those are understood here
             try:
                 wandb.Settings().update_from_env_vars({name: value})

@@ -47,6 +47,8 @@ class Tracking:
         self._may_restart = True
         if config.tracker != "none" and accelerator.is_main_process:
             names, settings = tracker_names(config), _with_printable_texts(asdict(config) | dict(facts))
+            if config.tracker != "wandb" and (config.tags or config.group):
+                say(f"tags and group are W&B's: {config.tracker} does not get them")
             self._tracker = (
                 WandbTracker(accelerator, run, names, settings, config, dataset)
                 if config.tracker == "wandb"

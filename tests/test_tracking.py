@@ -682,8 +682,8 @@ def test_tensorboard_has_every_row_once_in_the_runs_folder_after_a_resume_too(fo
 
     Life(folder, dataset, tracker="tensorboard").steps(8).tracking.abandon()
     time.sleep(1.1)
-    Life(folder, dataset, checkpoint=4, tracker="tensorboard").steps(12).finish()
-    assert "tracking has stopped" not in capfd.readouterr().err
+    Life(folder, dataset, checkpoint=4, tracker="tensorboard", tags="a").steps(12).finish()
+    assert one_line(capfd) == "tags and group are W&B's: tensorboard does not get them"
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     values = [(event.step, round(event.value, 4)) for event in events.Scalars("val/top1")]
     assert values == [(4, 0.04), (8, 0.08), (12, 0.12)]
@@ -697,6 +697,7 @@ def test_another_of_accelerates_trackers_has_settings_and_every_row_of_each_life
     mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny, of the dev group, is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     check_tracker(Config(tracker="mlflow", project="p"))
     Life(folder, dataset, tracker="mlflow", project="p").steps(8).tracking.stopped()
     Life(folder, dataset, checkpoint=4, tracker="mlflow", project="p").steps(12).finish()
@@ -770,6 +771,7 @@ def test_names_are_made_whole(monkeypatch):
         ({}, {"INIT_TIMEOUT": "soon"}, "WANDB_INIT_TIMEOUT: Input should be a valid number"),
         ({}, {"BASE_URL": "nowhere"}, "WANDB_BASE_URL: Input should be a valid URL"),
         ({}, {"RUN_ID": "a/b"}, "WANDB_RUN_ID: Run ID cannot contain the characters"),
+        ({}, {"FORK_FROM": "a?_step=3"}, "WANDB_FORK_FROM: a run goes on in its folder here"),
         ({}, {"DIR": "/dev/null/x"}, "WANDB_DIR: /dev/null/x is no folder that can be written to"),
         ({"tracker": "none", "alerts": True}, {}, "alerts: they are W&B's"),
         ({"tracker": "clearml"}, {}, "tracker: clearml is not installed: pip install clearml, or --tracker none"),
