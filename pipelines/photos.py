@@ -1,5 +1,6 @@
 """Photos for people who have none yet: the tutorial's ants and bees, and a small folder of drawn shapes."""
 
+import functools
 import os
 import stat
 import sys
@@ -70,13 +71,7 @@ def cache_folder() -> Path:
         try:
             return _writable(folder)
         except OSError as error:
-            usual, reason = folder, error.strerror
-            folder = _private_folder(f"dalitune-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
-            print(
-                f"{usual} cannot be written to ({reason}): the cache is {folder}; DALITUNE_CACHE names another",
-                file=sys.stderr,
-                flush=True,
-            )
+            folder = _stand_in_for(folder, error.strerror)
     try:
         return _writable(folder)
     except OSError as error:
@@ -84,6 +79,17 @@ def cache_folder() -> Path:
             f"the cache folder {folder} cannot be written to ({error.strerror}): "
             "set the variable DALITUNE_CACHE to a folder that can"
         ) from error
+
+
+@functools.cache  # said once
+def _stand_in_for(usual: Path, reason: str) -> Path:
+    folder = _private_folder(f"dalitune-{os.getuid() if hasattr(os, 'getuid') else 'cache'}")
+    print(
+        f"{usual} cannot be written to ({reason}): the cache is {folder}; DALITUNE_CACHE names another",
+        file=sys.stderr,
+        flush=True,
+    )
+    return folder
 
 
 def _private_folder(name: str) -> Path:

@@ -90,21 +90,17 @@ def _check_launcher() -> None:
     asked = [what for name, what in _OTHER_PROJECTS.items() if os.environ.get(name, "").lower() in _YES]
     asked += [f"mixed precision {precision}"] if precision not in ("no", "fp16", "bf16", "") else []
     asked += [f"the dynamo backend {backend} (here it is --compile)"] if backend not in ("no", "") else []
-    asked += (
-        [
-            f"{accumulation} gradient accumulation steps (here --batch_size says what a step has, and "
-            "--max-batch-per-device splits it)"
-        ]
-        if accumulation not in ("1", "")
-        else []
-    )
+    if accumulation not in ("1", ""):
+        asked.append(f"{accumulation} gradient accumulation steps (here it is --batch_size and --max-batch-per-device)")
     if asked:
         raise UserError(
             f"the launcher's configuration asks for {' and '.join(asked)}, as that of another project: "
             "accelerate launch --config_file accelerate_config.yaml train.py ... leaves it out"
         )
     processes, devices = local_world_size(), torch.accelerator.device_count()
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not cpu_is_asked_for() and devices < processes:
+    # Without Accelerate's launcher, as under srun, each process may see but one, its own.
+    wanted = processes if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not cpu_is_asked_for() and devices < wanted:
         # Without devices each process would train a run of its own, in silence.
         raise UserError(
             f"{processes} processes on this machine, and PyTorch sees {devices} GPUs: "

@@ -353,6 +353,7 @@ def test_a_cache_in_the_temporary_folder_is_nobody_elses(tmp_path, monkeypatch, 
     monkeypatch.delenv("DALITUNE_CACHE", raising=False)
     monkeypatch.setattr(photos.platformdirs, "user_cache_path", lambda name: tmp_path / "file")
     monkeypatch.setattr(photos.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(photos, "_stand_in_for", photos._stand_in_for.__wrapped__)  # each time as in a new process
     usual = tmp_path / f"dalitune-{os.getuid()}"
 
     assert photos.cache_folder() == usual

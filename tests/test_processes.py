@@ -370,7 +370,7 @@ def test_processes_without_a_photo_are_said_with_the_numbers_to_use(monkeypatch)
         ({"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "FSDP and a model split over"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed precision fp8"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "the dynamo backend inductor (here it is --compile)"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4 gradient accumulation steps (here --batch_size says"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4 gradient accumulation steps (here it is --batch_size"),
     ],
 )
 def test_an_accelerate_config_of_another_project_is_refused(monkeypatch, capsys, variables, what):
@@ -392,7 +392,7 @@ def test_what_a_usual_launch_sets_is_accepted(monkeypatch):
 def test_more_processes_than_devices_are_refused_and_not_so_many_trainings(monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)  # a stand-in: no GPU is here
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "4")
     assert run_script(lambda arguments: start_processes(), []) == 2
     line = "error: 4 processes on this machine, and PyTorch sees 2 GPUs: --num_processes 2, or ACCELERATE_USE_CPU=true"
