@@ -25,6 +25,7 @@ from pathlib import Path
 
 from pipelines.dataset import _LAYOUT as INDEX_LAYOUT
 from pipelines.dataset import Split, _collect, _fingerprint, _write_index, load_dataset, map_labels, scan_dataset
+from pipelines.known_photos import keep_photos
 from pipelines.loader import Loader, Pixels
 from pipelines.plan import TrainPlan, Views
 from pipelines.runs import versions
@@ -128,10 +129,15 @@ def build_index(photos: int, index: Path, answers: "Queue[dict[str, float]]") ->
     header = {"layout": INDEX_LAYOUT, "data": "made up", "root": "/photos", "splits": splits, "val_fraction": None}
     _write_index(index, table, {**header, "findings": {}, "fingerprint": _fingerprint(table, splits)})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB on Linux
+    written = time.perf_counter()
+    with open(index.with_suffix(".npz"), "wb") as kept:
+        keep_photos(index, kept)
     answers.put(
         {
             "list_seconds": listed - started,
-            "write_seconds": time.perf_counter() - listed,
+            "write_seconds": written - listed,
+            "keep_seconds": time.perf_counter() - written,
+            "kept_bytes_per_photo": index.with_suffix(".npz").stat().st_size / photos,
             "peak_bytes_per_photo_of_the_scan": peak * 1024 / photos,
             "index_bytes_per_photo": index.stat().st_size / photos,
         }

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipelines.dataset import _FACTS, Table, _path_at, _path_hashes, _read_index, _write_index
+from pipelines.dataset import _FACTS, _PAIRS, Table, _path_at, _path_hashes, _read_index, _write_index
 from pipelines.errors import UserError
 from pipelines.headers import FAULTS
 from pipelines.text import listed, printable
@@ -122,8 +122,9 @@ def _arranged(
     table["path_offsets"] = np.concatenate([then["path_offsets"], ends]).astype(np.uint64)
     place = np.full(len(now["labels"]), -1)
     place[rows[~np.isin(np.arange(len(rows)), empty)]] = np.setdiff1d(np.arange(len(rows)), empty)
-    pairs = place[now["duplicates"]]
-    table["duplicates"] = pairs[(pairs >= 0).all(axis=1)].astype(np.int64)
+    for name in _PAIRS:
+        pairs = place[now[name]]
+        table[name] = pairs[(pairs >= 0).all(axis=1)].astype(np.int64)
     others = [split for split in header["splits"] if split[0] not in _USED]
     gone_rows, start = {}, 0
     for name, _, number in about["splits"]:

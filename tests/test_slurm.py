@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,20 @@ def test_one_node(undisturbed):
     assert undisturbed.run.resolve() == undisturbed.lab.folder / "runs" / f"finetune-{undisturbed.number}"
     assert undisturbed.status()["state"] == "finished"
     assert undisturbed.status()["global_step"] == 2 * STEPS
+
+
+def test_a_second_training_in_a_job_gets_a_name_of_its_own(lab, training):
+    """In a loop as in an allocation: the job's number is that of the first one that the job script starts."""
+    words = shlex.join([str(word) for word in [*training, "--max-steps", "1"]])
+    script = f"for _ in 1 2; do bash slurm/train.sbatch {words} || exit; done; python train.py {words}"
+    number = lab.slurm("sbatch", "--parsable", "--gpus-per-node=0", "-o", "slurm-%j.out", "--wrap", script).strip()
+    job = Job(lab, number)
+    assert job.ends() == "COMPLETED", job.text()
+    names = re.findall(r"\nrun: runs/(.*)\n", job.text())
+    assert names[0] == f"finetune-{number}"
+    assert all(re.fullmatch(r"finetune-\d{8}-\d{6}-[a-z]{4}", name) for name in names[1:])
+    assert len(set(names)) == 3
+    assert job.run.resolve().name == names[1]
 
 
 def test_two_nodes_of_which_one_dies_in_mid_epoch(lab, training, undisturbed):
