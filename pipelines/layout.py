@@ -142,7 +142,7 @@ def _list_split(
     if loose:
         findings.notes.append(f"{printable(top)}: {loose} photos in no class folder are not used")
     below_root, below_top = len(os.path.join(root, "")), len(os.path.join(top, ""))
-    tops, paths, example = 0, 0, ""
+    split_name, tops, paths, example = name_of_folder(split), 0, 0, ""
     for name in classes:
         tools, found = findings.tools, sorted(_walk(str(top / name), findings))
         if not found and split in ("train", "val") and findings.tools == tools:
@@ -153,9 +153,12 @@ def _list_split(
         for below, names in found:
             path = below[below_top:].replace(os.sep, "/")
             example = example or (path if path != name else "")
-            label = name_of_folder(path if class_names == "path" else name)
+            label, before = (
+                name_of_folder(path if class_names == "path" else name),
+                os.path.join(below, "")[below_root:],
+            )
             for file in names:
-                yield name_of_folder(split), label, os.fsencode(os.path.join(below, file)[below_root:])
+                yield split_name, label, os.fsencode(before + file)
     if example and not is_noted:
         readings = {"top": f"{tops} classes by their first folder", "path": f"{paths} by their path, as {example!r}"}
         other = "path" if class_names == "top" else "top"
@@ -287,7 +290,9 @@ def _walk(
         if real in above:
             raise UserError(f"{printable(below)}: a link to a folder that holds it; remove the link")
         real_paths[below] = (*above, real)
-        photos = sorted(name for name in names if name[name.rfind(".") :].lower() in endings and name[0] != ".")
+        photos = sorted([name for name in names if name[-4:] in endings or _is_photo(name, endings)])
+        if photos and photos[0][0] <= ".":  # hidden ones, and what sorts before them
+            photos = [name for name in photos if name[0] != "."]
         if len(photos) < len(names) and _is_of_a_tool(others := set(names).difference(photos)):
             findings.tools += 1
             folders.clear()
@@ -311,12 +316,16 @@ def _look_into(folder: Path, findings: Findings, *, is_root: bool = False) -> tu
     with os.scandir(folder) as entries:
         is_folder = {entry.name: entry.is_dir() for entry in entries}
     files = {name for name, is_one in is_folder.items() if not is_one}
-    loose = {name for name in files if name[name.rfind(".") :].lower() in ENDINGS and name[0] != "."}
+    loose = {name for name in files if _is_photo(name, ENDINGS) and name[0] != "."}
     if not is_root and (_is_of_a_tool(files) or _are_own_pictures(folder.name, loose)):
         findings.tools += 1
         return [], 0
     folders = [name for name, is_one in is_folder.items() if is_one and not _is_passed_over(name, findings)]
     return sorted(folders), len(loose)
+
+
+def _is_photo(name: str, endings: Container[str]) -> bool:
+    return name[name.rfind(".") :].lower() in endings
 
 
 def _is_passed_over(name: str, findings: Findings) -> bool:
