@@ -120,6 +120,20 @@ def save_answers(
             tile.set_title(f"{name}\n{guess}\nconfidence {sureness:.2f}")
 
 
+def save_contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], *, title: str) -> None:
+    """Photos of each class in a row. rows: class name and uint8 [n, H, W, 3], n at least 1."""
+    columns, side = max(len(photos) for _, photos in rows), TILE * 0.6
+    with _picture(path, (NAME + columns * (side + 4)) / 72, (20 + len(rows) * (side + 4)) / 72) as figure:
+        figure.suptitle(_clean(title), x=0.01, ha="left", fontsize="medium")
+        for tiles, (name, photos) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+            tiles[0].set_ylabel(_shortened(name, NAME), rotation=0, ha="right", va="center")
+            for place, tile in enumerate(tiles):
+                tile.set(xticks=[], yticks=[])
+                tile.spines[:].set_visible(False)
+                if place < len(photos):
+                    tile.imshow(photos[place])
+
+
 def save_curves(
     path: Path, rows: Sequence[Mapping[str, float | None]], *, title: str, best_by: str = "val/top1"
 ) -> None:

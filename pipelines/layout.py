@@ -153,10 +153,8 @@ def _list_split(
         for below, names in found:
             path = below[below_top:].replace(os.sep, "/")
             example = example or (path if path != name else "")
-            label, before = (
-                name_of_folder(path if class_names == "path" else name),
-                os.path.join(below, "")[below_root:],
-            )
+            label = name_of_folder(path if class_names == "path" else name)
+            before = os.path.join(below, "")[below_root:]
             for file in names:
                 yield split_name, label, os.fsencode(before + file)
     if example and not is_noted:

@@ -1,0 +1,192 @@
+"""Looks at a folder or a CSV file of photos before a training: the same scan, as a person wants it.
+
+    python -m pipelines.inspect_data photos/                   # a report, and a contact sheet in the cache folder
+    python -m pipelines.inspect_data photos/ --sheet look.png  # that sheet elsewhere
+    python -m pipelines.inspect_data photos/ --json -          # for programs
+
+Nothing is written into the folder of the photos. The exit code is 0 also where a training would be refused.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipelines import figures
+from pipelines.config import SCHEMA, ScriptParser
+from pipelines.dataset import Dataset, Split, check_dataset, load_dataset, scan_dataset
+from pipelines.errors import UserError
+from pipelines.files import begins_with, check_replaceable
+from pipelines.headers import FORMATS, TRANSPARENT
+from pipelines.photos import cache_folder, locate
+from pipelines.processes import run_script
+from pipelines.text import check_printed, printable
+from pipelines.torch_engine import central_views
+
+import numpy as np
+
+_IMAGE_SIZE, _RESIZE = (SCHEMA[key]["default"] for key in ("image_size", "resize"))
+_LARGE = 4 * _RESIZE  # pixels of the shorter side
+_IMBALANCED = 3  # photos of the commonest class for one of the rarest
+_ROWS, _COLUMNS, _TILE = 30, 8, 112  # of the contact sheet; pixels
+_FEW, _MANY = 2_000, 500_000  # photos: for which the recipes are made
+
+
+def main(arguments: list[str]) -> None:
+    """One look. Raises UserError where the data is not made of labelled photos."""
+    options = _parse(arguments)
+    cache = cache_folder()
+    data = locate(options.data, cache)
+    index = scan_dataset(data, cache, SCHEMA["val_fraction"]["default"], options.class_names)
+    dataset = load_dataset(index)
+    sheet = options.sheet or index.with_suffix(".png")
+    for path in (sheet, options.json):
+        _check_outside(path, dataset.root)
+    check_replaceable(sheet, figures.is_own_picture)
+    if options.json and options.json != Path("-"):
+        check_replaceable(options.json, begins_with("{"))
+    facts = survey(dataset, options.class_names)
+    drawn = figures.attempt("the contact sheet", lambda: save_sheet(sheet, dataset))
+    text = json.dumps(facts | {"contact_sheet": str(sheet) if drawn else None}, indent=2)
+    if options.json and options.json != Path("-"):
+        options.json.write_text(text + "\n", "utf-8")
+    print(text if options.json == Path("-") else "\n".join(_lines(dataset, facts)))
+    if drawn and options.json != Path("-"):
+        print(f"contact sheet: {printable(sheet)}")
+    check_printed()
+
+
+def survey(dataset: Dataset, class_names: str = "top") -> dict[str, Any]:
+    """What is to be known of the data, as JSON takes it; names in printable characters."""
+    splits = dataset.splits.values()
+    sound = [split.faults == 0 for split in splits]
+    kinds = np.concatenate([split.kinds[good] for split, good in zip(splits, sound, strict=True)])
+    shorter = np.concatenate([split.sizes[good].min(axis=1) for split, good in zip(splits, sound, strict=True)])
+    train = dataset.splits.get("train") or next(iter(splits))
+    present = {name: count for name, count in train.class_counts().items() if count}
+    rarest, commonest = (choose(present, key=present.__getitem__, default="") for choose in (min, max))
+    try:
+        check_dataset(dataset, skip_bad_files=True)
+        refused = None
+    except UserError as error:
+        refused = str(error)
+    return {
+        "data": printable(dataset.data),
+        "fingerprint": dataset.fingerprint,
+        "splits": {
+            printable(split.name): {printable(name): count for name, count in split.class_counts().items()}
+            for split in splits
+        },
+        "val_fraction": dataset.val_fraction,
+        "formats": {FORMATS[kind]: count for kind, count in Counter((kinds % TRANSPARENT).tolist()).most_common()},
+        "transparent": int((kinds >= TRANSPARENT).sum()),
+        "shorter_side": dict(zip(("min", "median", "max"), _quantiles(shorter), strict=True)),
+        "smaller_than_the_model_sees": int((shorter < _IMAGE_SIZE).sum()),
+        "much_larger_than_needed": int((shorter > _LARGE).sum()),
+        "passed_over": {
+            "hidden_or_system": dataset.findings.hidden,
+            "of_runs_or_tools": dataset.findings.tools,
+            "other_endings": {printable(ending): count for ending, count in dataset.findings.endings.items()},
+        },
+        "notes": dataset.findings.notes,
+        "bad_files": [line for split in splits for line in split.faulty_files()],
+        "duplicates": [
+            {"splits": [printable(name) for name in names], "paths": [printable(path) for path in pair]}
+            for names, pairs in dataset.duplicates.items()
+            for pair in pairs
+        ],
+        "contradictions": [[printable(path) for path in pair] for pair in dataset.contradictions],
+        "commonest": {"class": printable(commonest), "photos": present.get(commonest, 0)},
+        "rarest": {"class": printable(rarest), "photos": present.get(rarest, 0)},
+        "refused": refused,
+        "command": None if refused else _command(dataset, train, present, class_names),
+    }
+
+
+def save_sheet(path: Path, dataset: Dataset) -> None:
+    """A PNG of some photos of each class of "train", or else of the first split, as the network sees them."""
+    split = dataset.splits.get("train") or next(iter(dataset.splits.values()))
+    classes = [label for label, count in enumerate(split.class_counts().values()) if count]
+    chosen = [classes[at] for at in np.linspace(0, len(classes) - 1, min(len(classes), _ROWS)).astype(int)]
+    rows = []
+    for label in chosen:
+        of_class = np.flatnonzero((split.labels == label) & (split.faults == 0))
+        some = of_class[np.linspace(0, len(of_class) - 1, min(len(of_class), _COLUMNS)).astype(int)]
+        rows.append((split.classes[label], np.stack([_view(split, int(index)) for index in some])))
+    if not rows:
+        raise UserError("there is no photo that can be used")
+    more = f", {len(chosen)} of its {len(classes)} classes" if len(chosen) < len(classes) else ""
+    figures.save_contact_sheet(path, rows, title=f"{split.name} of {dataset.data.name}{more}")
+
+
+def _view(split: Split, index: int) -> np.ndarray:
+    try:
+        return central_views(split, np.array([index]), image_size=_TILE, resize=_TILE * _RESIZE // _IMAGE_SIZE)[0]
+    except Exception:  # Pillow's parsers raise many kinds of error on broken data
+        return np.full((_TILE, _TILE, 3), 200, np.uint8)
+
+
+def _lines(dataset: Dataset, facts: dict[str, Any]) -> list[str]:
+    """The report of a training, and what only matters before it."""
+    sides, formats = facts["shorter_side"], facts["formats"]
+    lines = dataset.report()
+    lines += [f"formats: {', '.join(f'{name} {count}' for name, count in formats.items())}"] if formats else []
+    if facts["transparent"]:
+        lines.append(f"{facts['transparent']} photos may have transparent pixels: composed on --transparency white")
+    lines.append(f"shorter side: {sides['min']} to {sides['max']} pixels, median {sides['median']}")
+    if small := facts["smaller_than_the_model_sees"]:
+        lines.append(f"{small} photos are smaller than the {_IMAGE_SIZE} pixels that the model sees, and are enlarged")
+    if large := facts["much_larger_than_needed"]:
+        lines.append(
+            f"{large} photos have a shorter side above {_LARGE} pixels, {_LARGE // _RESIZE} times the {_RESIZE} that "
+            "an evaluation makes of it: smaller copies would be read faster"
+        )
+    commonest, rarest = facts["commonest"], facts["rarest"]
+    if commonest["photos"] >= _IMBALANCED * max(rarest["photos"], 1):
+        lines.append(
+            f"imbalance: {commonest['photos']} photos of {commonest['class']}, {rarest['photos']} of {rarest['class']}"
+        )
+    if facts["refused"]:
+        return [*lines, f"a training would be refused: {facts['refused']}"]
+    if (few := sum(facts["splits"]["train"].values())) < _FEW:
+        lines.append(f"{few} photos to train on: --config configs/feature_extract.yaml takes less time")
+    return [*lines, f"fits: {facts['command']}"]
+
+
+def _command(dataset: Dataset, train: Split, present: dict[str, int], class_names: str) -> str:
+    words = ["accelerate", "launch", "train.py", "--data", str(dataset.data)]
+    if len(train) >= _MANY:
+        words += ["--config", "configs/imagenet.yaml"]
+    if class_names != "top":
+        words += ["--class_names", class_names]
+    if any(dataset.splits[name].faults.any() for name in ("train", "val")):
+        words.append("--skip_bad_files")
+    if max(present.values()) >= _IMBALANCED * min(present.values()):
+        words += ["--best_by", "balanced"]
+    return printable(shlex.join(words))
+
+
+def _quantiles(values: np.ndarray) -> list[int]:
+    return [int(value) for value in np.quantile(values, (0, 0.5, 1))] if len(values) else [0, 0, 0]
+
+
+def _check_outside(path: Path | None, root: Path) -> None:
+    if path and path != Path("-") and Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents:
+        raise UserError(f"{printable(path)}: is in the folder of the photos: give a place elsewhere")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ScriptParser("python -m pipelines.inspect_data", __doc__)
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder, CSV file or shapes; default: DALITUNE_DATA")
+    parser.add_argument("--class-names", choices=SCHEMA["class_names"]["enum"], default="top", help="(default: top)")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: in the cache folder)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all of it for programs; - is stdout")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))
