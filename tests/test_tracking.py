@@ -663,6 +663,7 @@ def test_what_an_agent_of_the_sweep_starts_is_accepted(monkeypatch):
     assert "--lr=0.1" in flags
     config, recipe = parse_config(flags)
     assert recipe == "finetune"
+    assert sweep["early_terminate"]["min_iter"] < config.epochs
     assert all(getattr(config, name) == given["value"] for name, given in chosen.items())
     assert create_sweep_command(sweep["command"])[-4:] == ["accelerate", "launch", "${program}", "${args}"]
 
