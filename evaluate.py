@@ -27,7 +27,7 @@ from pipelines.dataset import Dataset, Split, check_dataset, map_labels, spellin
 from pipelines.errors import UserError
 from pipelines.evaluation import Scores, confusion_matrix, predict, score
 from pipelines.files import begins_with, check_replaceable
-from pipelines.loader import choose_engine, eval_loader
+from pipelines.loader import agree_on_engine, eval_loader
 from pipelines.model import Weights, read_description, read_run_weights, read_state_dict, restore_model
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.runs import replacing
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
     names = [printable(name) for name in classes]  # what leaves here, to whatever reader
     accelerator = start_accelerator(config, state, trackers=None)
 
-    engine, reason = choose_engine(config.loader, accelerator.device)
+    engine, reason = agree_on_engine(config.loader, state)
     if accelerator.is_main_process:
         print(f"{printable(weights.source)} on {printable(dataset.root)}, {_what_is_scored(dataset, split)}")
         for note in notes + spelling_notes(split, classes):

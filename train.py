@@ -40,7 +40,7 @@ from pipelines.loader import (
     Batch,
     Loader,
     Step,
-    choose_engine,
+    agree_on_engine,
     eval_loader,
     share_bad_photos,
     train_loader,
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
     if config.batchnorm == "sync" and state.device.type != "cuda":
         advice = "this run goes on on those only" if saved else "give train or frozen"
         raise UserError(f"batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: {advice}")
-    engine, reason = choose_engine(config.loader, state.device)
+    engine, reason = agree_on_engine(config.loader, state)
     steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)
     last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
     epochs = -(-last_step // steps_per_epoch)

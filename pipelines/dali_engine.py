@@ -1,11 +1,12 @@
 """The DALI engine: one pipeline definition for the CPU and the GPU, the device a parameter.
 
-The crop is known before the photo is read, so the decoder skips the rest of the picture. DALI's own random operators,
-readers and samplers are not used: paths, windows and flips are fed in from the plan, one micro-batch at a time.
+The crop is known before the photo is read, so on a CPU the decoder skips the rest of the picture. DALI's own random
+operators, readers and samplers are not used: paths, windows and flips come from the plan, one micro-batch at a time.
 """
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from pipelines.dataset import Split
@@ -13,71 +14,68 @@ from pipelines.errors import MachineError
 from pipelines.headers import for_pillow
 from pipelines.loader import Pixels
 from pipelines.plan import Views
-from pipelines.torch_engine import SIZE_HAS_CHANGED, TorchEngine
+from pipelines.torch_engine import SIZE_HAS_CHANGED, TorchEngine, window_of
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
-from nvidia.dali.plugin.pytorch import feed_ndarray
 
-_READERS = ("fn.decoders.image_slice", "fn.io.file.read", "fn.peek_image_shape")  # what fails because of a photo
-_LONGEST = 16  # sides of the kept square
+_READERS = ("fn.decoders.image", "fn.io.file.read", "fn.peek_image_shape")  # what fails because of a photo
+# In a row, of photos that Pillow reads: then it is the decoder that fails. Each costs a new pipeline.
+_MOST_FAILURES = 8
 
 
 @pipeline_def
-def image_pipeline(*, device: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+def image_pipeline(
+    *, device: str, image_size: int, mean: Sequence[float], std: Sequence[float], largest: tuple[int, int]
+) -> Any:
     """Paths and views in; float32 [n, image_size, image_size, 3] and the photos' shapes, int64 [n, 3], out.
 
-    device: "cpu" or "gpu".
+    device: "cpu" or "gpu". largest: the height and width of the largest photo, for which a GPU's decoder makes room.
     """
     paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
-    window_start = fn.external_source(name="window_start", dtype=types.INT32, ndim=1)
-    window_shape = fn.external_source(name="window_shape", dtype=types.INT32, ndim=1)
-    resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
-    anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
+    window = {
+        "start": fn.external_source(name="window_start", dtype=types.INT32, ndim=1),
+        "shape": fn.external_source(name="window_shape", dtype=types.INT32, ndim=1),
+        "axis_names": "HW",
+    }
+    roi_start = fn.external_source(name="roi_start", dtype=types.FLOAT, ndim=1)
+    roi_end = fn.external_source(name="roi_end", dtype=types.FLOAT, ndim=1)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
     encoded = fn.io.file.read(paths)
-    images = fn.decoders.image_slice(
-        encoded,
-        start=window_start,
-        shape=window_shape,
-        axis_names="HW",
-        device="mixed" if device == "gpu" else "cpu",
-        output_type=types.RGB,
-        # On a GPU the default is false, unlike on the CPU and in Pillow.
-        jpeg_fancy_upsampling=True,
+    if device == "gpu":
+        # Never a region of interest: with it nvImageCodec 0.9 crashes on a GPU (its issue #55).
+        photos = fn.decoders.image(
+            encoded,
+            device="mixed",
+            output_type=types.RGB,
+            jpeg_fancy_upsampling=True,  # as on the CPU and in Pillow
+            hw_decoder_load=0.0,  # anything but all or nothing, and a photo's decoder depends on its company
+            affine=False,
+            preallocate_height_hint=largest[0],
+            preallocate_width_hint=largest[1],
+        )
+        windows, shapes = fn.slice(photos, **window, out_of_bounds_policy="pad"), photos.shape()
+    else:
+        windows = fn.decoders.image_slice(encoded, **window, output_type=types.RGB)
+        shapes = fn.peek_image_shape(encoded)
+    squares = fn.resize(
+        windows,
+        roi_start=roi_start,
+        roi_end=roi_end,
+        size=[image_size, image_size],
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
     )
-    # At the window's edge DALI's filter repeats the last pixel; Pillow's and torchvision's leaves the outside out. So
-    # the outside is made black, and the edge brightened by what is then missing.
-    margin = fn.external_source(name="margin", dtype=types.INT32, ndim=1)
-    edge_gain = [fn.external_source(name=f"edge_gain_{axis}", dtype=types.FLOAT, ndim=3) for axis in "yx"]
-    bordered = fn.slice(
-        images,
-        start=-margin,
-        shape=window_shape + 2 * margin,
-        axis_names="HW",
-        out_of_bounds_policy="pad",
-        fill_values=0,
-    )
-    roi = {
-        "roi_start": fn.cast(margin, dtype=types.FLOAT),
-        "roi_end": fn.cast(margin + window_shape, dtype=types.FLOAT),
-    }
-    images = fn.resize(
-        bordered, **roi, size=resized, interp_type=types.INTERP_LINEAR, antialias=True, dtype=types.FLOAT
-    )
-    images = fn.slice(images, start=anchor, shape=[image_size, image_size], axis_names="HW")
-    gain_y, gain_x = (gain.gpu() for gain in edge_gain) if device == "gpu" else edge_gain
-    images = fn.cast(images * gain_y * gain_x, dtype=types.UINT8)  # rounds, as Pillow does
     images = fn.crop_mirror_normalize(
-        images,
+        squares,
         mirror=flip,
         dtype=types.FLOAT,
         output_layout="HWC",  # dense rows of RGB are channels-last memory for PyTorch
         mean=[255 * value for value in mean],
         std=[255 * value for value in std],
     )
-    return images, fn.peek_image_shape(encoded)
+    return images, shapes
 
 
 class DaliEngine:
@@ -100,11 +98,14 @@ class DaliEngine:
         self._split = split
         self._device = device
         self._image_size = image_size
+        largest = tuple(split.sizes.max(axis=0, initial=0).tolist())
         self._settings = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "num_threads": threads}
+        self._settings |= {"largest": largest}
         self._micro_batch = micro_batch
         self._pipeline = self._build(micro_batch)
         self._pillow = TorchEngine(split, image_size, device, threads, mean, std)
         self._not_for_dali: set[int] = set()  # positions in the split
+        self._failures = 0  # in a row, of photos that Pillow reads
         self._submitted: deque[tuple[Views, np.ndarray]] = deque()  # and which of them are for Pillow
 
     def submit(self, views: Views) -> None:
@@ -119,6 +120,7 @@ class DaliEngine:
         except RuntimeError as error:
             self._recover(error)
             return self.fetch()
+        self._failures = self._failures if outputs is None else 0
         images, sizes = self._nothing() if outputs is None else self._taken(self._pipeline, outputs)
         self._submitted.popleft()
         by_dali = np.flatnonzero(~by_pillow)
@@ -153,11 +155,7 @@ class DaliEngine:
         del self._pipeline
 
     def _is_for_pillow(self, views: Views) -> np.ndarray:
-        # Of a strip of 1 x 5000 pixels DALI would resize all, to gigabytes; Pillow computes the square that is kept.
-        is_strip = views.resized.max(axis=1) > _LONGEST * self._image_size
-        return (
-            is_strip | for_pillow(self._split.kinds[views.indices]) | np.isin(views.indices, list(self._not_for_dali))
-        )
+        return for_pillow(self._split.kinds[views.indices]) | np.isin(views.indices, list(self._not_for_dali))
 
     def _start(self, views: Views, by_pillow: np.ndarray) -> None:
         if not by_pillow.all():
@@ -183,24 +181,18 @@ class DaliEngine:
         pipeline.feed_input("paths", paths)
         pipeline.feed_input("window_start", np.ascontiguousarray(views.windows[:, :2]))
         pipeline.feed_input("window_shape", np.ascontiguousarray(views.windows[:, 2:]))
-        pipeline.feed_input("resized", views.resized.astype(np.float32))
-        pipeline.feed_input("anchor", views.anchors)
-        margin, gain_y, gain_x = edge_correction(views, self._image_size)
-        pipeline.feed_input("margin", margin)
-        pipeline.feed_input("edge_gain_y", gain_y[:, :, None, None])
-        pipeline.feed_input("edge_gain_x", gain_x[:, None, :, None])
+        # The part of the window, in its own pixels, that becomes the square.
+        scale = views.windows[:, 2:] / views.resized
+        pipeline.feed_input("roi_start", (views.anchors * scale).astype(np.float32))
+        pipeline.feed_input("roi_end", ((views.anchors + self._image_size) * scale).astype(np.float32))
         pipeline.feed_input("flip", views.flips.astype(np.int32))
         pipeline.schedule_run()
 
     def _taken(self, pipeline: Pipeline, outputs: tuple[Any, Any]) -> tuple[torch.Tensor, np.ndarray]:
         """The shared batch as float32 [n, 3, H, W], and the upright height and width of its photos, int32 [n, 2]."""
         pixels, shapes = outputs
-        dense = pixels.as_tensor()
-        images = torch.empty(dense.shape(), dtype=torch.float32, device=self._device)
-        if self._device.type == "cuda":
-            feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(self._device))
-        else:
-            feed_ndarray(dense, images)
+        # As DALI's own iterator hands its batches over: each run has memory of its own, which the tensor keeps alive.
+        images = torch.from_dlpack(pixels.as_tensor())
         sizes = shapes.as_array()[:, :2].astype(np.int32)
         pipeline.release_outputs()
         return images.permute(0, 3, 1, 2), sizes
@@ -215,13 +207,21 @@ class DaliEngine:
         probe = self._build(1)
         for views, by_pillow in self._submitted:
             for position in np.flatnonzero(~by_pillow):
+                view = views.select(np.array([position]))
                 try:
-                    self._schedule(probe, views.select(np.array([position])))
+                    self._schedule(probe, view)
                     probe.share_outputs()
                     probe.release_outputs()
+                    self._failures = 0
                 except RuntimeError as failure:
                     if not any(operator in str(failure) for operator in _READERS):
                         break
+                    self._failures += _is_readable(self._split, view)
+                    if self._failures >= _MOST_FAILURES:
+                        raise MachineError(
+                            f"DALI cannot decode photos that are sound ({_reason(failure)}): give --loader torch",
+                            on_one_process=True,
+                        ) from failure
                     self._not_for_dali.add(int(views.indices[position]))
                     probe = self._build(1)
         if len(self._not_for_dali) == known:
@@ -234,26 +234,12 @@ class DaliEngine:
             self.submit(views)
 
 
-def edge_correction(views: Views, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What makes up for DALI's treatment of a window's edge, where the window is made smaller.
-
-    Returns int32 [n, 2], the black pixels to put around each window, above and below, left and right; and, for rows and
-    for columns, float32 [n, image_size], what to multiply them by. Only the first and the last row or column of a
-    resized window reach over its edge: their centre is half a resized pixel from it, and the triangle is one wide.
-    """
-    scale = views.windows[:, 2:] / views.resized  # [n, 2]
-    support = np.maximum(scale, 1)
-    taps = np.arange(-int(np.ceil(support.max())) - 1, int(np.ceil(2 * support.max())) + 1)
-    weights = np.maximum(0, 1 - np.abs(taps + 0.5 - scale[..., None] / 2) / support[..., None])  # [n, 2, taps]
-    inside = weights[..., taps >= 0].sum(axis=-1) / weights.sum(axis=-1)
-    margin = np.where(scale > 1, np.ceil(support), 0).astype(np.int32)
-    gain = np.ones((2, len(views), image_size), np.float32)
-    for axis in (0, 1):
-        for edge in (0, views.resized[:, axis] - 1):
-            at = edge - views.anchors[:, axis]
-            kept = np.flatnonzero((at >= 0) & (at < image_size) & (scale[:, axis] > 1))
-            gain[axis, kept, at[kept]] = 1 / inside[kept, axis]
-    return margin, gain[0], gain[1]
+def _is_readable(split: Split, view: Views) -> bool:
+    """Whether Pillow makes a picture of a view's photo."""
+    with suppress(Exception):  # its parsers raise many kinds of error on broken data
+        window_of(split, view, 0)
+        return True
+    return False
 
 
 def _reason(error: RuntimeError) -> str:

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from pipelines.config import Config
 from pipelines.copies import to_device
+from pipelines.dali_check import fault_of_dali
 from pipelines.dataset import Split
-from pipelines.errors import UserError
+from pipelines.errors import MachineError, UserError
 from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share
 from pipelines.processes import cpu_cores, local_world_size
 from pipelines.text import printable
@@ -235,24 +236,43 @@ def share_bad_photos(loader: Loader) -> None:
 def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
     """Which engine runs on `device` for the setting `loader` (auto, dali or torch), and why: ("dali", "...").
 
-    Raises UserError where DALI is asked for and is not installed.
+    On a GPU DALI is tried in a child process first (`dali_check`). Raises UserError where DALI is asked for and is not
+    installed, MachineError where it is asked for and does not work.
     """
-    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    misfit = _dali_misfit() if installed and device.type == "cuda" and wanted != "torch" else None
-    if wanted == "dali" and misfit:
-        raise UserError(f"loader: {misfit}: install the build that fits, or use --loader torch")
-    if wanted == "dali" and not installed:
+    on_gpu = device.type == "cuda"
+    if wanted == "torch" or (wanted == "auto" and not on_gpu):
+        return "torch", "as asked" if wanted == "torch" else "no GPU"
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        if wanted == "auto":
+            return "torch", "a GPU, but DALI is not installed"
         raise UserError(
             "loader: dali is not installed here (its wheels exist for Linux on x86-64 and aarch64): "
             "install nvidia-dali-cuda130, or use --loader torch"
         )
-    if wanted != "auto":
-        return wanted, "as asked"
-    if device.type != "cuda":
-        return "torch", "no GPU, and on a CPU it is faster than DALI: benchmarks/loader.py"
-    if not installed:
-        return "torch", "a GPU, but DALI is not installed"
-    return ("torch", misfit) if misfit else ("dali", "a GPU, and DALI is installed")
+    misfit = _dali_misfit() if on_gpu else None
+    if wanted == "dali" and misfit:
+        raise UserError(f"loader: {misfit}: install the build that fits, or use --loader torch")
+    fault = misfit or (fault_of_dali(device) if on_gpu else "")
+    if wanted == "dali" and fault:
+        raise MachineError(f"loader: {fault}: use --loader torch")
+    return ("torch", fault) if fault else ("dali", "as asked" if wanted == "dali" else "a GPU, and DALI works there")
+
+
+def agree_on_engine(wanted: str, state: PartialState) -> tuple[str, str]:
+    """`choose_engine` for all processes of a run: one process of each node tries, and all take the same engine."""
+    if state.num_processes == 1:
+        return choose_engine(wanted, state.device)
+    chosen, error = None, None
+    if state.is_local_main_process:
+        try:
+            chosen = choose_engine(wanted, state.device)
+        except (UserError, MachineError) as failure:
+            error = failure
+    answers = gather_object([(chosen, error and (type(error), str(error)))])
+    for _, failed in answers:
+        if failed:
+            raise failed[0](failed[1])
+    return min((answer for answer, _ in answers if answer), key=lambda answer: answer[0] != "torch")
 
 
 def _dali_misfit() -> str | None:

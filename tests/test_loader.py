@@ -1,12 +1,14 @@
 """Both engines execute the same plan to the same pixels, torchvision's; the loader keeps every place where it is."""
 
+import dataclasses
+import gc
 import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
 
 from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.errors import UserError
+from pipelines.errors import MachineError, UserError
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, choose_engine, make_engine
 from pipelines.plan import EvalPlan, Plan, TrainPlan, Views
 
@@ -21,6 +23,9 @@ NO_DALI = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed here: i
 ENGINES = ["torch", pytest.param("dali", marks=NO_DALI)]
 CPU = torch.device("cpu")
 LEVELS, MEAN_LEVELS = 1, 0.2  # grey levels of 255 by which the engines and torchvision may differ at most, on average
+# DALI's filter repeats a window's last pixel, Pillow's leaves the outside out. That touches the outermost rows and
+# columns only, by at most 1/8 of the contrast there and in a corner by 15/64. The largest that these photos have:
+EDGE_LEVELS = {"torch": LEVELS, "dali": 16}
 
 
 def write_photo(path: Path, height: int, width: int, seed: int, **options) -> None:
@@ -81,17 +86,19 @@ def torchvisions(split: Split, views: Views, image_size: int, train: bool) -> to
 
 def assert_torchvisions_pixels(split: Split, engine: str, plan: Plan) -> None:
     loader = make_loader(split, engine, plan, batch_size=64, micro_batch=64)
-    largest, total, count = 0.0, 0.0, 0
+    largest, edge, total, count = 0.0, 0.0, 0.0, 0
     for number, step in enumerate(loader.epoch(0)):
         batch = next(step.batches)
         views = plan.views(0, np.arange(number * 64, number * 64 + step.places))
         expected = torchvisions(split, views, plan.image_size, isinstance(plan, TrainPlan))
         difference = (levels(batch.images) - expected).abs()
-        largest = max(largest, difference.max().item())
+        largest = max(largest, difference[..., 1:-1, 1:-1].max().item())
+        edge = max(edge, difference.max().item())
         total, count = total + difference.sum().item(), count + difference.numel()
     loader.close()
-    print(f"{engine} {type(plan).__name__}: largest {largest:.3f}, mean {total / count:.4f} grey levels")
+    print(f"{engine} {type(plan).__name__}: {largest:.3f}, edge {edge:.3f}, mean {total / count:.4f} grey levels")
     assert largest <= LEVELS + 0.01  # normalising and back costs a little
+    assert edge <= EDGE_LEVELS[engine] + 0.01
     assert total / count <= MEAN_LEVELS
 
 
@@ -155,7 +162,9 @@ def test_engines_agree_on_every_format_and_orientation(tmp_path):
         images[engine] = next(next(loader.epoch(0)).batches)
         loader.close()
     assert torch.equal(images["torch"].indices, images["dali"].indices)
-    difference = (levels(images["torch"].images) - levels(images["dali"].images)).abs().amax(dim=(1, 2, 3))
+    difference = (levels(images["torch"].images) - levels(images["dali"].images)).abs()
+    assert difference.max() <= EDGE_LEVELS["dali"] + 0.01
+    difference = difference[..., 1:-1, 1:-1].amax(dim=(1, 2, 3))
     names = [Path(photos.path(index)).name for index in images["torch"].indices.tolist()]
     worst = dict(zip(names, difference.tolist(), strict=True))
     assert max(worst.values()) <= LEVELS + 0.01, worst
@@ -334,6 +343,58 @@ def test_the_gpu_graph_can_be_made_without_a_gpu():
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     from pipelines.dali_engine import image_pipeline
 
-    settings = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    settings = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "largest": (3000, 4000)}
     graph = image_pipeline(device="gpu", batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1, **settings)
     assert graph.device_id == 0
+
+
+def test_a_batch_that_is_kept_stays_as_it_was(split):
+    """DALI's own memory is handed over: it is not used again while a batch lives, nor freed with the pipeline."""
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    loader = make_loader(split, "dali", batch_size=8, micro_batch=8)
+    batches = [batch.images for epoch in range(3) for step in loader.epoch(epoch) for batch in step.batches]
+    again = make_loader(split, "dali", batch_size=8, micro_batch=8)
+    for kept, batch in zip(
+        batches, (batch for epoch in range(3) for step in again.epoch(epoch) for batch in step.batches), strict=True
+    ):
+        assert torch.equal(kept, batch.images)
+        assert kept.is_contiguous(memory_format=torch.channels_last)
+    loader.close()
+    again.close()
+    del loader, again
+    gc.collect()
+    assert all(batch.isfinite().all() for batch in batches)
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 20_000)])
+def test_of_a_strip_only_the_square_that_is_kept_is_computed(tmp_path, shape):
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    for label in "ab":
+        write_photo(tmp_path / "train" / label / "strip.png", *shape, seed=0)
+        write_photo(tmp_path / "train" / label / "photo.png", 90, 120, seed=1)
+    photos = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.01)).splits["train"]
+    assert_torchvisions_pixels(photos, "dali", EvalPlan(photos.sizes, image_size=224, resize=256))
+
+
+class DaliWhoseDecoderFailsStandIn:
+    """Makes an engine's DALI look for every photo where there is none, from the batch of a number on."""
+
+    def __init__(self, engine, first_batch: int) -> None:
+        self._schedule, self._left, self._split = engine._schedule, first_batch, engine._split
+        engine._schedule = self.schedule
+
+    def schedule(self, pipeline, views) -> None:
+        self._left -= 1
+        if self._left < 0:
+            views = dataclasses.replace(views, windows=np.full_like(views.windows, 10**6))
+        self._schedule(pipeline, views)
+
+
+@pytest.mark.parametrize("first_batch", [0, 2])
+def test_a_decoder_that_fails_for_every_photo_ends_the_run_in_a_line(split, first_batch):
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    loader = make_loader(split, "dali", batch_size=4, micro_batch=4)
+    DaliWhoseDecoderFailsStandIn(loader.engine, first_batch)
+    batches = (batch for epoch in range(9) for step in loader.epoch(epoch) for batch in step.batches)
+    with pytest.raises(MachineError, match=r"^DALI cannot decode photos that are sound \(.*\): give --loader torch$"):
+        list(batches)
