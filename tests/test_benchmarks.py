@@ -1,11 +1,15 @@
 """The benchmarks' own arithmetic: what they print must be what they measured."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
-from benchmarks import accuracy
+from benchmarks import accuracy, gpu
 
 import pytest
+import torch
 
 
 def row(recipe: str, best: float, *, processor: float = 100.0, seed: int = 0) -> dict:
@@ -89,3 +93,81 @@ def test_a_row_of_the_tutorials_own_code(recipe, photos, random_weights, monkeyp
     assert 0 <= measured["last"] <= measured["best"] <= 1
     assert measured["last_loss"] > 0
     assert measured["processor"] > 0
+
+
+# benchmarks/gpu.py
+
+
+def place(tmp_path: Path) -> gpu.Place:
+    return gpu.Place(tmp_path, dry=True, engine="torch")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "page")])
+    assert gpu.main() == 3
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "no NVIDIA GPU" in said.err
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "exit code 139, SIGSEGV"),
+        ("print('a word'); raise SystemExit(5)", "exit code 5: a word"),
+        ("import time; time.sleep(60)", "nothing within 3 s"),
+    ],
+)
+def test_a_check_that_crashes_or_hangs_is_a_line_and_the_next_goes_on(code, found, tmp_path, monkeypatch, capsys):
+    check = gpu.Check("one", 3 / 60, "all is well", lambda _: gpu.Finding(""))
+    other = gpu.Check("other", 1, "all is well", lambda _: gpu.Finding(""))
+    answer = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'found': 'a | b', 'ok': True, 'numbers': {}}))"
+    commands = {
+        "one": [sys.executable, "-c", code],
+        "other": [sys.executable, "-c", answer, str(tmp_path / "other.json")],
+    }
+    monkeypatch.setattr(gpu, "_command", lambda place, name: commands[name])
+    (tmp_path / "logs").mkdir()
+    rows = gpu.run_all([check, other], place(tmp_path), tmp_path, 600)
+    assert found in rows[0]["found"]
+    assert [row["ok"] for row in rows] == [False, True]
+    assert len(capsys.readouterr().out.splitlines()) == 2, "a line of progress each"
+    page = (tmp_path / "page.md").read_text().splitlines()
+    assert page[0] == "**A dry run on a CPU: no GPU was seen, and no figure here means anything.**"
+    assert page[-1].startswith("| other | all is well | a \\| b | as expected. |")
+    assert json.loads((tmp_path / "page.json").read_text())["gpu"] is None
+
+
+def test_what_is_left_out_is_said(tmp_path, monkeypatch):
+    failing, passing = gpu.Finding("exit code 139", False), gpu.Finding("16 photos", True)
+    whole = [gpu.Check(f"decode whole, {n}", 1, "", lambda _: failing) for n in range(2)]
+    checks = [gpu.Check("decode roi", 1, "", lambda _: failing), *whole]
+    checks += [gpu.Check("with", 1, "", lambda _: passing, dali=True), gpu.Check("either", 1, "", lambda _: passing)]
+    engines = []
+
+    def stand_in(check: gpu.Check, where: gpu.Place, *_: object) -> gpu.Finding:
+        engines.append(where.engine)
+        return check.run(where)
+
+    monkeypatch.setattr(gpu, "run_check", stand_in)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    rows = gpu.run_all(checks, place(tmp_path), tmp_path, 600)
+    assert [row["ok"] for row in rows] == [None, False, False, None, True]
+    assert rows[3]["found"] == "left out: DALI does not decode here"
+    assert engines == ["dali", "dali", "torch", "torch"]
+    assert gpu.run_all(checks, place(tmp_path), tmp_path, 0)[0]["found"] == "left out: the time was up"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_dry_run_tries_the_code_of_every_check(tmp_path):
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    command = [sys.executable, str(gpu.ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(gpu.ROOT)})
+    page = json.loads((tmp_path / "page.json").read_text())
+    wrong = {row["name"]: row["found"] for row in page["checks"] if row["ok"] is False}
+    assert (done.returncode, wrong) == (0, {}), done.stdout + done.stderr
+    assert [row["name"] for row in page["checks"]] == [check.name for check in gpu.CHECKS]
+    assert (tmp_path / "page.md").read_text().startswith(gpu.DRY)
