@@ -142,13 +142,16 @@ def _writers(
     writers: list[Callable[[dict[str, Any]], Any]] = []
     if options.csv:
         # A name that is not UTF-8 keeps its own bytes.
-        rows = csv.DictWriter(_open(options.csv, stack, "surrogateescape"), _COLUMNS, lineterminator="\n")
-        rows.writeheader()
-        writers.append(rows.writerow)
+        file = _open(options.csv, stack, "surrogateescape")
+        plain = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        # Before Python 3.13 a \r is quoted only where lines end with one, and read as a line's end where it is not.
+        quoted = csv.DictWriter(file, _COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writeheader()
+        writers.append(lambda row: (quoted if "\r" in "".join(map(str, row.values())) else plain).writerow(row))
     if options.json:
         # A name that is not UTF-8 becomes JSON's escapes of its bytes, which Python reads back.
-        file = _open(options.json, stack, "backslashreplace")
-        writers.append(lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n"))
+        lines = _open(options.json, stack, "backslashreplace")
+        writers.append(lambda row: lines.write(json.dumps(row, ensure_ascii=False) + "\n"))
     return writers or [_table(paths, classes)]
 
 

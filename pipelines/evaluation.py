@@ -95,10 +95,19 @@ def predict(
 
 
 def loss_and_top1(records: np.ndarray) -> tuple[float, float, int]:
-    """Mean loss, top-1 accuracy as a fraction, and the number of correct photos."""
+    """Mean loss, top-1 accuracy as a fraction, and the number of correct photos.
+
+    The accuracy is NaN for a network that has diverged, as is every other.
+    """
     correct = int((records["predicted"] == records["label"]).sum())
     count = max(1, len(records))
-    return float(records["loss"].sum(dtype=np.float64) / count), correct / count, correct
+    top1 = correct / count if answers_are_finite(records) else math.nan
+    return float(records["loss"].sum(dtype=np.float64) / count), top1, correct
+
+
+def answers_are_finite(records: np.ndarray) -> bool:
+    """Whether the network has answered with numbers: the largest of anything else is no prediction."""
+    return bool(np.isfinite(records["confidence"]).all())
 
 
 def balanced_top1(records: np.ndarray, classes: int) -> float:
@@ -130,7 +139,7 @@ def best_scores(best: Mapping[str, Any]) -> dict[str, float]:
 
 def top_k(records: np.ndarray, k: int) -> float:
     """The share of photos whose true class is among the k best-scored ones."""
-    return int((records["rank"] < k).sum()) / max(1, len(records))
+    return int((records["rank"] < k).sum()) / max(1, len(records)) if answers_are_finite(records) else math.nan
 
 
 def calibration_error(records: np.ndarray) -> float:
@@ -138,13 +147,15 @@ def calibration_error(records: np.ndarray) -> float:
 
     NaN for a network that has diverged, 0 without photos.
     """
-    if not len(records) or not np.isfinite(records["confidence"]).all():
+    if not len(records) or not answers_are_finite(records):
         return math.nan if len(records) else 0.0
     from torchmetrics.functional.classification import binary_calibration_error  # seconds to import
 
     # The multi-class error is the binary one of "the prediction is right" against its confidence.
     right = torch.from_numpy((records["predicted"] == records["label"]).astype(np.int64))
-    return float(binary_calibration_error(torch.from_numpy(records["confidence"].copy()), right, 15))
+    # torchmetrics (1.9) gives a confidence of exactly 1 a bin of its own; it belongs to the last one.
+    confidence = torch.from_numpy(records["confidence"]).clamp(max=np.nextafter(np.float32(1), np.float32(0)).item())
+    return float(binary_calibration_error(confidence, right, 15))
 
 
 def score(records: np.ndarray, classes: int, ks: Sequence[int] = (5,)) -> Scores:
