@@ -9,10 +9,10 @@ photo counts once, on any number of processes. `--json FILE` is for programs, th
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from pipelines import figures
 from pipelines.config import Config, ScriptParser, parse_config
 from pipelines.dataset import Dataset, Split, check_dataset, map_labels, spelling_notes
 from pipelines.errors import UserError
-from pipelines.evaluation import Scores, confusion_matrix, predict, score
+from pipelines.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
 from pipelines.files import begins_with, check_replaceable
-from pipelines.loader import agree_on_engine, eval_loader
-from pipelines.model import Weights, read_description, read_run_weights, read_state_dict, restore_model
+from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, agree_on_engine, eval_loader
+from pipelines.model import Weights, read_run_weights, read_state_dict, restore_model
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
-from pipelines.runs import replacing
+from pipelines.run_files import Description, read_description, read_run_config, to_json
+from pipelines.runs import refuse_links, replacing
 from pipelines.text import check_printed, listed, printable
 from pipelines.torch_engine import central_views
 from pipelines.wandb_tracker import add_to_summary, check_tracked
@@ -45,8 +46,13 @@ _DENSE_CLASSES = 250  # up to here --json has the whole confusion matrix
 def main(arguments: list[str]) -> None:
     """One evaluation. Raises UserError or MachineError."""
     options = _parse(arguments)
-    config = _read_config(options)
+    run = _run_of(options.model)
+    description = read_description(run, "model") if run and (run / "model.json").exists() else None
+    options.model = run or options.model
+    config = _read_config(options, description)
     folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
+    if folder.parent == options.model:
+        refuse_links(options.model, "figures")
     _check_writable(folder, options.json)
     if options.json:
         check_replaceable(options.json, begins_with('{\n  "split": '))
@@ -69,12 +75,15 @@ def main(arguments: list[str]) -> None:
         for note in notes + spelling_notes(split, classes):
             print(note)
         print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}; loader: {engine} ({reason})")
-    loader = eval_loader(config, split, labels, state, engine)
+    mean, std = (description["mean"], description["std"]) if description else (IMAGENET_MEAN, IMAGENET_STD)
+    loader = eval_loader(config, split, labels, state, engine, mean=mean, std=std)
     try:
         model = restore_model(config.arch, weights).to(accelerator.device)
         records = predict(model, loader, accelerator)
     finally:
         loader.close()
+    if not answers_are_finite(records):
+        raise UserError(f"{options.model}: the network's answers are not finite: its training has diverged")
     if not accelerator.is_main_process:
         return
 
@@ -125,31 +134,29 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _read_config(options: argparse.Namespace) -> Config:
-    """The run's own settings, or the defaults for a bare state_dict, under the flags that were given."""
-    if not options.model.exists():
-        raise UserError(f"{options.model}: no such run folder or weights file (trained runs stand in runs/)")
-    if options.model.name == "best.pt" and (options.model.parent / "model.json").is_file():
-        options.model = options.model.parent  # a run's, which says what its classes are
-    recipe, description = options.model / "config.yaml", options.model / "model.json"
-    if options.data is None and description.exists():
-        options.data = read_description(options.model, "model").get("data")
-    if options.transparency is None and description.exists():  # a run of before that setting knew no white
-        options.transparency = read_description(options.model, "model").get("transparency", "ignored")
-    keys = (
-        "data",
-        "class_names",
-        "arch",
-        "image_size",
-        "resize",
-        "transparency",
-        "loader",
-        "eval_batch_per_device",
-        "skip_bad_files",
-    )
-    given = [f"--{key}={value}" for key in keys if (value := getattr(options, key)) is not None]
-    config, _ = parse_config([f"--config={recipe}", *given] if recipe.exists() else given)
-    return config
+def _run_of(model: Path) -> Path | None:
+    """The run folder that is meant, by itself or by its best.pt; None for a bare state_dict."""
+    if not os.path.exists(model):
+        raise UserError(f"{model}: no such run folder or weights file (trained runs stand in runs/)")
+    if model.is_dir():
+        return model
+    return model.parent if model.name == "best.pt" and (model.parent / "model.json").exists() else None
+
+
+def _read_config(options: argparse.Namespace, description: Description | None) -> Config:
+    """The run's own settings, or the defaults for a bare state_dict, under the flags that were given.
+
+    What is done to a photo stands in model.json, as for whoever else reads the weights.
+    """
+    of_the_model = ("data", "arch", "image_size", "resize", "transparency")
+    keys = (*of_the_model, "class_names", "loader", "eval_batch_per_device", "skip_bad_files")
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+    if description:
+        own: Mapping[str, Any] = description
+        given = {key: own[key] for key in of_the_model if own[key]} | given
+    flags = [f"--{key}={value}" for key, value in given.items()]
+    has_config = (options.model / "config.yaml").exists()
+    return read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
 
 
 def _check_writable(figures_folder: Path, json_file: Path | None) -> None:
@@ -167,8 +174,8 @@ def _choose_split(dataset: Dataset, options: argparse.Namespace) -> tuple[Datase
     """The data and the split of it to score: all of data without splits, unless the run was trained on a part of it."""
     if dataset.val_fraction is None:
         return dataset, options.split or "val"
-    run = read_description(options.model, "model") if (options.model / "model.json").exists() else {}
-    is_own = dataset.fingerprint == run.get("dataset_fingerprint") or str(dataset.data) == run.get("data")
+    run = read_description(options.model, "model") if (options.model / "model.json").exists() else None
+    is_own = run and (dataset.fingerprint == run["dataset_fingerprint"] or str(dataset.data) == run["data"])
     if options.split not in ("all", None) or (is_own and not options.split):
         return dataset, options.split or "val"
     whole = dataset.undivided()
@@ -225,7 +232,7 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in content.items()}
     with replacing(path) as partial:
-        partial.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+        partial.write_text(to_json(plain, indent=2) + "\n", "utf-8", "backslashreplace")
 
 
 def _as_json(scores: Scores) -> dict[str, Any]:

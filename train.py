@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,16 @@ from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.copies import room_on
 from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
-from pipelines.evaluation import BEST_BY, best_scores, loss_and_top1, predict, score, validation_row, wilson_interval
+from pipelines.evaluation import (
+    BEST_BY,
+    answers_are_finite,
+    best_scores,
+    loss_and_top1,
+    predict,
+    score,
+    validation_row,
+    wilson_interval,
+)
 from pipelines.features import FeatureCache, TrainingFeatures
 from pipelines.loader import (
     IMAGENET_MEAN,
@@ -88,6 +97,8 @@ def main(arguments: list[str]) -> None:
     if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
         main_first(state, partial(print, nothing_to_do))
         return
+    if beginning != "new":
+        config = replace(config, **main_first(state, partial(run.meant_before, config)))
     dataset = open_dataset(state, config, run.arrange) if beginning != "new" else open_dataset(state, config)
     if beginning == "resumed":  # what is found bad now may be mended or removed before the next start
         main_first(state, partial(run.note_faulty, dataset))
@@ -285,8 +296,6 @@ def main(arguments: list[str]) -> None:
             run.write_status(
                 "stopped" if is_stop else "failed", ending.line, ending.exit_code, at.epoch, at.global_step
             )
-        if is_stop and state.is_main_process:
-            run.stop_file.unlink(missing_ok=True)  # it has been answered
         if tracking:
             tracking.stopped(ending.line) if is_stop else tracking.abandon(ending.exit_code, ending.line)
         raise
@@ -416,7 +425,8 @@ def _save_last_figures(run: RunFolder, records: np.ndarray | None, classes: tupl
     title = run.folder.name
     draw = figures.attempt
     draw("curves.png", lambda: figures.save_curves(paths["curves"], run.read_metrics(), title=title, best_by=best_by))
-    if records is not None:  # a run that was killed between its last evaluation and its end has them already
+    # A run that was killed between its last evaluation and its end has them already.
+    if records is not None and answers_are_finite(records):
         scores = score(records, len(classes))
         pairs, per_class = scores.confusion_pairs, scores.per_class
         draw("confusion_matrix.png", partial(figures.save_confusion_matrix, paths["confusion_matrix"], pairs, classes))

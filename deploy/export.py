@@ -24,14 +24,16 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
 from pipelines import figures
-from pipelines.config import GROUPS, SCHEMA, Config, ScriptParser, parse_config
+from pipelines.config import GROUPS, SCHEMA, Config, ScriptParser
 from pipelines.dataset import Dataset, load_dataset, map_labels, scan_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.evaluation import confusion_pairs, wilson_interval
 from pipelines.inference import Classifier, Preprocess, find_photos, import_extra, open_onnx, open_run
-from pipelines.model import Weights, read_description, read_run_weights, restore_model
+from pipelines.model import Weights, read_run_weights, restore_model
 from pipelines.photos import cache_folder
 from pipelines.processes import cpu_cores, run_script
+from pipelines.run_files import read_description, read_run_config
+from pipelines.runs import refuse_links
 from pipelines.text import printable
 
 import numpy as np
@@ -97,6 +99,7 @@ def main(arguments: list[str]) -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         import_extra(name)
     run = options.run
+    refuse_links(run, "export")
     description, config = read_description(run, "run"), _read_config(run)
     weights = read_run_weights(run, description["arch"], "run")
     reference = open_run(run, torch.device("cpu"), batch_size=8, threads=cpu_cores())
@@ -135,18 +138,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _read_config(run: Path) -> Config | None:
     """The run's settings, for the card; weights and model.json alone do for the rest."""
-    recipe = run / "config.yaml"
-    return parse_config([f"--config={recipe}"])[0] if recipe.exists() else None
+    return read_run_config(run) if (run / "config.yaml").exists() else None
 
 
 def _own_dataset(description: Mapping[str, Any], config: Config | None) -> Dataset | None:
     """The run's own photos, where they are on this machine."""
-    data = str(description.get("data", ""))
+    data = description["data"]
     if not data or not os.path.exists(data):
         return None
     chosen = [getattr(config, key, SCHEMA[key]["default"]) for key in ("val_fraction", "class_names")]
     dataset = load_dataset(scan_dataset(Path(data), cache_folder(), *chosen))
-    if dataset.fingerprint != description.get("dataset_fingerprint"):
+    if dataset.fingerprint != description["dataset_fingerprint"]:
         print(f"{printable(data)}: the photos have changed since the training", file=sys.stderr)
     return dataset
 
@@ -364,11 +366,11 @@ def _facts(
         "arch": description["arch"],
         "count": len(classes),
         "classes": ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else ""),
-        "class_list": json.dumps(classes),
-        "scores": _scores(description.get("scores", {})),
+        "class_list": repr(classes),
+        "scores": _scores(description["scores"]),
         "data": "\n".join(_data(description, dataset)),
         "recipe": _recipe(config),
-        "versions": ", ".join(f"{name} {version}" for name, version in description.get("versions", {}).items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "transparency": "ignored" if preprocess.transparency == "ignored" else f"on {preprocess.transparency}",
         "resize": preprocess.resize,
         "image_size": preprocess.image_size,
@@ -408,8 +410,8 @@ def _scores(scores: Mapping[str, Any]) -> str:
 
 
 def _data(description: Mapping[str, Any], dataset: Dataset | None) -> list[str]:
-    lines = [f"`{printable(Path(str(description.get('data', 'unknown'))).name)}`"]
-    lines += [f"- fingerprint {description.get('dataset_fingerprint', 'unknown')}"]
+    lines = [f"`{printable(Path(description['data'] or 'unknown').name)}`"]
+    lines += [f"- fingerprint {description['dataset_fingerprint'] or 'unknown'}"]
     for split in dataset.splits.values() if dataset else ():
         counts = sorted(split.class_counts().items())
         each = ", ".join(f"{printable(label)} {count}" for label, count in counts[:20])
@@ -424,7 +426,7 @@ def _recipe(config: Config | None) -> str:
     groups = ("Images", "Model", "Training", "Optimizer")
     settings = {key: getattr(config, key) for group in groups for key in GROUPS[group]} | {"seed": config.seed}
     settings["weights"] = Path(config.weights or "imagenet, or DALITUNE_WEIGHTS").name
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in settings.items())
+    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
 
 
 if __name__ == "__main__":

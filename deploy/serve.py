@@ -35,8 +35,8 @@ from pipelines.errors import UserError
 from pipelines.evaluation import wilson_interval
 from pipelines.headers import judge
 from pipelines.inference import Answer, Classifier, import_extra, open_onnx, open_run
-from pipelines.model import read_description
 from pipelines.processes import Terminated, cpu_cores, run_script
+from pipelines.run_files import read_description
 from pipelines.text import printable
 
 import torch
@@ -114,7 +114,7 @@ def _address(host: str, port: int) -> str:
 def describe(run: Path) -> dict[str, Any]:
     """What `GET /model` tells of a run."""
     description = read_description(run, "run")
-    scores: Mapping[str, Any] = description.get("scores") or {}
+    scores: Mapping[str, Any] = description["scores"]
     correct, count = scores.get("correct", 0), scores.get("count", 0)
     return {
         "name": printable(run.resolve().name),

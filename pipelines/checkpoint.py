@@ -11,7 +11,6 @@ Accelerate's `save_state` is not used: under DDP its weights have names that a s
 writes the scaler into the same file, and the random states that it keeps have no part here, as all is planned.
 """
 
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,7 @@ from pipelines.errors import UserError
 from pipelines.files import file_digest
 from pipelines.model import TransferModel
 from pipelines.processes import main_first
+from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, read_progress, to_json
 from pipelines.runs import RunFolder, cannot_save, versions
 
 import torch
@@ -91,9 +91,22 @@ class Checkpoints:
         main_first(self._accelerator.state, partial(self._write, network, optimizer, progress, statistics))
 
     def load(self, progress: Mapping[str, Any], network: TransferModel, optimizer: torch.optim.Optimizer) -> None:
-        """Puts weights, optimizer and scaler back where they were at `progress`, and the run's best weights."""
+        """Puts weights, optimizer and scaler back where they were at `progress`, and the run's best weights.
+
+        UserError where they are not of this network.
+        """
         folder = self._folder / progress["checkpoint"]
-        state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        try:
+            self._load_state(folder / _STATE, network, optimizer)
+        except (OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of PyTorch and its unpickler, of many kinds
+            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            raise UserError(f"{folder / _STATE} does not hold the state of this network ({reason})") from None
+        main_first(self._accelerator.state, partial(self._restore_best, folder))
+
+    def _load_state(self, file: Path, network: TransferModel, optimizer: torch.optim.Optimizer) -> None:
+        state = torch.load(file, map_location="cpu", weights_only=True)
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if self._accelerator.scaler is not None and state["scaler"]:
@@ -101,7 +114,6 @@ class Checkpoints:
         if state["batchnorm"]:
             own = _own_or_mean(state["batchnorm"], self._accelerator.process_index, self._accelerator.num_processes)
             network.load_state_dict(own, strict=False)
-        main_first(self._accelerator.state, partial(self._restore_best, folder))
 
     def _write(
         self,
@@ -127,6 +139,7 @@ class Checkpoints:
             for path in self._run.best_files():
                 _link(path, unfinished / path.name)
             content = {
+                "format": CHECKPOINT_FORMAT,
                 **progress,
                 "world_size": self._accelerator.num_processes,
                 "precision": self._accelerator.mixed_precision,
@@ -135,7 +148,7 @@ class Checkpoints:
                 "versions": versions(),
                 "files": {path.name: file_digest(path) for path in unfinished.iterdir()},
             }
-            (unfinished / _PROGRESS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (unfinished / _PROGRESS).write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
             for path in (*unfinished.iterdir(), self._run.metrics, unfinished):
                 _flush(path)
             shutil.rmtree(target, ignore_errors=True)  # there already only where it was found damaged
@@ -165,7 +178,9 @@ def newest_checkpoint(run: RunFolder, dataset: Dataset) -> dict[str, Any] | None
     for folder in reversed(folders):
         try:
             progress = _read(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except NewerFormat:
+            raise
+        except (OSError, UserError) as error:
             print(f"{folder} is damaged ({error}): the checkpoint before it is used", file=sys.stderr, flush=True)
             continue
         if progress["dataset_fingerprint"] != dataset.fingerprint:
@@ -193,11 +208,11 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The progress of a checkpoint. Raises OSError, ValueError or KeyError where the checkpoint is not whole."""
-    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    """The progress of a checkpoint. Raises OSError or UserError where the checkpoint is not whole."""
+    progress = read_progress(folder)
     for name, digest in progress["files"].items():
         if file_digest(folder / name) != digest:
-            raise ValueError(f"{name} is not what was written")
+            raise UserError(f"{name} is not what was written")
     return {**progress, "checkpoint": folder.name}
 
 

@@ -6,10 +6,9 @@ The best run comes first. It needs no tracker: it reads config.yaml, metrics.jso
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from pipelines.errors import UserError
 from pipelines.evaluation import BEST_BY
 from pipelines.files import check_replaceable
 from pipelines.processes import run_script
+from pipelines.run_files import read_description, read_run_config, read_status
 from pipelines.runs import RunFolder
 from pipelines.text import check_printed, printable
-
-import yaml
 
 _NOT_COMPARED = {"run", "runs", "overwrite", "prepare"}
 _WIDEST = 28  # characters of a cell
@@ -86,15 +84,12 @@ def main(arguments: list[str]) -> None:
 
 def read_run(folder: Path) -> Run:
     """A run from its folder. UserError where a file of it is damaged."""
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        run = RunFolder(folder)
-        model = json.loads((folder / "model.json").read_text("utf-8")) if (folder / "model.json").exists() else {}
-        settings = {key: value for key, value in settings.items() if key not in _NOT_COMPARED}
-        settings["dataset"] = model.get("dataset_fingerprint", _ABSENT)[:8]
-        return Run(folder.resolve().name, settings, run.read_metrics(), run.status().get("state", _ABSENT))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"compare: {printable(folder)} is damaged ({' '.join(str(error).split())[:200]})") from None
+    run = RunFolder(folder)
+    settings = {key: value for key, value in asdict(read_run_config(folder)).items() if key not in _NOT_COMPARED}
+    fingerprint = read_description(folder, "compare")["dataset_fingerprint"] if (folder / "model.json").exists() else ""
+    settings["dataset"] = fingerprint[:8] or _ABSENT
+    status = read_status(folder)
+    return Run(folder.resolve().name, settings, run.read_metrics(), status["state"] if status else _ABSENT)
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

@@ -7,7 +7,11 @@ tables and the error messages are derived from there.
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
+import os
+import re
+import sys
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -18,6 +22,12 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+# The format of the config.yaml in a run folder. It goes up when an older version would misread one. What a new setting
+# means where a config.yaml does not name it yet: its default, or what run_files.py says.
+FORMAT = 1
+# Settings that are no more, each with its new name, or None where there is none: what is old is read, and that is said.
+RETIRED: dict[str, str | None] = {}
+_LARGEST_RECIPE = 1 << 16  # bytes
 DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "finetune.yaml"
 
 
@@ -29,6 +39,10 @@ def _without_nul(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+Arch = Literal["resnet18", "resnet34", "resnet50"]
+ImageSize = Annotated[int, Field(ge=64, le=1024)]
+Resize = Annotated[int, Field(ge=64, le=4096)]
+Transparency = Literal["white", "black", "ignored"]
 
 
 class Contradiction(ValueError):
@@ -74,11 +88,11 @@ class Config:
     skip_bad_files: bool = False
     """leave out files that cannot be read, instead of stopping"""
 
-    image_size: Annotated[int, Field(ge=64, le=1024)] = 224
+    image_size: ImageSize = 224
     """side of the square that the model sees, in pixels"""
-    resize: Annotated[int, Field(ge=64, le=4096)] = 256
+    resize: Resize = 256
     """shorter side of a validation photo before its centre is cut out, in pixels"""
-    transparency: Literal["white", "black", "ignored"] = "white"
+    transparency: Transparency = "white"
     """what transparent pixels are composed on; ignored: the colour that lies under them, often black"""
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     """smallest share of the photo that a training crop may have"""
@@ -95,7 +109,7 @@ class Config:
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
     """micro-batches kept ready"""
 
-    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    arch: Arch = "resnet18"
     """torchvision's network"""
     weights: Literal["imagenet", "none"] | Text | None = None
     """first weights: `imagenet` through torchvision, `none` (random), a state_dict's file or a finished run's folder;
@@ -220,7 +234,7 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
     flags = _read_flags(argv)
     given = flags.pop("config", None)
     path = DEFAULT_RECIPE if given is None else Path(given)
-    recipe = {} if given is None and not path.is_file() else _read_recipe(path)
+    recipe = {} if given is None and not path.is_file() else read_recipe(path)
     origins = dict.fromkeys(recipe, str(path))
     # Before the flags cover it: a fault of the recipe that shows up only without some flag is hard to find.
     _check_fields(recipe, origins)
@@ -272,29 +286,52 @@ class _RecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         # `!!map x` brings a node without keys, which the base class refuses.
-        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        for place, name in enumerate(keys):
-            if name in keys[:place]:
-                mark = node.value[place][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"{_shown(name)} stands twice", problem_mark=mark)
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        seen = set[str]()
+        for key in keys:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{_shown(key.value)} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings that a recipe names, as text or null. UserError where it is not one."""
     try:
         with path.open("rb") as file:
-            values = yaml.load(file, _RecipeLoader)
+            text = file.read(_LARGEST_RECIPE + 1)
+        if len(text) > _LARGEST_RECIPE:
+            raise ValueError(f"it has more than {_LARGEST_RECIPE >> 10} KiB")
+        values = yaml.load(text, _RecipeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a YAML file") from None
     # The last two come of an escape that is no character, "\UFFFFFFFF".
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a recipe: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not a recipe: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a recipe: it must hold lines of the form `key: value`")
+    number = values.pop("format", "1")  # a run's config.yaml has it
+    if not (isinstance(number, str) and re.fullmatch(r"[1-9][0-9]{0,8}", number) and int(number) <= FORMAT):
+        raise UserError(
+            f"{path}: is of format {_shown(number)}, and this version of dalitune reads up to {FORMAT}: use "
+            "the version that wrote it, or a newer one"
+        )
+    for old in [key for key in values if key in RETIRED]:
+        value, new = values.pop(old), RETIRED[old]
+        if new is not None:
+            values.setdefault(new, value)
+        _say_once(f"{path}: {old} {f'is called {new} now' if new else 'is no setting any more, and is passed over'}")
     for key in values:
         if key not in SCHEMA:
             raise UserError(f"{path}: unknown key {_shown(key)}; {_nearest(str(key))}--help lists all")
     return values
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 class ScriptParser(argparse.ArgumentParser):
@@ -328,7 +365,7 @@ def _build_parser() -> _Parser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="the recipe (default configs/finetune.yaml)")
-    recipe = _read_recipe(DEFAULT_RECIPE) if DEFAULT_RECIPE.is_file() else {}
+    recipe = read_recipe(DEFAULT_RECIPE) if DEFAULT_RECIPE.is_file() else {}
     for group, keys in GROUPS.items():
         section = parser.add_argument_group(group)
         for key in keys:

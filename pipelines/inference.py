@@ -15,15 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.config import SCHEMA
 from pipelines.dataset import Split
 from pipelines.errors import UserError
 from pipelines.headers import FAULTS, MAX_PIXELS, judge
 from pipelines.layout import Findings, photos_below
 from pipelines.loader import Engine, make_engine
-from pipelines.model import read_description, read_run_weights, restore_model
+from pipelines.model import read_run_weights, restore_model
 from pipelines.plan import EvalPlan, Views
 from pipelines.processes import cpu_cores
+from pipelines.run_files import check_preprocessing, read_description
 from pipelines.text import printable
 from pipelines.torch_engine import decoding_error, view_of, window_of
 
@@ -122,7 +122,7 @@ class ViewClassifier:
                         errors[int(views.indices[position])] = _undecodable(reason)
                 for place in places:
                     error = errors.get(place, "")
-                    yield Answer(paths[place], None if error else next(logits), error)
+                    yield Answer(paths[place], None, error) if error else _answer(paths[place], next(logits))
                 ahead.extend(islice(submitted, 1))
         finally:
             engine.close()
@@ -166,7 +166,7 @@ class PictureClassifier:
             except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
                 yield Answer(path, None, _undecodable(decoding_error(error)))
                 continue
-            yield Answer(path, self.graph(picture[None])[0])
+            yield _answer(path, self.graph(picture[None])[0])
 
 
 def open_run(
@@ -227,20 +227,10 @@ def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
 
 
 def read_preprocess(description: Mapping[str, Any], source: str) -> Preprocess:
-    """The keys of a `model.json` that say what is done to a photo. UserError where one is missing or wrong.
-
-    A run of before there was `transparency` was trained with what lies under it.
-    """
-    try:
-        sizes = int(description["resize"]), int(description["image_size"])
-        (r, g, b), (std_r, std_g, std_b) = (map(float, description[name]) for name in ("mean", "std"))
-        transparency = description.get("transparency", "ignored")
-        known = transparency in SCHEMA["transparency"]["enum"]
-        if not (sizes[0] >= sizes[1] > 0 and min(std_r, std_g, std_b) > 0 and known):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{source} is damaged: it must name resize, image_size, mean and std of the photos") from None
-    return Preprocess(*sizes, (r, g, b), (std_r, std_g, std_b), transparency)
+    """What is done to a photo, as a `model.json` says it. UserError where something is missing or wrong."""
+    found = check_preprocessing(description, source)
+    (r, g, b), (std_r, std_g, std_b) = found["mean"], found["std"]
+    return Preprocess(found["resize"], found["image_size"], (r, g, b), (std_r, std_g, std_b), found["transparency"])
 
 
 def find_photos(given: Sequence[str]) -> list[str]:
@@ -302,6 +292,12 @@ def _central_views(split: Split, preprocess: Preprocess, places: range) -> Views
     plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize)
     sound = np.asarray(places)[split.faults[places.start : places.stop] == 0]
     return plan.views(0, sound)
+
+
+def _answer(path: str, logits: np.ndarray) -> Answer:
+    """Of a network that has diverged there is no largest logit."""
+    finite = bool(np.isfinite(logits).all())
+    return Answer(path, logits) if finite else Answer(path, None, "gets no finite answer from the network")
 
 
 def _undecodable(reason: str) -> str:

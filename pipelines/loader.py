@@ -301,11 +301,21 @@ def train_loader(
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch)
 
 
-def eval_loader(config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str) -> Loader:
+def eval_loader(
+    config: Config,
+    split: Split,
+    labels: np.ndarray,
+    state: PartialState,
+    engine: str,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Loader:
     """The central view of every photo of `split`, `config.eval_batch_per_device` at a time on each process."""
     plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize)
     micro_batch = config.eval_batch_per_device
-    return _loader(config, plan, split, labels, state, engine, micro_batch * state.num_processes, micro_batch)
+    batch_size = micro_batch * state.num_processes
+    return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, mean, std)
 
 
 def _loader(
@@ -317,6 +327,8 @@ def _loader(
     engine: str,
     batch_size: int,
     micro_batch: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> Loader:
     threads = config.loader_threads or max(1, cpu_cores() // local_world_size())
     return Loader(
@@ -324,7 +336,14 @@ def _loader(
         split,
         labels,
         make_engine(
-            engine, split, image_size=plan.image_size, micro_batch=micro_batch, device=state.device, threads=threads
+            engine,
+            split,
+            image_size=plan.image_size,
+            micro_batch=micro_batch,
+            device=state.device,
+            threads=threads,
+            mean=mean,
+            std=std,
         ),
         batch_size=batch_size,
         micro_batch=micro_batch,

@@ -1,7 +1,6 @@
 """The model: a torchvision ResNet with a head for the data's classes, cut into a frozen and a trained part."""
 
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -17,6 +16,7 @@ from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
 from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
+from pipelines.run_files import read_description
 from pipelines.text import composed
 
 import numpy as np
@@ -311,18 +311,6 @@ def _imagenet_weights(arch: str) -> Weights:
             "it is fetched again"
         )
     return Weights(read_state_dict(file, arch), f"imagenet ({name})")
-
-
-def read_description(run: Path, named: str) -> dict[str, Any]:
-    """A run folder's model.json, with at least `arch` and `classes`. UserError where it is missing or damaged."""
-    description = run / "model.json"
-    try:
-        model = json.loads(description.read_text(encoding="utf-8"))
-        return {**model, "arch": model["arch"], "classes": list(model["classes"])}
-    except OSError as error:
-        raise UserError(f"{named}: {description} cannot be read ({error.strerror}): {_WANTED}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{named}: {description} is damaged: it must name arch and classes") from None
 
 
 def read_run_weights(run: Path, arch: str, named: str) -> Weights:

@@ -49,7 +49,8 @@ class Interval:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on with an interval, with a loader that has not waited yet."""
-        self._sums.copy_(torch.tensor(state["sums"], dtype=self._sums.dtype))
+        sums = [math.nan if value is None else value for value in state["sums"]]  # JSON has no NaN
+        self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
         self._started, self._waited_before = time.perf_counter() - state["seconds"], -state["waited"]
 
     def row(self, wait_seconds: float) -> dict[str, float]:

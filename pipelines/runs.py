@@ -1,7 +1,5 @@
 """The run folder `runs/<name>/`: what a run leaves, written by the main process only, each file whole or not at all."""
 
-import json
-import math
 import os
 import re
 import secrets
@@ -11,23 +9,51 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from errno import ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import Config, dump_yaml, parse_config
+from pipelines.config import FORMAT, SCHEMA, Config, dump_yaml
 from pipelines.dataset import Dataset, Split, load_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.known_photos import in_known_places, keep_photos
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.model import read_weights
 from pipelines.resume import ask_for_the_same_photos, is_longer, other_result, spelled
+from pipelines.run_files import (
+    MEANT_BEFORE,
+    MODEL_FORMAT,
+    is_run_config,
+    read_rows,
+    read_run_config,
+    read_status,
+    read_texts,
+    to_json,
+)
+from pipelines.text import listed
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-_OWN_FILES = ("config.yaml", "status.json")
+# What a run leaves, by name: of a folder, what is in it.
+_OWN_FILES = re.compile(
+    r"\.?(config\.yaml|status\.json|metrics\.jsonl|best\.pt|model\.json|photos\.npz|bad_photos\.json)(\.tmp)?"
+    r"|wandb_id|STOP|\.sync\.lock"
+)
+_OWN_FOLDERS = {
+    "checkpoints": r"epoch-\d+-step-\d+|\.unfinished",
+    "figures": r"\.?(train_batch|curves|per_class|confusion_matrix.*|predictions_.*)\.png(\.\d+)?",
+    "export": r"README\.md|confusion_matrix\.png|model\..+",
+    "dvclive": ".*",
+    "tensorboard": ".*",
+    "wandb": ".*",
+}
+_WRITTEN_INTO = (*_OWN_FOLDERS, "metrics.jsonl", "wandb_id", ".sync.lock")  # other files are replaced as a whole
+_UNBEGUN = ".unbegun"  # there as long as what else is there is not a run, or no longer one
+_NO_LOCKS = (ENOSYS, ENOTSUP, EOPNOTSUPP, ENOLCK)
 _LIBRARIES = (
     *("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow"),
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),  # one of them, by the driver
@@ -62,7 +88,7 @@ class RunFolder:
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder
         self._writes = writes
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock: BaseFileLock = FileLock(folder / ".lock", timeout=0)
         self.best = folder / "best.pt"
         self.figures = folder / "figures"
         self.metrics = folder / "metrics.jsonl"
@@ -70,27 +96,40 @@ class RunFolder:
         self.stop_file = folder / "STOP"
 
     def status(self) -> dict[str, Any]:
-        """The content of status.json; {} where the run never started."""
-        path = self.folder / "status.json"
+        """The content of status.json; {} where the run never started, or the file is damaged."""
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError:  # damaged: as if it had never started
+            return dict(read_status(self.folder) or {})
+        except UserError:
             return {}
 
     def beginning(self, config: Config) -> str:
         """How a run of this name begins: "new", "resumed", or "finished" where nothing is left to do.
 
-        UserError where a run is there whose result other settings have decided, or that has lost what it would go on
-        from. Photos and first weights are not looked at.
+        Where a run is there it is kept from others from here on, so that what is read of it stays true.
+        UserError where a run is there that goes on, whose result other settings have decided, or that has lost what it
+        would go on from, or something that is no run. Photos and first weights are not looked at.
         """
-        status = self.status()
         # A job that Slurm has requeued comes with the flags of its first life, in which --overwrite has done its work.
-        overwrite = config.overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-        if overwrite or not self.folder.exists():
+        overwrite = config.overwrite and not _is_requeued()
+        if self._is_unbegun():
             return "new"
-        before = self.config_before()
-        if before is None:
-            return "new"
+        self._refuse_what_is_no_run()
+        self._hold()
+        try:
+            beginning = "new" if overwrite or self._is_unbegun() else self._continuation(config)
+        except UserError:
+            self._lock.release(force=True)
+            raise
+        if beginning == "finished":
+            self.close()
+        return beginning
+
+    def _continuation(self, config: Config) -> str:
+        status, before = self.status(), read_run_config(self.folder)
+        if older := self.meant_before(config):
+            words = ", ".join(f"{key} {spelled(value)}" for key, value in older.items())
+            print(f"run: {self.folder} goes on as it began, with {words}", file=sys.stderr, flush=True)
+            config = replace(config, **older)
         is_finished = status.get("state") == "finished"
         # Before the first checkpoint nothing is lost: a setting may be put right that has ended the run at its start.
         if (changed := other_result(before, config)) and (is_finished or self.has_saved()):
@@ -111,13 +150,15 @@ class RunFolder:
             )
         return "resumed"
 
+    def meant_before(self, config: Config) -> dict[str, Any]:
+        """What settings that are not given, and are newer than the run, mean for it."""
+        before = asdict(read_run_config(self.folder))
+        are_default = {key for key in MEANT_BEFORE if getattr(config, key) == SCHEMA[key]["default"]}
+        return {key: MEANT_BEFORE[key] for key in are_default if before[key] == MEANT_BEFORE[key]}
+
     def config_before(self) -> Config | None:
-        """The settings in the run's config.yaml; None where there is none. One of before `transparency` ignored it."""
-        recipe = self.folder / "config.yaml"
-        if not recipe.exists():
-            return None
-        added = [] if "\ntransparency:" in recipe.read_text("utf-8") else ["--transparency=ignored"]
-        return parse_config([f"--config={recipe}", *added])[0]
+        """The settings in the run's config.yaml; None where there is none."""
+        return read_run_config(self.folder) if (self.folder / "config.yaml").exists() else None
 
     def has_the_same_data(self, config: Config) -> bool:
         """Whether `data` says what it said when the run began."""
@@ -184,9 +225,8 @@ class RunFolder:
         return {at for at, state in states.items() if state in (None, _size_and_time(split.path(at)))}
 
     def _noted(self) -> dict[str, str]:
-        with suppress(OSError, ValueError):
-            noted = json.loads(self._bad_photos.read_text(encoding="utf-8"))
-            return noted if isinstance(noted, dict) else {}
+        with suppress(OSError, UserError):
+            return read_texts(self._bad_photos)
         return {}
 
     def check_first_weights(self, config: Config, digest: str | None) -> None:
@@ -217,38 +257,90 @@ class RunFolder:
         if not self._writes:
             return
         try:
-            if not resumed:
-                self._check_contents(overwrite=config.overwrite)
+            if not resumed and not self._is_unbegun() and self.folder.is_dir():
+                self._refuse_what_is_no_run()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()  # the system lets go of it when the process ends, however it ends
+            self._hold()
             if not resumed:
+                if not config.overwrite and not self._is_unbegun():
+                    raise UserError(
+                        f"run: another run has just been started in {self.folder}: give another --run name, or start "
+                        "again to go on with it"
+                    )
+                (self.folder / _UNBEGUN).touch()
                 self._empty()
+            refuse_links(self.folder, *_WRITTEN_INTO)
             self.figures.mkdir(exist_ok=True)
-        except Timeout:
-            raise UserError(f"run: another run is writing into {self.folder}: give another --run name") from None
+        except UserError:
+            self._lock.release(force=True)
+            raise
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
-        self._write("config.yaml", dump_yaml(config))
+        self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(config)}")
         if not resumed:
             self.write_status("running")
+            (self.folder / _UNBEGUN).unlink()
+        if self.stop_file.exists() and not _is_requeued():
+            self.stop_file.unlink()
+            print(f"{self.stop_file} is of an earlier life of the run: removed", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Lets other runs into the folder."""
-        self._lock.release()
+        """Lets other runs into the folder. Whoever asked this one for a stop has it now."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                self.stop_file.unlink(missing_ok=True)
+        self._lock.release(force=True)
 
-    def _check_contents(self, *, overwrite: bool) -> None:
-        # --runs and --run may name any folder, a source tree too.
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return
-        if not overwrite or not any((self.folder / name).exists() for name in _OWN_FILES):
+    def _hold(self) -> None:
+        """Takes the run's lock, which the system lets go of when the process ends, however it ends."""
+        refuse_links(self.folder, ".lock")
+        try:
+            self._lock.acquire()
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, Timeout):
+                raise UserError(self._why_it_waits()) from None
+            if getattr(error, "errno", ENOSYS) not in _NO_LOCKS:
+                raise
+            self._lock = SoftFileLock(self.folder / ".lock.held", timeout=0)
+            self._hold()
+
+    def _why_it_waits(self) -> str:
+        line = f"run: another run is writing into {self.folder}: give another --run name"
+        if isinstance(self._lock, SoftFileLock):
+            # The file stays when the run is killed; only on the same machine it is known then that its process is gone.
+            line += f"; if none is, as it was killed on another machine, remove {self._lock.lock_file}"
+        return line
+
+    def _is_unbegun(self) -> bool:
+        """Whether no run stands here: no folder, an empty one, or one whose making or emptying was cut off."""
+        if not os.path.lexists(self.folder):
+            return True
+        if not self.folder.is_dir():
+            return False
+        names = {path.name for path in self.folder.iterdir()}
+        return _UNBEGUN in names or not names - {".lock", ".lock.held"}
+
+    def _refuse_what_is_no_run(self) -> None:
+        # --runs and --run may name any folder, a source tree or a thesis too, and a config.yaml stands in many.
+        if not self.status() and not is_run_config(self.folder / "config.yaml"):
             raise UserError(f"run: {self.folder} is not a run folder, and is not overwritten: give another --run name")
 
     def _empty(self) -> None:
+        """Removes what a run has left, by name: what else lies there is somebody's, and stays."""
         for path in self.folder.iterdir():
-            if path.name == ".lock":
-                continue
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            within = _OWN_FOLDERS.get(path.name) or (path.name.startswith(".export-") and ".*")
+            if not path.is_dir() or path.is_symlink():
+                if _OWN_FILES.fullmatch(path.name) or within:
+                    path.unlink()
+            elif within:
+                for inner in path.iterdir():
+                    if re.fullmatch(within, inner.name, re.DOTALL):
+                        shutil.rmtree(inner) if inner.is_dir() and not inner.is_symlink() else inner.unlink()
+                with suppress(OSError):  # somebody's files are in it
+                    path.rmdir()
+        if left := sorted(path.name for path in self.folder.iterdir() if path.name not in (".lock", _UNBEGUN)):
+            print(f"left as it is in {self.folder}: {listed(left)}", file=sys.stderr, flush=True)
 
     def write_status(
         self, state: str, reason: str = "", exit_code: int | None = None, epoch: int = 0, global_step: int = 0
@@ -263,7 +355,7 @@ class RunFolder:
         """One line more in metrics.jsonl, or none of it. MachineError where the disk is full."""
         if not self._writes:
             return
-        line = json.dumps({key: _finite_or_none(value) for key, value in row.items()}) + "\n"
+        line = to_json(row) + "\n"
         length = self.metrics_bytes()
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
@@ -288,9 +380,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return read_rows(self.metrics)
 
     def save_best(self, network: torch.nn.Module, description: Mapping[str, Any]) -> None:
         """best.pt, a plain state_dict on the CPU that torchvision's ResNet loads, and model.json beside it.
@@ -309,7 +399,7 @@ class RunFolder:
         self._write_json("model.json", description)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        self._write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self._write(name, to_json(content, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         if not self._writes:
@@ -325,6 +415,7 @@ class RunFolder:
 def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:
     """model.json: what a reader of best.pt needs to use it as it was trained, and to know where it comes from."""
     return {
+        "format": MODEL_FORMAT,
         "arch": config.arch,
         "classes": list(dataset.splits["train"].classes),
         "image_size": config.image_size,
@@ -369,15 +460,25 @@ def cannot_save(path: Path, error: Exception) -> MachineError:
     )
 
 
-def _finite_or_none(value: Any) -> Any:
-    """Strict JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def refuse_links(run: Path, *names: str) -> None:
+    """UserError where one of these names in a run folder is a link that leads out of it: nothing is written there."""
+    for path in (run / name for name in names):
+        if path.is_symlink() and not os.path.realpath(path).startswith(os.path.join(os.path.realpath(run), "")):
+            raise UserError(
+                f"{path} is a link that leads out of the run, to {os.path.realpath(path)}, and nothing is written "
+                "through it: remove the link"
+            )
+
+
+def _is_requeued() -> bool:
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path` to write to, and puts it in place at the end: whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
+    partial.unlink(missing_ok=True)  # it might be a link
     try:
         yield partial
         os.replace(partial, path)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
-from pipelines.model import read_description
+from pipelines.run_files import read_description
 from pipelines.runs import RunFolder
 from pipelines.text import printable
 from pipelines.torch_engine import central_views

@@ -17,7 +17,9 @@ def runs(tmp_path) -> Path:
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(dump_yaml(Config(run=name, lr=lr, batch_size=10)))
-        (folder / "status.json").write_text(json.dumps({"state": state}))
+        (folder / "status.json").write_text(
+            json.dumps({"state": state, "reason": "", "exit_code": None, "epoch": 3, "global_step": 90})
+        )
         rows = []
         for epoch, score in enumerate(scores, start=1):
             at = {"epoch": epoch, "global_step": 30 * epoch}
@@ -89,7 +91,7 @@ def test_no_run_and_a_damaged_one_are_one_line(runs, run_here):
     done = run_here(compare, runs / "empty")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "none of these is a run folder" in done.stderr
-    (runs / "slow" / "metrics.jsonl").write_text("{")
+    (runs / "slow" / "metrics.jsonl").write_text("{\n")
     done = run_here(compare, runs / "slow")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "slow is damaged" in done.stderr
+    assert "slow/metrics.jsonl, line 1 is damaged" in done.stderr

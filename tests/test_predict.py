@@ -179,4 +179,5 @@ def test_a_mistake_is_one_line(trained_run, run_here, tmp_path):
         (damaged / "model.json").write_text(json.dumps(description | {key: value}))
         done = run_here(predict, damaged, photo)
         assert done.returncode == 2
-        assert "model.json is damaged: it must name resize, image_size, mean and std" in done.stderr
+        assert "model.json is damaged: " in done.stderr
+        assert key in done.stderr

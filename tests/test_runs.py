@@ -1,7 +1,12 @@
 """What a run leaves: whole files, a name of its own, and a status that programs can read."""
 
+import errno
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from pipelines.config import Config, dump_yaml, parse_config
@@ -13,6 +18,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +85,7 @@ def test_create_leaves_config_and_status(run):
     config = Config(lr=0.02, run="one")
     run.create(config)
     assert files(run.folder) == ["config.yaml", "figures", "status.json"]
-    assert (run.folder / "config.yaml").read_text() == dump_yaml(config)
+    assert (run.folder / "config.yaml").read_text() == "format: 1\n" + dump_yaml(config)
     assert parse_config([f"--config={run.folder / 'config.yaml'}"])[0] == config
     assert run.status() == {"state": "running", "reason": "", "exit_code": None, "epoch": 0, "global_step": 0}
 
@@ -87,7 +94,7 @@ def test_the_other_processes_write_nothing(tmp_path):
     run = RunFolder(tmp_path / "one", writes=False)
     run.create(Config(overwrite=True))
     run.write_status("finished")
-    run.append_metrics({"epoch": 1})
+    run.append_metrics({"epoch": 1, "global_step": 5})
     run.save_best(torch.nn.Linear(1, 1), {})
     assert files(tmp_path) == []
     assert run.status() == {}
@@ -114,9 +121,9 @@ def test_a_run_is_new_resumed_or_finished(run, monkeypatch):
 
 def test_a_resumed_run_keeps_what_is_in_its_folder(run):
     run.create(Config())
-    run.append_metrics({"epoch": 1})
+    run.append_metrics({"epoch": 1, "global_step": 5})
     length = run.metrics_bytes()
-    run.append_metrics({"epoch": 2})
+    run.append_metrics({"epoch": 2, "global_step": 10})
     run.write_status("stopped")
     run.close()
     again = RunFolder(run.folder)
@@ -125,7 +132,7 @@ def test_a_resumed_run_keeps_what_is_in_its_folder(run):
     assert "epochs: 7" in (run.folder / "config.yaml").read_text()
     assert len(again.read_metrics()) == 2
     again.cut_metrics(length)
-    assert again.read_metrics() == [{"epoch": 1}]
+    assert again.read_metrics() == [{"epoch": 1, "global_step": 5}]
     again.cut_metrics(length + 100)
     assert again.metrics_bytes() == length
 
@@ -133,35 +140,263 @@ def test_a_resumed_run_keeps_what_is_in_its_folder(run):
 def test_a_folder_that_is_no_run_is_in_the_way(run):
     run.folder.mkdir(parents=True)
     (run.folder / "notes.txt").write_text("mine")
-    assert run.beginning(Config()) == "new"
-    with pytest.raises(UserError, match="is not a run folder"):
-        run.create(Config())
+    for action in (run.beginning, run.create):
+        with pytest.raises(UserError, match="is not a run folder"):
+            action(Config())
 
 
 def test_overwrite_starts_anew(run):
     run.create(Config())
-    run.append_metrics({"epoch": 1})
+    run.append_metrics({"epoch": 1, "global_step": 5})
     run.save_best(torch.nn.Linear(1, 1), {})
     run.create(Config(lr=0.5, overwrite=True))
     assert files(run.folder) == ["config.yaml", "figures", "status.json"]
     assert "lr: 0.5" in (run.folder / "config.yaml").read_text()
 
 
-def test_overwrite_never_removes_what_is_no_run(run):
+def test_overwrite_never_removes_what_is_no_run(run, capsys):
     run.folder.mkdir(parents=True)
     run.create(Config(overwrite=True))  # an empty folder is nobody's
     thesis = run.folder.parent / "thesis"
     thesis.mkdir()
     (thesis / "chapter.tex").touch()
-    with pytest.raises(UserError, match="thesis is not a run folder"):
-        RunFolder(thesis).create(Config(overwrite=True))
-    assert files(thesis) == ["chapter.tex"]
+    # Many a project has files of these names.
+    for name, text in (("", ""), ("config.yaml", "title: my thesis"), ("status.json", '{"state": "running"}')):
+        if name:
+            (thesis / name).write_text(text)
+        for action in (RunFolder(thesis).beginning, RunFolder(thesis).create):
+            with pytest.raises(UserError, match="thesis is not a run folder"):
+                action(Config(overwrite=True))
+        assert "chapter.tex" in files(thesis)
+        assert not (thesis / ".lock").exists()
+
+
+def test_overwrite_removes_only_what_a_run_has_written(run, capsys):
+    run.create(Config())
+    ours = ["best.pt", ".best.pt.tmp", "model.json", "metrics.jsonl", "wandb_id", "wandb/offline-run-1/x"]
+    ours += ["checkpoints/epoch-0001-step-00000005/state.pt", "checkpoints/.unfinished/x", "tensorboard/events"]
+    ours += ["figures/curves.png", "figures/predictions_test.png", "export/model.onnx", "export/README.md"]
+    ours += [".export-abc/model.onnx"]
+    theirs = ["thesis.tex", "figures/mine.png", "export/notes.txt", "checkpoints/epoch-old/x", "notes/best.pt"]
+    for name in ours + theirs:
+        (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.folder / name).touch()
+    away = run.folder.parent / "away"
+    away.mkdir()
+    (away / "run-1").touch()
+    (run.folder / "wandb" / "latest-run").symlink_to(away)
+    run.create(Config(overwrite=True))
+    found = [str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()]
+    assert sorted(found) == sorted([".lock", "config.yaml", "status.json", *theirs])
+    assert files(away) == ["run-1"]
+    line = f"left as it is in {run.folder}: checkpoints, export, figures, notes, thesis.tex"
+    assert capsys.readouterr().err.strip() == line
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "figures", "metrics.jsonl", "wandb", "wandb_id", ".lock"])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_nothing_is_written_through_a_link_that_leaves_the_run(name, resumed, run, tmp_path):
+    run.create(Config())
+    run.close()
+    away = tmp_path / "away"
+    away.mkdir()
+    target = away if "." not in name and name != "wandb_id" else away / "file"
+    (run.folder / name).rmdir() if name == "figures" else (run.folder / name).unlink(missing_ok=True)
+    (run.folder / name).symlink_to(target)
+    again = RunFolder(run.folder)
+    if resumed or name == ".lock":
+        with pytest.raises(UserError, match=f"{name} is a link that leads out of the run"):
+            again.create(Config(overwrite=True), resumed=resumed)
+    else:  # it is the link that is removed
+        again.create(Config(overwrite=True))
+        assert not (run.folder / name).is_symlink()
+        again.close()
+    assert files(away) == []
+
+
+def test_a_link_that_stays_in_the_run_is_used(run):
+    run.create(Config())
+    run.close()
+    (run.folder / "elsewhere").mkdir()
+    (run.folder / "checkpoints").symlink_to("elsewhere")
+    run.create(Config(), resumed=True)
+
+
+def test_a_temporary_file_that_is_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".file.tmp").symlink_to(tmp_path / "theirs")
+    with replacing(tmp_path / "file") as partial:
+        partial.write_text("ours")
+    assert ((tmp_path / "file").read_text(), (tmp_path / "theirs").read_text()) == ("ours", "theirs")
+
+
+@pytest.mark.parametrize("left", ["", ".lock", ".lock .unbegun", ".lock .unbegun config.yaml best.pt"])
+def test_a_run_that_never_began_is_not_in_the_way(left, run):
+    run.folder.mkdir(parents=True)
+    for name in left.split():
+        (run.folder / name).touch()
+    assert run.beginning(Config()) == "new"
+    run.create(Config())
+    assert files(run.folder) == ["config.yaml", "figures", "status.json"]
+
+
+def test_who_loses_a_race_reads_what_is_true(run):
+    first, second, third = (RunFolder(run.folder) for _ in range(3))
+    assert first.beginning(Config()) == second.beginning(Config()) == "new"
+    first.create(Config())
+    for action in (second.create, third.beginning):
+        with pytest.raises(UserError, match="another run is writing into"):
+            action(Config())
+    first.close()
+    with pytest.raises(UserError, match="another run has just been started"):
+        second.create(Config())
+    assert third.beginning(Config()) == "resumed"
+    with pytest.raises(UserError, match="another run is writing into"):  # what a resume reads stays true
+        RunFolder(run.folder).beginning(Config())
+
+
+def test_a_finished_run_with_nothing_to_do_is_free_again(run):
+    run.create(Config())
+    run.write_status("finished", exit_code=0)
+    run.close()
+    assert run.beginning(Config()) == "finished"
+    assert RunFolder(run.folder).beginning(Config(epochs=99)) == "resumed"
+
+
+def test_a_stop_is_for_the_life_that_it_was_asked_of(run, monkeypatch, capsys):
+    run.create(Config())
+    run.stop_file.touch()  # after the last step, so that nobody has answered it
+    run.close()
+    assert not run.stop_file.exists()
+    for requeued in (False, True):  # a kill leaves it
+        run.stop_file.touch()
+        if requeued:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        again = RunFolder(run.folder)
+        again.create(Config(), resumed=True)
+        assert run.stop_file.exists() == requeued
+        assert ("STOP is of an earlier life" in capsys.readouterr().err) != requeued
+        again.close()
+
+
+@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_without_flock_the_file_to_remove_is_named(missing, run, monkeypatch):
+    """A stand-in for a file system without locks, and for another machine, whose processes are not known here."""
+
+    def no_flock(*_: object) -> None:
+        raise OSError(missing, os.strerror(missing))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    run.create(Config())
+    held = Path(run._lock.lock_file)
+    with pytest.raises(UserError, match=f"another run is writing.*remove {held}$"):
+        RunFolder(run.folder).beginning(Config())
+    marker = held.read_bytes()
+    run.close()
+    held.write_bytes(marker.replace(socket.gethostname().encode(), b"another-node"))
+    with pytest.raises(UserError, match=f"remove {held}$"):
+        RunFolder(run.folder).beginning(Config())
+    held.unlink()
+    assert RunFolder(run.folder).beginning(Config()) == "resumed"
+
+
+LIFE = """
+import os, sys
+from pathlib import Path
+from pipelines.config import Config
+from pipelines.runs import RunFolder
+import torch
+
+def life(folder, step, overwrite):
+    run, config = RunFolder(folder), Config(epochs=2, lr=0.5, overwrite=overwrite, run="one")
+    beginning = run.beginning(config)
+    if beginning != "finished":
+        run.create(config, resumed=beginning == "resumed")
+        run.write_status("running")
+        run.append_metrics({"epoch": 1, "global_step": 1})
+        run.save_best(torch.nn.Linear(1, 1), {"epoch": 1})
+        run.write_status("finished", "", 0, 2, 2)
+        run.close()
+    return beginning
+
+def count_down(event, arguments, left=[0]):
+    if left[0] and event.startswith(("open", "os.", "shutil.", "fcntl.")) and "/one" in str(arguments):
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+
+sys.addaudithook(count_down)
+for line in sys.stdin:
+    folder, step, overwrite, requeued = line.split()
+    child = os.fork()
+    if not child:
+        os.environ["SLURM_RESTART_COUNT"] = requeued
+        count_down.__defaults__[0][0] = int(step)
+        try:
+            print(life(Path(folder), int(step), overwrite == "1"), flush=True)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print("killed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("there", ["nothing", "a finished run of other settings"])
+def test_a_kill_at_any_step_of_making_emptying_and_ending_a_folder_blocks_nobody(there, tmp_path):
+    """The life of a run without its training, killed before each call that touches the folder in turn."""
+    with subprocess.Popen([sys.executable, "-c", LIFE], stdin=-1, stdout=-1, text=True, cwd=ROOT) as lives:
+        assert lives.stdin is not None
+        assert lives.stdout is not None
+
+        def live(folder: Path, step: int = 0, overwrite: bool = False, requeued: bool = False) -> str:
+            print(folder, step, int(overwrite), int(requeued), file=lives.stdin, flush=True)
+            return lives.stdout.readline().strip()
+
+        step, began = 0, set()
+        while True:
+            step += 1
+            folder = tmp_path / str(step) / "one"
+            if there != "nothing":
+                old = RunFolder(folder)
+                old.create(Config(epochs=2, lr=0.125))
+                (folder / "checkpoints" / "epoch-0001-step-00000005").mkdir(parents=True)
+                (folder / "export").mkdir()
+                for name in ("best.pt", "checkpoints/epoch-0001-step-00000005/state.pt", "export/model.onnx", "thesis"):
+                    (folder / name).touch()
+                old.write_status("finished", "", 0, 2, 2)
+                old.close()
+            overwrite = there != "nothing"
+            first = live(folder, step, overwrite)
+            if first != "killed":
+                break
+            names = set(files(folder)) if folder.exists() else set()
+            before = (folder / "config.yaml").read_text() if "config.yaml" in names else ""
+            # As Slurm starts a job again, and as a person does.
+            again = live(folder, requeued=True) if step % 2 or not overwrite else live(folder, overwrite=True)
+            if again.startswith("UserError"):  # of the old run nothing is gone yet
+                assert "other settings (lr)" in again
+                assert "lr: 0.125" in before
+                assert {"best.pt", "export/model.onnx", "thesis"} <= names
+                again = live(folder, overwrite=True)
+            assert again in ("new", "resumed", "finished"), again
+            began.add(again)
+            assert "lr: 0.5" in (folder / "config.yaml").read_text()
+            assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+            assert "checkpoints/epoch-0001-step-00000005" not in files(folder)
+            assert not {".unbegun", "STOP"} & set(files(folder))
+            assert ("thesis" in files(folder)) == (there != "nothing")
+        lives.stdin.close()
+    assert first == "new"
+    assert step > 25
+    assert began >= {"new", "resumed"}
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     for run, overwrite in ((tmp_path / "file" / "one", False), (tmp_path / "file", True)):
-        with pytest.raises(UserError, match=r"cannot make the folder .*file.*Not a directory.*--runs DIR"):
+        with pytest.raises(UserError, match=r"cannot make the folder .*file.*(Not a dir|File exists).*--runs DIR"):
             RunFolder(run).create(Config(overwrite=overwrite))
 
 
@@ -170,10 +405,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 def test_metrics_are_one_line_a_row(run):
     run.create(Config())
-    rows = [{"epoch": 1, "train/loss": 0.1 + 0.2}, {"epoch": 2, "train/loss": float("inf")}]
+    rows = [{"epoch": 1, "global_step": 5, "train/loss": 0.1 + 0.2}]
+    rows += [{"epoch": 2, "global_step": 10, "train/loss": float("inf")}]
     for row in rows:
         run.append_metrics(row)
-    assert run.read_metrics() == [rows[0], {"epoch": 2, "train/loss": None}], "strict JSON has no infinity"
+    assert run.read_metrics() == [rows[0], rows[1] | {"train/loss": None}], "strict JSON has no infinity"
     assert len(run.metrics.read_text().splitlines()) == 2
 
 
@@ -242,6 +478,7 @@ def test_model_json_says_what_a_reader_needs(photo_folder, run):
     model = json.loads((run.folder / "model.json").read_text(encoding="utf-8"))
     assert model.pop("versions") == versions()
     assert model == {
+        "format": 1,
         "arch": "resnet34",
         "classes": ["ant", "bée"],
         "image_size": 96,

@@ -397,7 +397,9 @@ def test_online_a_server_that_dies_in_mid_run_holds_nothing_up(folder, dataset, 
 def test_weights_may_take_longer_than_a_dead_server_may(folder, dataset, capfd, server):
     life = Life(folder, dataset).steps(4)
     (folder / "best.pt").write_bytes(b"weights")
-    (folder / "model.json").write_text('{"arch": "resnet18", "classes": [], "scores": {"val/top1": 0.5}}')
+    preprocessing = {"image_size": 64, "resize": 72, "mean": [0.5] * 3, "std": [0.5] * 3}
+    description = {"arch": "resnet18", "classes": ["ant", "bee"], "scores": {"val/top1": 0.5}, **preprocessing}
+    (folder / "model.json").write_text(json.dumps(description))
     life.tracking.log_best(4)
     capfd.readouterr()
     server.upload_seconds = 7.0  # W&B's `finish` has 5
