@@ -317,8 +317,9 @@ def loader_rates(place: Place) -> Finding:
     """benchmarks/loader.py on the photos: each engine, and others beside it."""
     rows = place.folder / "loader.jsonl"
     rows.unlink(missing_ok=True)
-    words = ["--runs", str(place.of(5, 1)), "--batch-size", str(place.of(256, 8)), "--out", str(rows), "--threads"]
-    words += ["4", "16"] if not place.dry else ["1"]
+    words = ["--runs", str(place.of(3, 1)), "--epochs", str(place.of(4, 1)), "--batch-size", str(place.of(256, 8))]
+    words += ["--out", str(rows), "--workers", "1" if place.dry else "16"]
+    words += ["--threads", *(["1"] if place.dry else ["4", "16"])]
     script = str(ROOT / "benchmarks" / "loader.py")
     said = _output([sys.executable, script, "--data", str(place.folder / "photos"), *words])
     if not rows.exists():

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="turns of each variant")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of a turn")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", help="torchvision's processes (default: 0 and --threads)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="JSON lines, one a run")
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
         variants[f"DALI's own reader, {threads}"] = partial(
             _dalis_own, dataset.root / "train", threads, device, options
         )
-    for workers in (0, *options.threads):
+    for workers in options.workers or (0, *options.threads):
         variants[f"torchvision, {workers} workers"] = partial(_torchvision, dataset.root / "train", workers, options)
 
     rates: dict[str, list[float]] = {name: [] for name in variants}
