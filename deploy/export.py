@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
                 os.replace(file, run / "export" / file.name)
     except OSError as error:
         raise MachineError(f"{run}: cannot be written to ({error.strerror or error})") from None
-    print(f"{run / 'export'}: {', '.join(sorted(file.name for file in (run / 'export').iterdir()))}")
+    print(printable(f"{run / 'export'}: {', '.join(sorted(file.name for file in (run / 'export').iterdir()))}"))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

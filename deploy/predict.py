@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cpu") if options.cpu else start_processes().device
     engine, reason = choose_engine(options.loader, device)
     run = open_run(options.run, device, engine=engine, batch_size=options.eval_batch_per_device, threads=cpu_cores())
-    _say(f"{options.run} on {len(paths)} files, {device.type}; loader: {engine} ({reason})")
+    _say(f"{printable(options.run)} on {len(paths)} files, {device.type}; loader: {engine} ({reason})")
 
     counts: Counter[str] = Counter()
     doubtful: list[tuple[float, int, str]] = []  # a heap of -confidence, number, class: the surest answer comes out
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     if options.grid and doubtful:
         shown = sorted(doubtful, reverse=True)
         if figures.attempt(options.grid.name, lambda: _save_grid(options.grid, paths, shown, run.preprocess)):
-            _say(f"picture: {options.grid}")
+            _say(f"picture: {printable(options.grid)}")
 
     read = sum(counts.values())
     each = ", ".join(f"{printable(name)} {count}" for name, count in counts.most_common(5)) or "none"

@@ -30,6 +30,7 @@ from pipelines.model import TransferModel
 from pipelines.processes import main_first
 from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, read_progress, to_json
 from pipelines.runs import RunFolder, cannot_save, versions
+from pipelines.text import printable
 
 import torch
 from accelerate import Accelerator
@@ -181,7 +182,11 @@ def newest_checkpoint(run: RunFolder, dataset: Dataset) -> dict[str, Any] | None
         except NewerFormat:
             raise
         except (OSError, UserError) as error:
-            print(f"{folder} is damaged ({error}): the checkpoint before it is used", file=sys.stderr, flush=True)
+            print(
+                f"{printable(folder)} is damaged ({printable(error)}): the checkpoint before it is used",
+                file=sys.stderr,
+                flush=True,
+            )
             continue
         if progress["dataset_fingerprint"] != dataset.fingerprint:
             raise UserError(

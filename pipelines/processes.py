@@ -24,7 +24,7 @@ from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.files import file_digest
 from pipelines.hardware import bf16_gain, has_bf16, nvidia_hint
 from pipelines.photos import cache_folder, locate
-from pipelines.text import lasting_streams
+from pipelines.text import lasting_streams, printable
 
 import torch
 import torch.distributed as dist
@@ -298,7 +298,7 @@ def ending_of(error: BaseException) -> Ending:
 
 def _ending_of(error: BaseException) -> Ending:
     if isinstance(error, (UserError, MachineError, Stopped)):
-        return Ending(str(error), error.exit_code, error.bad_photo)
+        return Ending(printable(str(error)), error.exit_code, error.bad_photo)
     if isinstance(error, KeyboardInterrupt):
         return Ending("interrupted", 130)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:

@@ -32,7 +32,7 @@ from pipelines.run_files import (
     read_texts,
     to_json,
 )
-from pipelines.text import listed
+from pipelines.text import listed, printable
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ class RunFolder:
         status, before = self.status(), read_run_config(self.folder)
         if older := self.meant_before(config):
             words = ", ".join(f"{key} {spelled(value)}" for key, value in older.items())
-            print(f"run: {self.folder} goes on as it began, with {words}", file=sys.stderr, flush=True)
+            print(f"run: {printable(self.folder)} goes on as it began, with {words}", file=sys.stderr, flush=True)
             config = replace(config, **older)
         is_finished = status.get("state") == "finished"
         # Before the first checkpoint nothing is lost: a setting may be put right that has ended the run at its start.
@@ -240,7 +240,7 @@ class RunFolder:
         try:
             is_same = read_weights(config).digest() == digest
         except (UserError, MachineError) as error:
-            print(f"{error}; not needed, as the checkpoint has all weights", file=sys.stderr, flush=True)
+            print(f"{printable(error)}; not needed, as the checkpoint has all weights", file=sys.stderr, flush=True)
             return
         if not is_same:
             raise UserError(
@@ -283,7 +283,7 @@ class RunFolder:
             (self.folder / _UNBEGUN).unlink()
         if self.stop_file.exists() and not _is_requeued():
             self.stop_file.unlink()
-            print(f"{self.stop_file} is of an earlier life of the run: removed", file=sys.stderr, flush=True)
+            print(f"{printable(self.stop_file)} is of an earlier life of the run: removed", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Lets other runs into the folder. Whoever asked this one for a stop has it now."""
@@ -340,7 +340,7 @@ class RunFolder:
                 with suppress(OSError):  # somebody's files are in it
                     path.rmdir()
         if left := sorted(path.name for path in self.folder.iterdir() if path.name not in (".lock", _UNBEGUN)):
-            print(f"left as it is in {self.folder}: {listed(left)}", file=sys.stderr, flush=True)
+            print(f"left as it is in {printable(self.folder)}: {listed(left)}", file=sys.stderr, flush=True)
 
     def write_status(
         self, state: str, reason: str = "", exit_code: int | None = None, epoch: int = 0, global_step: int = 0

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
-from pipelines.text import lasting_streams
+from pipelines.text import lasting_streams, printable
 from pipelines.tracker_settings import wandb_names
 
 from filelock import FileLock, Timeout
@@ -152,7 +152,7 @@ def send_run(run: Path) -> bool:
         with FileLock(run / ".sync.lock", timeout=0):
             return all(_is_sent_now(life) for life in lives)
     except Timeout:
-        print(f"{run}: is being trained, or sent; what it leaves then is sent the next time")
+        print(f"{printable(run)}: is being trained, or sent; what it leaves then is sent the next time")
         return False
 
 
@@ -160,9 +160,12 @@ def _is_sent_now(life: Path) -> bool:
     try:
         rows = _send_life(life)
     except Exception as error:
-        print(f"{life}: not sent ({' '.join(str(error).split())[:300] or type(error).__name__})", file=sys.stderr)
+        print(
+            f"{printable(life)}: not sent ({' '.join(str(error).split())[:300] or type(error).__name__})",
+            file=sys.stderr,
+        )
         return False
-    print(f"{life}: {f'sent, {rows} rows' if rows is not None else 'nothing to send'}")
+    print(f"{printable(life)}: {f'sent, {rows} rows' if rows is not None else 'nothing to send'}")
     return True
 
 

@@ -38,6 +38,20 @@ CLASSES = ("ant", "bee", "wasp")
 COUNTS = {"ant": 4, "bee": 3, "wasp": 4}
 
 
+def test_a_confidence_of_one_belongs_to_the_last_bin():
+    records = np.zeros(4, _RECORD)
+    records["confidence"], records["predicted"] = [1.0, 1.0, 0.95, 0.95], [0, 0, 1, 1]
+    # All four in the bin from 14/15 to 1: half of them are right, with a mean confidence of 0.975.
+    assert validation_row(records, 3)["val/ece"] == pytest.approx(0.475, abs=1e-6)
+
+
+def test_no_accuracy_is_made_of_answers_that_are_no_numbers():
+    records = np.zeros(4, _RECORD)
+    records["confidence"] = [0.5, 0.5, np.nan, 0.5]
+    row = validation_row(records, 9)
+    assert all(np.isnan(row[key]) for key in ("val/top1", "val/top5", "val/ece"))
+
+
 @pytest.fixture
 def photos(photo_folder) -> Path:
     return photo_folder({"train": dict.fromkeys(CLASSES, 1), "val": COUNTS})

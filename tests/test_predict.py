@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 from deploy import predict
@@ -117,6 +118,18 @@ def test_an_answer_does_not_depend_on_its_batch(trained_run):
     alone = [answer.logits for answer in open_run(trained_run.folder, CPU).classify(photos)]
     together = [answer.logits for answer in open_run(trained_run.folder, CPU, batch_size=64).classify(photos)]
     np.testing.assert_allclose(np.stack(alone), np.stack(together), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_csv_read_back_as_they_were(trained_run, run_here, tmp_path):
+    photo = next(iter(trained_run.evaluated))
+    names = ["a\rb.jpg", "a\r\nb.jpg", 'a",\nb.jpg', "\x1b[2J.jpg", "plain.jpg"]
+    for name in names:
+        shutil.copy(photo, tmp_path / name)
+    paths = [str(tmp_path / name) for name in names]
+    done = run_here(predict, trained_run.folder, *paths, "--csv", tmp_path / "answers.csv", "--cpu")
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "answers.csv", newline="", encoding="utf-8") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == paths
 
 
 def test_the_grid_shows_the_least_sure(trained_run, run_here, tmp_path, monkeypatch):

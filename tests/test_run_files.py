@@ -263,6 +263,17 @@ def test_every_script_refuses_a_foreign_run(key, tmp_path, run_here):
         (run / "config.yaml").write_text(dump_yaml(Config()))
 
 
+def test_no_escape_sequence_reaches_the_terminal(tmp_path, run_here):
+    run = tmp_path / "\x1b[2J\x9b"
+    run.mkdir()
+    (run / "model.json").write_text(json.dumps(DESCRIPTION | {"arch": "\x1b]0;mine\x07", "classes": ["\x1b[1m"]}))
+    (run / "config.yaml").write_text("\x1b[2J: 1\n")
+    for script, *arguments in [(evaluate, run), (predict, run, "x.jpg"), (export, run), (serve, run), (compare, run)]:
+        done = run_here(script, *arguments)
+        assert done.returncode == 2
+        assert (done.stdout + done.stderr.rstrip("\n")).isprintable()
+
+
 def test_sizes_and_colours_are_those_of_model_json(old, run_here):  # noqa: F811
     known = json.loads(Path("expected.json").read_text())["evaluate"]["loss"]
     (old / "config.yaml").unlink()
