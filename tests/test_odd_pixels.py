@@ -9,7 +9,7 @@ from pipelines import headers
 from pipelines.config import Config, dump_yaml
 from pipelines.dataset import Split, load_dataset, scan_dataset
 from pipelines.headers import FAULTS
-from pipelines.inference import read_preprocess, view_of_file
+from pipelines.inference import PictureClassifier, find_photos, read_preprocess, view_of_file
 from pipelines.loader import make_engine
 from pipelines.plan import EvalPlan
 from pipelines.resume import other_result
@@ -105,6 +105,9 @@ def test_predict_composes_as_the_run_did_and_a_run_of_before_as_it_was_trained(t
     for name in ("white", "black", None):
         chosen = read_preprocess(facts | ({"transparency": name} if name else {}), "model.json")
         shades[chosen.transparency] = int(view_of_file(str(tmp_path / "x.png"), chosen)[5, 5, 0])
+        classifier = PictureClassifier(("a",), chosen, lambda pictures: pictures[:, 5, 5, :1])
+        answers = classifier.classify([str(tmp_path / "x.png")])
+        assert next(answers).logits == shades[chosen.transparency], "what an ONNX graph is given"
     assert shades == {"white": 255, "black": 0, "ignored": 0}
 
 
@@ -197,3 +200,10 @@ def test_a_run_of_before_the_setting_is_not_continued_with_another(tmp_path: Pat
     assert config is not None
     assert other_result(config, Config()) == ["transparency"]
     assert other_result(config, Config(transparency="ignored")) == []
+
+
+def test_what_is_not_read_is_found_in_a_folder_so_that_it_is_named(tmp_path: Path) -> None:
+    for name in ("1.jfif", "2.jpe", "3.cr3", "4.JXL", "notes.txt", "._5.jpg"):
+        (tmp_path / name).write_bytes(encoded())
+    found = find_photos([str(tmp_path)])
+    assert [Path(path).name for path in found] == ["1.jfif", "2.jpe", "3.cr3", "4.JXL"]
