@@ -80,7 +80,7 @@ def test_the_tensors_are_those_of_best_pt(exported_run):
     description = json.loads((exported_run.folder / "model.json").read_text())
     assert json.loads(facts["classes"]) == description["classes"]
     preprocess = json.loads(facts["preprocess"])
-    assert preprocess == {key: description[key] for key in ("resize", "image_size", "mean", "std")}
+    assert preprocess == {key: description[key] for key in ("resize", "image_size", "mean", "std", "transparency")}
 
 
 def test_the_cards_own_code_runs(exported_run, tmp_path, monkeypatch, capsys):
