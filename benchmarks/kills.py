@@ -2,25 +2,34 @@
 
     python benchmarks/kills.py --kills 20                  # one process
     python benchmarks/kills.py --kills 20 --processes 2    # two, on the CPU
+    python benchmarks/kills.py --calls 1                   # before each call in turn that touches the run folder
 
 Half of the kills come after a random number of new rows, the others while a checkpoint is being written. After each,
 the same command is started again. Weights, optimizer and best weights must be equal in every bit, and metrics.jsonl
 must have the same rows, each once (but for the speeds in them).
+
+With --calls N a short training is killed before each N-th call to the operating system that touches its folder: while
+the folder is made, or emptied of an earlier run, while all is saved in it, and while it ends. It is started again as
+Slurm does, which lets an --overwrite of its first life be.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pipelines.checkpoint import checkpoint_folders
+from pipelines.processes import run_script
 from pipelines.text import lasting_streams
 
 import numpy as np
@@ -63,8 +72,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed")
+    parser.add_argument("--calls", type=int, metavar="N", help="kill before each N-th call that touches the run folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if options.calls:
+            for overwrite in (False, True):
+                kills, differences = kill_at_calls(Path(folder) / str(overwrite), options.calls, overwrite=overwrite)
+                what = "emptied of an earlier run" if overwrite else "made"
+                print(f"folder {what}: {kills} kills: {', '.join(differences) or 'no bit differs'}", flush=True)
+                if differences:
+                    sys.exit(1)
+            return
         outcome = compare(Path(folder), options.kills, options.processes, options.seed)
     print(
         f"{options.processes} process(es), {outcome.steps} steps, {outcome.kills} kills, {outcome.in_a_checkpoint} of "
@@ -89,6 +107,62 @@ def compare(folder: Path, kills: int, processes: int, seed: int) -> Outcome:
         in_a_checkpoint += (killed / "checkpoints" / ".unfinished").exists()
     _live(folder, killed.name, processes, epochs)
     return Outcome(kills, in_a_checkpoint, _rows(killed)[-1]["global_step"], _differences(undisturbed, killed))
+
+
+def kill_at_calls(folder: Path, every: int, *, overwrite: bool) -> tuple[int, list[str]]:
+    """Kills a training before every `every`-th call that touches its folder; the number of kills, and what differs."""
+    sys.path.insert(0, str(ROOT))
+    import_module("train")  # once for all forks
+    torch.set_num_threads(1)  # in a fork of a process with threads OpenMP would wait for them for ever
+    _make_photos(folder / "photos")
+    runs, differences = folder / "runs", list[str]()
+    _short_life(folder, "undisturbed")
+    _short_life(folder, "earlier", "--lr=0.5")
+    for kills in itertools.count():
+        run = runs / "killed"
+        if overwrite:
+            shutil.copytree(runs / "earlier", run)
+        call = 1 + kills * every
+        if _short_life(folder, run.name, *(["--overwrite"] if overwrite else []), die_at=call):
+            return kills, differences
+        # Slurm's second life lets --overwrite be, and would refuse to go on with an earlier run that is still whole.
+        is_whole = not (run / ".unbegun").exists() and "\nlr: 0.5\n" in _text_of(run / "config.yaml")
+        if _short_life(folder, run.name, "--overwrite", requeued=not (overwrite and is_whole)):
+            differences += [f"{name} after call {call}" for name in _differences(runs / "undisturbed", run)]
+        else:
+            differences.append(f"no second life after call {call}")
+        shutil.rmtree(run)
+    raise AssertionError
+
+
+def _text_of(file: Path) -> str:
+    return file.read_text("utf-8") if file.exists() else ""
+
+
+def _short_life(folder: Path, name: str, *flags: str, die_at: int = 0, requeued: bool = False) -> bool:
+    """A run of three steps in a fork, which has all libraries. Returns whether it came to its end."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1] == 0
+    calls = itertools.count(1)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        touches = event.startswith(("open", "os.", "shutil.", "fcntl.")) and f"runs/{name}" in str(arguments)
+        if touches and next(calls) == die_at:
+            os._exit(9)
+
+    code = 1
+    try:
+        log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "DALITUNE_CACHE": str(folder / "cache")}
+        os.environ["SLURM_RESTART_COUNT"] = str(int(requeued))
+        sys.addaudithook(watch)
+        paths = [f"--data={folder / 'photos'}", f"--runs={folder / 'runs'}", f"--run={name}"]
+        settings = [f"--{key}={value}" for key, value in SETTINGS.items() if f"--{key}=" not in " ".join(flags)]
+        code = run_script(import_module("train").main, [*paths, "--epochs=1", "--max-steps=3", *settings, *flags])
+    finally:
+        os._exit(code)
 
 
 class _Moment:

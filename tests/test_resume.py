@@ -272,6 +272,14 @@ def start(tmp_path, photos) -> Iterator[Callable[..., Started]]:
 
 @pytest.mark.slow
 @pytest.mark.kills
+def test_a_kill_at_any_call_on_the_run_folder_leaves_nothing_in_the_way():
+    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--calls", "23"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("no bit differs") == 2
+
+
+@pytest.mark.kills
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_five_times_a_training_ends_as_if_it_had_not_been(count, tmp_path):
