@@ -107,6 +107,7 @@ class DaliEngine:
         self._not_for_dali: set[int] = set()  # positions in the split
         self._failures = 0  # in a row, of photos that Pillow reads
         self._submitted: deque[tuple[Views, np.ndarray]] = deque()  # and which of them are for Pillow
+        self._held: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
     def submit(self, views: Views) -> None:
         by_pillow = self._is_for_pillow(views)
@@ -193,9 +194,23 @@ class DaliEngine:
         pixels, shapes = outputs
         # As DALI's own iterator hands its batches over: each run has memory of its own, which the tensor keeps alive.
         images = torch.from_dlpack(pixels.as_tensor())
+        if self._device.type == "cuda":
+            self._hold(images)
         sizes = shapes.as_array()[:, :2].astype(np.int32)
         pipeline.release_outputs()
         return images.permute(0, 3, 1, 2), sizes
+
+    def _hold(self, images: torch.Tensor) -> None:
+        """Keeps a batch until a GPU has done what was queued before the next one was fetched.
+
+        PyTorch's kernels run behind the host, on a stream that DALI's allocator does not wait for: the memory of a
+        batch that Python has dropped would be the next one's at once.
+        """
+        if self._held:
+            self._held[-1][1].record(torch.cuda.current_stream(self._device))
+        while self._held and self._held[0][1].query():
+            self._held.popleft()
+        self._held.append((images, torch.cuda.Event()))
 
     def _nothing(self) -> tuple[torch.Tensor, np.ndarray]:
         shape = (0, self._image_size, self._image_size, 3)

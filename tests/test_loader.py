@@ -366,6 +366,46 @@ def test_a_batch_that_is_kept_stays_as_it_was(split):
     assert all(batch.isfinite().all() for batch in batches)
 
 
+class EventOfABusyGpuStandIn:
+    """An event of a GPU that has done its work when the test says so."""
+
+    made: list["EventOfABusyGpuStandIn"]
+
+    def __init__(self) -> None:
+        self.recorded = self.done = False
+        self.made.append(self)
+
+    def record(self, stream: None) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        assert self.recorded, "an event that was never recorded counts as done"
+        return self.done
+
+
+def test_a_batch_that_a_gpu_still_reads_is_not_given_back_to_dali(split, monkeypatch):
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    events = EventOfABusyGpuStandIn.made = []
+    monkeypatch.setattr(torch.cuda, "Event", EventOfABusyGpuStandIn)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    loader = make_loader(split, "dali")
+    engine, batches = loader.engine, [torch.empty(1) for _ in range(5)]
+
+    def held() -> list[bool]:
+        return [any(batch is one for one, _ in engine._held) for batch in batches]
+
+    for batch in batches[:3]:
+        engine._hold(batch)
+    assert held() == [True, True, True, False, False]
+    events[0].done = True
+    engine._hold(batches[3])
+    assert held() == [False, True, True, True, False]
+    events[1].done = events[2].done = events[3].done = True
+    engine._hold(batches[4])
+    assert held() == [False, False, False, False, True]
+    loader.close()
+
+
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 20_000)])
 def test_of_a_strip_only_the_square_that_is_kept_is_computed(tmp_path, shape):
     pytest.importorskip("nvidia.dali", reason="needs DALI")
