@@ -33,7 +33,7 @@ _TYPE_SIZES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8]
 def fault_of_structure(file: BinaryIO, kind: str, head: bytes, byte_size: int) -> str:
     """TOO_COSTLY, or what else is wrong, or "", of an open file; kind: Pillow's name of the format."""
     if kind == "JPEG":
-        return _fault_of_jpeg(file, byte_size)
+        return _fault_of_jpeg(file, head, byte_size)
     if kind == "PNG":
         return _fault_of_png(file, byte_size)
     if kind == "TIFF":
@@ -48,7 +48,7 @@ def _most_parts(byte_size: int) -> int:
     return 1000 + byte_size // 1000
 
 
-def _fault_of_jpeg(file: BinaryIO, byte_size: int) -> str:
+def _fault_of_jpeg(file: BinaryIO, head: bytes, byte_size: int) -> str:
     """Walks over a JPEG from marker to marker, to its end marker.
 
     Up to the first scan it is as tolerant as Pillow, which judges the header. From there on every decoder gives up at
@@ -57,9 +57,13 @@ def _fault_of_jpeg(file: BinaryIO, byte_size: int) -> str:
     """
     at, coded, scans, padding, exif = 2, False, 0, 0, b""
     for _ in range(_most_parts(byte_size)):
-        marker, code, length = _next_marker(file, at)
+        start = head[at : at + 4]
+        if len(start) == 4 and start[0] == 0xFF and start[1] not in _NO_MARKERS:  # as behind every segment
+            marker, code, length = at, start[1], start[2] << 8 | start[3]
+        else:
+            marker, code, length = _next_marker(file, at)
         between = (byte_size if marker < 0 else marker) - at
-        if not scans:
+        if between and not scans:
             padding += between
             if padding > _PADDING:
                 return "broken header"
@@ -107,7 +111,7 @@ def _next_marker(file: BinaryIO, at: int) -> tuple[int, int, int]:
     """
     file.seek(at)
     start = file.read(4)
-    if len(start) == 4 and start[0] == 0xFF and start[1] not in _NO_MARKERS:  # as behind every segment
+    if len(start) == 4 and start[0] == 0xFF and start[1] not in _NO_MARKERS:
         return at, start[1], int.from_bytes(start[2:], "big")
     file.seek(at)
     last = b""
@@ -119,6 +123,8 @@ def _next_marker(file: BinaryIO, at: int) -> tuple[int, int, int]:
         if is_marker.any():
             first = int(np.argmax(is_marker))
             marker = at - len(last) + int(before[first])
+            if codes[first] == _END:
+                return marker, _END, 0
             file.seek(marker + 2)
             return marker, int(codes[first]), int.from_bytes(file.read(2), "big")
         at += len(block)
