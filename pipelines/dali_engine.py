@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from pipelines.copies import to_device
 from pipelines.dataset import Split
 from pipelines.errors import MachineError
 from pipelines.headers import for_pillow
@@ -130,12 +131,18 @@ class DaliEngine:
         if not by_pillow.any() and not failed:
             return Pixels(images, {})
         merged = images.new_empty((len(views), *images.shape[1:])).contiguous(memory_format=torch.channels_last)
-        merged[by_dali] = images
+        merged.index_copy_(0, self._rows(by_dali), images)
         if by_pillow.any():
             pixels, positions = self._pillow.fetch(), np.flatnonzero(by_pillow)
-            merged[np.delete(positions, list(pixels.failed))] = pixels.images
+            merged.index_copy_(0, self._rows(np.delete(positions, list(pixels.failed))), pixels.images)
             failed |= {int(positions[at]): reason for at, reason in pixels.failed.items()}
-        return Pixels(merged[np.delete(np.arange(len(views)), list(failed))], failed)
+        if failed:
+            merged = merged.index_select(0, self._rows(np.delete(np.arange(len(views)), list(failed))))
+        return Pixels(merged, failed)
+
+    def _rows(self, positions: np.ndarray) -> torch.Tensor:
+        """For PyTorch, on the device; an index on the host would make a GPU's host wait."""
+        return to_device(torch.from_numpy(positions), self._device)
 
     def cancel(self) -> None:
         # Pipeline.reset() in mid-epoch is silently ignored, so what was started is taken out and dropped.
