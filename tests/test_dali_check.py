@@ -1,6 +1,7 @@
 """DALI is tried in a child process before a GPU's training depends on it; what the child does is said, and kept."""
 
 import sys
+from types import SimpleNamespace
 
 from pipelines import dali_check, loader
 from pipelines.dali_check import fault_of_dali
@@ -84,3 +85,17 @@ def test_the_other_engine_goes_on_unless_dali_was_asked_for(monkeypatch):
         loader.choose_engine("dali", GPU)
     monkeypatch.setattr(loader, "fault_of_dali", lambda device: "")
     assert loader.choose_engine("auto", GPU)[0] == "dali"
+
+
+def test_all_processes_take_the_same_engine(monkeypatch):
+    """Two nodes of two processes; what the others answer is a stand-in for their part of the gathering."""
+    state = SimpleNamespace(num_processes=4, is_local_main_process=True, device=CPU)
+    monkeypatch.setattr(loader, "choose_engine", lambda wanted, device: ("dali", "it works"))
+    elsewhere: list[object] = [(None, None), (("torch", "SIGSEGV on node2"), None), (None, None)]
+    monkeypatch.setattr(loader, "gather_object", lambda own: [*own, *elsewhere])
+    assert loader.agree_on_engine("auto", state) == ("torch", "SIGSEGV on node2")
+    elsewhere[1] = (("dali", "it works"), None)
+    assert loader.agree_on_engine("auto", state) == ("dali", "it works")
+    elsewhere[1] = (None, (MachineError, "SIGSEGV on node2"))
+    with pytest.raises(MachineError, match="SIGSEGV on node2"):
+        loader.agree_on_engine("dali", state)
