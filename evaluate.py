@@ -29,11 +29,11 @@ from pipelines.evaluation import Scores, answers_are_finite, confusion_matrix, p
 from pipelines.files import begins_with, check_replaceable
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, agree_on_engine, eval_loader
 from pipelines.model import Weights, read_run_weights, read_state_dict, restore_model
+from pipelines.pixels import central_views
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.runs import refuse_links, replacing
 from pipelines.text import check_printed, listed, printable
-from pipelines.torch_engine import central_views
 from pipelines.wandb_tracker import add_to_summary, check_tracked
 
 import numpy as np

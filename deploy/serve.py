@@ -8,33 +8,38 @@
     {"class": "bees", "confidence": 0.98, "runner_up": "ants", "classes": [{"class": "bees", "confidence": 0.98}, ...]}
 
 A body is one photo's bytes. What is no photo is answered by `error`, one or two words, and `message`, a sentence, with
-a status of 400 or above. `GET /model` tells classes, scores and limits. The page loads nothing from elsewhere and the
-server asks nobody; a photo lies in a temporary folder until it is answered, under a name of the server's own.
+a status of 400 or above. `GET /model` tells classes, scores and limits, `GET /health` whether it is ok or busy. The
+page loads nothing from elsewhere and the server asks nobody; a photo lies in a temporary folder until it is answered,
+under a name of the server's own.
 """
 
 import argparse
 import asyncio
+import ipaddress
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 if __name__ == "__main__":
     # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
+from deploy.decoding import MAX_PIXELS, Busy, Decoders
 from pipelines.config import ScriptParser
 from pipelines.errors import UserError
 from pipelines.evaluation import wilson_interval
-from pipelines.headers import judge
-from pipelines.inference import Answer, Classifier, import_extra, open_onnx, open_run
+from pipelines.inference import Answer, Classifier, answer_of, import_extra, open_onnx, open_run
 from pipelines.processes import Terminated, cpu_cores, run_script
 from pipelines.run_files import read_description
 from pipelines.text import printable
@@ -42,11 +47,14 @@ from pipelines.text import printable
 import torch
 
 MAX_BYTES = 32 * 2**20  # of a photo
-MAX_PIXELS = 64_000_000  # an opened photo takes 3 to 12 bytes a pixel
-_LARGE = 16_000_000  # pixels; of larger photos one is opened at a time
-_UPLOADS = 32  # at a time; the others wait before anything of them is stored
-_CONNECTIONS = 512
-_SECONDS = 120  # for one upload
+_STORED = 2 * 2**30  # bytes of all uploads, and at most half of what the disk has free
+_SHARE = 0.75  # of it, for one address
+_SECONDS, _GRACE, _RATE = (
+    120,
+    10,
+    16 * 2**10,
+)  # for one upload: seconds in all; seconds before its bytes per second count
+_FILES = 4096  # open at a time, where the system allows it
 _SHOWN = 5  # classes of an answer
 _PAGE = Path(__file__).resolve().with_name("page.html")
 _POLICY = "default-src 'self' 'unsafe-inline'; img-src blob: data:; base-uri 'none'; form-action 'none'"
@@ -65,27 +73,29 @@ _MESSAGES = {
 def main(arguments: list[str]) -> None:
     """Serves until Ctrl-C or SIGTERM, which end it in the regular way. Raises UserError."""
     options = _parse(arguments)
-    uvicorn = import_extra("uvicorn")
+    import_extra("uvicorn")
     import_extra("starlette")
     facts = describe(options.run)
     # One thread for each photo, and several photos at a time: the cores are not shared out twice.
     torch.set_num_threads(1)
     if options.weights == "onnx":
-        classifier: Classifier = open_onnx(options.run / "export" / "model.onnx")
+        classifier: Classifier = open_onnx(options.run / "export" / "model.onnx", made_of=options.run / "best.pt")
     else:
         classifier = open_run(options.run, torch.device("cpu"))
     listener = _listen(options.host, options.port)
-    with tempfile.TemporaryDirectory(prefix="dalitune-") as folder:
-        app = make_app(classifier, facts, Path(folder))
-        settings = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
-        limits = {"limit_concurrency": _CONNECTIONS, "timeout_graceful_shutdown": 5}
-        server = uvicorn.Server(uvicorn.Config(app, server_header=False, **settings, **limits))
-        host, port = listener.getsockname()[:2]
-        print(f"{facts['name']} ({options.weights}): {_address(host, port)}   Ctrl-C ends it", flush=True)
+    names = _names(options.host, listener, options.allow_host)
+    _allow_files()
+    with tempfile.TemporaryDirectory(prefix="dalitune-") as folder, suppress(KeyboardInterrupt, Terminated):
+        server = make_server(
+            classifier, facts, Path(folder), names=names, origins=options.allow_origin, prefix=options.prefix
+        )
         try:
+            address = _address(options.host, listener.getsockname()[1], options.prefix)
+            print(f"{facts['name']} ({options.weights}): {address}   Ctrl-C ends it", flush=True)
             server.run(sockets=[listener])
-        except (KeyboardInterrupt, Terminated):
-            print("stopped", flush=True)
+        finally:
+            server.decoders.close()
+    print("stopped", flush=True)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -94,21 +104,86 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("pytorch", "onnx"), default="pytorch", help="(default: pytorch)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        *("--allow-host", "--allow_host"),
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="names that the server is called by, as behind a proxy; "
+        "on 127.0.0.1 only localhost is one else, elsewhere any name",
+    )
+    parser.add_argument(
+        *("--allow-origin", "--allow_origin"),
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ORIGIN",
+        help="websites whose pages may ask too, such as https://photos.example (CORS)",
+    )
+    parser.add_argument("--prefix", default="", help="path below which a reverse proxy has it, such as /photos")
+    options = parser.parse_args(arguments)
+    options.host = options.host.strip("[]")
+    options.allow_host = [_host_of(name) or name for name in options.allow_host]
+    options.prefix = "/" + options.prefix.strip("/") if options.prefix.strip("/") else ""
+    for origin in options.allow_origin:
+        parts = urlsplit(origin)
+        if origin != "null" and (origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc):
+            raise UserError(
+                f"--allow-origin {origin}: an origin is scheme, host and maybe port, as https://photos.example"
+            )
+    return options
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host}, port {port} ({reason}): give another --host or --port") from None
 
 
-def _address(host: str, port: int) -> str:
+def _names(host: str, listener: socket.socket, given: Sequence[str]) -> frozenset[str] | None:
+    """The hosts that a request may name; None: any. A website can give a name of its own the address 127.0.0.1."""
+    if not _is_loopback(listener.getsockname()[0]):
+        return frozenset({*given, "localhost", "*addresses*"}) if given else None
+    return frozenset({*given, "localhost", host.lower()})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_of(text: str) -> str | None:
+    """A Host header or a name without its port, in lower case; None where it is none."""
+    try:
+        parts = urlsplit(f"//{text}")
+        return (parts.hostname or "").rstrip(".") or None
+    except ValueError:
+        return None
+
+
+def _allow_files() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _FILES:
+        most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _address(host: str, port: int, prefix: str = "") -> str:
     if host in ("0.0.0.0", "::"):
-        return f"http://{socket.gethostname()}:{port}/ for everybody who reaches this machine"
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+        return f"http://{socket.gethostname()}:{port}{prefix}/ for everybody who reaches this machine"
+    return f"http://[{host}]:{port}{prefix}/" if ":" in host else f"http://{host}:{port}{prefix}/"
 
 
 def describe(run: Path) -> dict[str, Any]:
@@ -128,61 +203,116 @@ def describe(run: Path) -> dict[str, Any]:
     }
 
 
-def make_app(classifier: Classifier, facts: Mapping[str, Any], folder: Path) -> Any:
-    """The ASGI application. folder: where an upload lies until it is answered."""
+def make_server(
+    classifier: Classifier,
+    facts: Mapping[str, Any],
+    folder: Path,
+    *,
+    names: frozenset[str] | None = frozenset({"localhost"}),
+    origins: Sequence[str] = (),
+    prefix: str = "",
+) -> Any:
+    """A uvicorn server with `decoders`, which its caller closes. folder: where an upload lies until it is answered.
+
+    names: hosts that a request may name. origins: of websites that may ask. prefix: of all paths, "" or "/path".
+    """
+    from deploy.connections import Connection
+
+    import uvicorn
+
+    def finish(path: str, pixels: Any) -> Answer:
+        return answer_of(classifier, path, pixels)
+
+    class Server(uvicorn.Server):
+        decoders = Decoders(classifier.preprocess, finish, whole=classifier.takes_whole, workers=cpu_cores() + 1)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            self.decoders.close()  # what waits is answered now
+            await super().shutdown(sockets)
+
+    app = _make_app(classifier, facts, folder, Server.decoders, names, origins, prefix)
+    settings: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off", "ws": "none"}
+    settings |= {"http": Connection, "timeout_keep_alive": 5, "timeout_graceful_shutdown": 1}
+    return Server(uvicorn.Config(app, server_header=False, **settings))
+
+
+def _make_app(
+    classifier: Classifier,
+    facts: Mapping[str, Any],
+    folder: Path,
+    decoders: Decoders,
+    names: frozenset[str] | None,
+    origins: Sequence[str],
+    prefix: str,
+) -> Any:
+    """The ASGI application."""
     import anyio
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, JSONResponse
-    from starlette.routing import Route
+    from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
+    from starlette.routing import Mount, Route
 
     page = _PAGE.read_text("utf-8")
-    uploads = anyio.Semaphore(_UPLOADS)
-    small = ThreadPoolExecutor(min(cpu_cores(), 8), thread_name_prefix="small")
-    large = ThreadPoolExecutor(1, thread_name_prefix="large")  # a thread of its own, as malloc keeps memory by thread
+    stored: Counter[str] = Counter()  # bytes, by address
+    sizes: Counter[Path] = Counter()  # the same by upload
+    room = min(_STORED, shutil.disk_usage(folder).free // 2)
 
     def refusal(status: int, error: str, message: str) -> JSONResponse:
-        return JSONResponse({"error": error, "message": message}, status)
+        headers = {"Retry-After": "1"} if status == 503 else None
+        return JSONResponse({"error": error, "message": message}, status, headers)
 
-    async def store(request: Request, path: Path) -> int:
+    def open_upload(path: Path) -> BinaryIO:
+        try:
+            return open(path, "xb")
+        except FileNotFoundError:  # what cleans the temporary folder has taken ours
+            folder.mkdir(0o700)
+            return open(path, "xb")
+
+    async def store(request: Request, path: Path, address: str) -> int:
         """Writes the body's first MAX_BYTES and returns its whole length: a refusal is read once all is sent."""
-        length = 0
-        with open(path, "xb") as file:
+        length, start = 0, anyio.current_time()
+        with anyio.fail_after(min(_SECONDS, _GRACE)) as limit, open_upload(path) as file:
             async for chunk in request.stream():
                 length += len(chunk)
+                limit.deadline = start + min(_SECONDS, _GRACE + length / _RATE)
                 if length <= MAX_BYTES:
+                    stored[address] += len(chunk)
+                    sizes[path] += len(chunk)
+                    if stored[address] > _SHARE * room or stored.total() > room:
+                        raise Busy
                     file.write(chunk)
                 elif length > 16 * MAX_BYTES:
                     break
         return length
 
-    async def answer(path: str) -> Answer:
-        run = asyncio.get_running_loop().run_in_executor
-        height, width = (await run(small, judge, os.fsencode(path))).size
-        if height * width > MAX_PIXELS:
-            return Answer(path, None, "too many pixels")
-        return await run(small if height * width <= _LARGE else large, lambda: next(iter(classifier.classify([path]))))
-
     async def classify(request: Request) -> JSONResponse:
         if request.headers.get("content-type", "").startswith("multipart/"):
             return refusal(415, "a form", "Send the photo's bytes as they are: curl --data-binary @photo.jpg URL")
-        async with uploads:
-            path = folder / secrets.token_hex(16)
-            try:
-                with anyio.fail_after(_SECONDS):
-                    length = await store(request, path)
-                if length > MAX_BYTES:
-                    return refusal(413, "too large", f"{MAX_BYTES >> 20} MB is the most.")
-                found = await answer(str(path))
-            except TimeoutError:
-                return refusal(408, "too slow", f"The upload took more than {_SECONDS} seconds.")
-            except OSError as error:
-                return refusal(507, "no room", f"The server cannot store the upload ({error.strerror}).")
-            except ClientDisconnect:
-                return refusal(400, "broken off", "The upload was broken off.")
-            finally:
-                path.unlink(missing_ok=True)
+        path, address = folder / secrets.token_hex(16), _client(request)
+        try:
+            if decoders.is_full(address):
+                raise Busy
+            length = await store(request, path, address)
+            if length > MAX_BYTES:
+                return refusal(413, "too large", f"{MAX_BYTES >> 20} MB is the most.")
+            found = await asyncio.wrap_future(decoders.submit(str(path), address))
+        except Busy:
+            return refusal(503, "busy", "The server has much to do. Try again in a moment.")
+        except TimeoutError:
+            return refusal(408, "too slow", f"The upload took more than {_SECONDS} seconds, or hardly went on.")
+        except OSError as error:
+            return refusal(507, "no room", f"The server cannot store the upload ({error.strerror}).")
+        except ClientDisconnect:
+            return refusal(400, "broken off", "The upload was broken off.")
+        finally:
+            with suppress(OSError):
+                path.unlink()
+            stored[address] -= sizes.pop(path, 0)
+            if not stored[address]:
+                del stored[address]
         if found.error:
             fault = found.error.partition(" (")[0]
             return refusal(400, fault, _MESSAGES.get(fault, f"The photo {found.error}."))
@@ -195,17 +325,87 @@ def make_app(classifier: Classifier, facts: Mapping[str, Any], folder: Path) -> 
     async def show_model(_: Request) -> JSONResponse:
         return JSONResponse(dict(facts))
 
+    async def show_health(_: Request) -> JSONResponse:
+        return JSONResponse({"state": "busy"}, 503) if decoders.is_full() else JSONResponse({"state": "ok"})
+
     async def refuse(_: Request, error: Exception) -> JSONResponse:
         if isinstance(error, HTTPException):
-            return refusal(error.status_code, error.detail.lower(), "There is GET /, GET /model and POST /classify.")
+            known = "There is GET /, GET /model, GET /health and POST /classify."
+            return refusal(error.status_code, error.detail.lower(), known)
         return refusal(500, "failed", "The server failed; its terminal says why.")
 
-    routes = [
+    async def to_folder(_: Request) -> RedirectResponse:
+        return RedirectResponse(f"{prefix}/")
+
+    class Guard:
+        """Refuses what a browser sends for a website that is not the server's own, or under a name that is not."""
+
+        def __init__(self, app: Any) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            request, app = Request(scope), self._app
+            path = scope["path"].removeprefix(prefix)
+            host = request.headers.get("host", "")
+            if path != "/health" and not _is_named(host, names):
+                told = "The server does not know itself by this name: start it with --allow-host NAME."
+                app = refusal(421, "unknown host", told)
+            elif path in ("/model", "/classify") and not _is_own(request.headers, origins, names or ()):
+                told = "Another website asks: start the server with --allow-origin ORIGIN where that is meant."
+                app = refusal(403, "another website", told)
+            await app(scope, receive, send)
+
+    routes: list[Any] = [
         Route("/", show_page),
         Route("/model", show_model),
+        Route("/health", show_health),
         Route("/classify", classify, methods=["POST"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refuse, Exception: refuse})
+    if prefix:  # some proxies take it off, some do not
+        routes = [Route(prefix, to_folder), Mount(prefix, routes=list(routes)), *routes]
+    middleware = [Middleware(Guard)]
+    if origins:
+        allowed: Any = {"allow_methods": ["GET", "POST"], "allow_headers": ["content-type"]}
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(origins), **allowed))
+    return Starlette(
+        routes=routes, middleware=middleware, exception_handlers={HTTPException: refuse, Exception: refuse}
+    )
+
+
+def _client(request: Any) -> str:
+    """The address that a share is counted for: of IPv6 a household's network."""
+    host = request.client.host if request.client else ""
+    if ":" not in host:
+        return host
+    with suppress(ValueError):
+        return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False))
+    return host
+
+
+def _is_named(header: str, names: frozenset[str] | None) -> bool:
+    """Whether a Host header is one of the server's names. An address is one; no website can make another's its own."""
+    host = _host_of(header)
+    if names is None or not header or host in names:
+        return True
+    if "*addresses*" in names:
+        with suppress(ValueError):
+            return bool(ipaddress.ip_address(host or ""))
+    return _is_loopback(host or "")
+
+
+def _is_own(headers: Mapping[str, str], origins: Collection[str], names: Collection[str]) -> bool:
+    """Whether no browser says that another website asks (Fetch Metadata; the Fetch standard's Origin header)."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if origin in origins or site == "same-origin":
+        return True
+    if site in ("cross-site", "same-site"):
+        return False
+    if origin is None:
+        return True
+    asked = urlsplit(origin)
+    # Behind a proxy Host may be another; but each port of this machine is a website of its own.
+    is_a_name = asked.hostname in names and asked.hostname != "localhost" and not _is_loopback(asked.hostname or "")
+    return asked.netloc.lower() == headers.get("host", "").lower() or is_a_name
 
 
 if __name__ == "__main__":

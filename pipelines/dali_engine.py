@@ -14,8 +14,9 @@ from pipelines.dataset import Split
 from pipelines.errors import MachineError
 from pipelines.headers import for_pillow
 from pipelines.loader import Pixels
+from pipelines.pixels import SIZE_HAS_CHANGED, window_of
 from pipelines.plan import Views
-from pipelines.torch_engine import SIZE_HAS_CHANGED, TorchEngine, window_of
+from pipelines.torch_engine import TorchEngine
 
 import numpy as np
 import torch

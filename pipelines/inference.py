@@ -17,34 +17,22 @@ from typing import Any, Protocol
 
 from pipelines.dataset import Split
 from pipelines.errors import UserError
-from pipelines.headers import FAULTS, MAX_PIXELS, judge
+from pipelines.files import file_digest
+from pipelines.headers import FAULTS
 from pipelines.layout import Findings, photos_below
 from pipelines.loader import Engine, make_engine
 from pipelines.model import read_run_weights, restore_model
-from pipelines.plan import EvalPlan, Views
+from pipelines.pixels import Preprocess, judge_place, pixels_of_file, split_of, undecodable, views_of_sound
+from pipelines.plan import Views
 from pipelines.processes import cpu_cores
 from pipelines.run_files import check_preprocessing, read_description
 from pipelines.text import printable
-from pipelines.torch_engine import decoding_error, view_of, window_of
+from pipelines.torch_engine import normalised, scale_and_shift
 
 import numpy as np
 import torch
 
 _PREFETCH = 2  # batches that are decoded while the network works on another
-_LARGEST_RESIZED = MAX_PIXELS // 4  # pixels; a graph that resizes computes all of a strip, to gigabytes
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """What is done to an upright RGB photo: shorter side to `resize`, the central square of `image_size` pixels, both
-    as in `EvalPlan`, bilinear with antialiasing; then, on the 0..1 scale, minus `mean`, divided by `std` (R, G, B).
-    """
-
-    resize: int
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    transparency: str = "white"  # what transparent pixels are composed on, as in `Split`
 
 
 @dataclass(frozen=True)
@@ -77,6 +65,15 @@ class Classifier(Protocol):
         """One answer for each file, in order. No file raises an error. Threads may ask at the same time."""
         ...
 
+    @property
+    def takes_whole(self) -> bool:
+        """Whether `logits_of` takes whole photos; else the squares that the network sees."""
+        ...
+
+    def logits_of(self, pixels: np.ndarray) -> np.ndarray:
+        """The last step alone, of what `pixels_of_file` gives, uint8 [H, W, 3] -> float32 [classes]."""
+        ...
+
 
 @dataclass(frozen=True)
 class ViewClassifier:
@@ -97,7 +94,7 @@ class ViewClassifier:
         """See `Classifier`."""
         if not paths:
             return
-        split, chosen = _split_of(paths, self.preprocess), self.preprocess
+        split, chosen = split_of(paths, self.preprocess), self.preprocess
         engine = make_engine(
             self.engine,
             split,
@@ -119,7 +116,7 @@ class ViewClassifier:
                     pixels = engine.fetch()
                     logits = iter(self.network(pixels.images) if len(pixels.images) else ())
                     for position, reason in pixels.failed.items():
-                        errors[int(views.indices[position])] = _undecodable(reason)
+                        errors[int(views.indices[position])] = undecodable(reason)
                 for place in places:
                     error = errors.get(place, "")
                     yield Answer(paths[place], None, error) if error else _answer(paths[place], next(logits))
@@ -127,12 +124,22 @@ class ViewClassifier:
         finally:
             engine.close()
 
+    @property
+    def takes_whole(self) -> bool:
+        return False
+
+    def logits_of(self, pixels: np.ndarray) -> np.ndarray:
+        """See `Classifier`."""
+        square = torch.from_numpy(pixels.copy())[None].to(self.device)
+        scale, shift = scale_and_shift(self.preprocess.mean, self.preprocess.std)
+        return self.network(normalised(square, scale.to(self.device), shift.to(self.device)))[0]
+
     def _submitted(self, split: Split, engine: Engine) -> Iterator[tuple[range, Views]]:
         with ThreadPoolExecutor(min(32, 4 * cpu_cores(), self.batch_size)) as pool:
             for first in range(0, len(split), self.batch_size):
                 places = range(first, min(first + self.batch_size, len(split)))
-                list(pool.map(lambda place: _judge(split, place), places))
-                views = _central_views(split, self.preprocess, places)
+                list(pool.map(lambda place: judge_place(split, place), places))
+                views = views_of_sound(split, self.preprocess, places)
                 if len(views):
                     engine.submit(views)
                 yield places, views
@@ -149,24 +156,18 @@ class PictureClassifier:
     preprocess: Preprocess
     graph: Callable[[np.ndarray], np.ndarray]
 
+    @property
+    def takes_whole(self) -> bool:
+        return True
+
     def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
         """See `Classifier`."""
         for path in paths:
-            split = _split_of([path], self.preprocess)
-            _judge(split, 0)
-            if fault := FAULTS[split.faults[0]]:
-                yield Answer(path, None, fault)
-                continue
-            views = _central_views(split, self.preprocess, range(1))
-            if views.resized[0].prod(dtype=np.int64) > _LARGEST_RESIZED:
-                yield Answer(path, None, "too long and narrow for the ONNX graph")
-                continue
-            try:
-                picture = np.asarray(window_of(split, views, 0))
-            except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
-                yield Answer(path, None, _undecodable(decoding_error(error)))
-                continue
-            yield _answer(path, self.graph(picture[None])[0])
+            yield answer_of(self, path, pixels_of_file(path, self.preprocess, whole=True))
+
+    def logits_of(self, pixels: np.ndarray) -> np.ndarray:
+        """See `Classifier`."""
+        return self.graph(pixels[None])[0]
 
 
 def open_run(
@@ -190,8 +191,11 @@ def open_run(
     )
 
 
-def open_onnx(file: Path, *, threads: int = 1) -> Classifier:
-    """A `model.onnx` that deploy/export.py made, on the CPU, with `threads` threads. UserError where it is not one."""
+def open_onnx(file: Path, *, threads: int = 1, made_of: Path | None = None) -> Classifier:
+    """A `model.onnx` that deploy/export.py made, on the CPU, with `threads` threads. UserError where it is not one.
+
+    made_of: weights; UserError where they are there and it was made of others.
+    """
     onnxruntime = import_extra("onnxruntime")
     if not file.exists():
         raise UserError(f"{file} does not exist: make it with `python deploy/export.py {file.parent.parent}`")
@@ -206,6 +210,13 @@ def open_onnx(file: Path, *, threads: int = 1) -> Classifier:
         classes, preprocess = tuple(json.loads(facts["classes"])), json.loads(facts["preprocess"])
     except Exception as error:  # onnxruntime's own kinds of error derive from Exception alone
         raise UserError(f"{file}: not a model that deploy/export.py made ({printable(error)[:160]})") from None
+    if made_of and made_of.exists():
+        digest = facts.get("weights_digest")
+        # Of a graph without a digest the time must do, which copies may lose.
+        is_old = digest != file_digest(made_of) if digest else file.stat().st_mtime < made_of.stat().st_mtime
+        if is_old:
+            again = printable(f"python deploy/export.py {file.parent.parent}")
+            raise UserError(f"{printable(file)} was made of other weights than {made_of.name}: make it anew, `{again}`")
     name = session.get_inputs()[0].name
 
     def graph(inputs: np.ndarray) -> np.ndarray:
@@ -217,13 +228,6 @@ def open_onnx(file: Path, *, threads: int = 1) -> Classifier:
     return ViewClassifier(
         classes, chosen, lambda images: graph(images.contiguous().numpy()), torch.device("cpu"), "torch", 1, 1
     )
-
-
-def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
-    """uint8 [image_size, image_size, 3]: what a network sees of a sound photo. Raises whatever Pillow raises."""
-    split = _split_of([path], preprocess)
-    _judge(split, 0)
-    return np.asarray(view_of(split, _central_views(split, preprocess, range(1)), 0, preprocess.image_size))
 
 
 def read_preprocess(description: Mapping[str, Any], source: str) -> Preprocess:
@@ -264,41 +268,12 @@ def import_extra(name: str) -> Any:
         ) from None
 
 
-def _split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
-    """Any files as a split without labels; `_judge` fills in sizes and faults as the files' turn comes."""
-    names = [os.fsencode(os.path.abspath(path)) for path in paths]
-    count = len(names)
-    return Split(
-        name="",
-        classes=(),
-        labels=np.zeros(count, np.int32),
-        sizes=np.zeros((count, 2), np.int32),
-        faults=np.zeros(count, np.uint8),
-        root=b"",
-        path_blob=np.frombuffer(b"".join(names), np.uint8),
-        path_offsets=np.cumsum([0, *map(len, names)]).astype(np.uint64),
-        kinds=np.zeros(count, np.uint8),
-        transparency=preprocess.transparency,
-    )
-
-
-def _judge(split: Split, place: int) -> None:
-    fault, split.sizes[place], _, split.kinds[place] = judge(split.path_bytes(place))
-    split.faults[place] = FAULTS.index(fault)
-
-
-def _central_views(split: Split, preprocess: Preprocess, places: range) -> Views:
-    """The views of the sound files at `places`."""
-    plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize)
-    sound = np.asarray(places)[split.faults[places.start : places.stop] == 0]
-    return plan.views(0, sound)
+def answer_of(classifier: Classifier, path: str, pixels: np.ndarray | str) -> Answer:
+    """What `pixels_of_file` found, through the network."""
+    return Answer(path, None, pixels) if isinstance(pixels, str) else _answer(path, classifier.logits_of(pixels))
 
 
 def _answer(path: str, logits: np.ndarray) -> Answer:
     """Of a network that has diverged there is no largest logit."""
     finite = bool(np.isfinite(logits).all())
     return Answer(path, logits) if finite else Answer(path, None, "gets no finite answer from the network")
-
-
-def _undecodable(reason: str) -> str:
-    return f"cannot be decoded ({printable(reason)})"

@@ -23,9 +23,9 @@ from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
 from pipelines.headers import FORMATS, TRANSPARENT
 from pipelines.photos import cache_folder, locate
+from pipelines.pixels import central_views
 from pipelines.processes import run_script
 from pipelines.text import check_printed, printable
-from pipelines.torch_engine import central_views
 
 import numpy as np
 

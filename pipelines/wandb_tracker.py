@@ -20,10 +20,10 @@ from typing import Any, Literal
 from pipelines.config import Config
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError
+from pipelines.pixels import central_views
 from pipelines.run_files import read_description
 from pipelines.runs import RunFolder
 from pipelines.text import printable
-from pipelines.torch_engine import central_views
 from pipelines.tracker_settings import TrackerNames, is_agents_run, wandb_names
 from pipelines.trackers import Tracker, first_line, say
 from pipelines.wandb_sync import ID_FILE, has_key, is_sent, life_folders, steps_on_disk

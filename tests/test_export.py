@@ -8,9 +8,9 @@ from pathlib import Path
 from deploy import export
 from pipelines.errors import UserError
 from pipelines.headers import exif_orientation
-from pipelines.inference import PictureClassifier, Preprocess, ViewClassifier, open_onnx, open_run, view_of_file
+from pipelines.inference import PictureClassifier, ViewClassifier, open_onnx, open_run
 from pipelines.model import read_description, read_run_weights
-from pipelines.torch_engine import _UPRIGHT
+from pipelines.pixels import _UPRIGHT, Preprocess, view_of_file
 from tests.corpus import encoded, exif, picture
 
 import numpy as np

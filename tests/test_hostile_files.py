@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.headers import judge
-from pipelines.inference import Preprocess, view_of_file
+from pipelines.pixels import Preprocess, view_of_file
 from pipelines.structure import TOO_COSTLY
 from tests.corpus import encoded
 

@@ -9,8 +9,9 @@ from pipelines import headers
 from pipelines.config import Config, dump_yaml
 from pipelines.dataset import Split, load_dataset, scan_dataset
 from pipelines.headers import FAULTS
-from pipelines.inference import PictureClassifier, find_photos, read_preprocess, view_of_file
+from pipelines.inference import PictureClassifier, find_photos, read_preprocess
 from pipelines.loader import make_engine
+from pipelines.pixels import view_of_file
 from pipelines.plan import EvalPlan
 from pipelines.resume import other_result
 from pipelines.runs import RunFolder

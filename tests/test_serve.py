@@ -1,5 +1,6 @@
 """The page and its endpoint: evaluate.py's answers, whatever is sent, and nothing from or to elsewhere."""
 
+import functools
 import http.client
 import json
 import os
@@ -10,19 +11,21 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy import serve
+from deploy import connections, decoding, serve
 from pipelines.inference import open_onnx, open_run
+from pipelines.pixels import Preprocess, pixels_of_file
 from tests.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, encoded, picture
 
+import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -61,11 +64,10 @@ class Server:
 
 
 @contextmanager
-def _serving(run: Path, weights: str, folder: Path) -> Iterator[Server]:
+def _serving(run: Path, weights: str, folder: Path, **settings: object) -> Iterator[Server]:
     classifier = open_onnx(run / "export" / "model.onnx") if weights == "onnx" else open_run(run, torch.device("cpu"))
-    app = serve.make_app(classifier, serve.describe(run), folder)
     listener = serve._listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = serve.make_server(classifier, serve.describe(run), folder, **settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -73,6 +75,7 @@ def _serving(run: Path, weights: str, folder: Path) -> Iterator[Server]:
     finally:
         server.should_exit = True
         thread.join()
+        server.decoders.close()
 
 
 @pytest.fixture(scope="module", params=["pytorch", "onnx"])
@@ -83,7 +86,8 @@ def server(request, exported_run, tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def one_server(exported_run, tmp_path) -> Iterator[Server]:
-    with _serving(exported_run.folder, "pytorch", tmp_path) as serving:
+    names, origins = frozenset({"localhost", "photos.example"}), ["https://friend.example"]
+    with _serving(exported_run.folder, "pytorch", tmp_path, names=names, origins=origins) as serving:
         yield serving
 
 
@@ -169,7 +173,7 @@ def test_a_form_with_a_path_for_a_name_writes_nothing(one_server, tmp_path):
 
 def test_a_client_that_leaves_or_dawdles_is_let_go(one_server, monkeypatch):
     monkeypatch.setattr(serve, "_SECONDS", 0.5)
-    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nsome bytes"
+    head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nsome bytes"
     with socket.create_connection(("127.0.0.1", one_server.port)) as leaver:
         leaver.sendall(head)
     with socket.create_connection(("127.0.0.1", one_server.port)) as dawdler:
@@ -180,13 +184,14 @@ def test_a_client_that_leaves_or_dawdles_is_let_go(one_server, monkeypatch):
     assert not list(one_server.folder.iterdir())
 
 
-def test_a_folder_that_takes_nothing_is_an_answer(one_server):
-    away = one_server.folder.with_name("away")
-    one_server.folder.rename(away)
+def test_a_folder_that_takes_nothing_is_an_answer_and_one_that_was_removed_is_made_again(one_server):
+    one_server.folder.rmdir()
+    one_server.folder.touch()
     status, answer = one_server.classify(b"photo")
     assert (status, answer["error"]) == (507, "no room")
-    away.rename(one_server.folder)
+    one_server.folder.unlink()
     assert one_server.classify(SOUND["baseline.jpg"].content)[0] == 200
+    assert one_server.folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(one_server):
@@ -209,6 +214,202 @@ def test_model_tells_classes_scores_and_limits(one_server, exported_run):
     assert facts["max_bytes"] == 32 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    {"localhost": 200, "LOCALHOST.:1": 200, "127.0.0.1:8000": 200, "[::1]:8000": 200, "photos.example": 200}.items()
+    | {"evil.example": 421, "localhost.evil.example": 421, "203.0.113.5": 421, "[": 421}.items(),
+)
+def test_a_loopback_server_knows_its_own_names_alone(one_server, host, status):
+    for method, path in (("GET", "/"), ("GET", "/model"), ("POST", "/classify")):
+        body = SOUND["baseline.jpg"].content if method == "POST" else None
+        assert one_server.ask(method, path, body, Host=host)[0] == status, path
+    assert one_server.ask("GET", "/health", Host=host)[0] == 200
+
+
+def test_the_names_of_a_server_for_the_network():
+    with serve._listen("0.0.0.0", 0) as listener:
+        assert serve._names("0.0.0.0", listener, []) is None
+        names = serve._names("0.0.0.0", listener, ["photos.example"])
+    known = {host: serve._is_named(host, names) for host in ("photos.example:80", "192.0.2.7", "localhost", "evil.com")}
+    assert list(known.values()) == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_own"),
+    [
+        ({}, True),
+        ({"Origin": "http://localhost", "Host": "localhost"}, True),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost:1"}, True),
+        ({"Sec-Fetch-Site": "none"}, True),
+        ({"Origin": "https://photos.example"}, True),  # behind a proxy that rewrites Host
+        ({"Origin": "https://friend.example", "Sec-Fetch-Site": "cross-site"}, True),
+        ({"Origin": "https://friend.example:444", "Sec-Fetch-Site": "cross-site"}, False),
+        ({"Origin": "https://evil.example"}, False),
+        ({"Origin": "http://localhost:1234", "Host": "localhost"}, False),
+        ({"Origin": "null"}, False),
+        ({"Sec-Fetch-Site": "cross-site"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, False),
+    ],
+)
+def test_another_website_is_refused(one_server, headers, is_own):
+    photo = SOUND["baseline.jpg"].content
+    told = [one_server.ask("POST", "/classify", photo, **headers), one_server.ask("GET", "/model", **headers)]
+    assert [status for status, _ in told] == [200 if is_own else 403] * 2
+    assert is_own or "--allow-origin" in json.loads(told[0][1])["message"]
+    assert one_server.ask("GET", "/", **headers)[0] == 200  # a link to the page may stand anywhere
+
+
+def test_an_allowed_origin_may_ask_and_read(one_server):
+    connection = http.client.HTTPConnection("127.0.0.1", one_server.port)
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    for origin, allowed in (("https://friend.example", "https://friend.example"), ("https://evil.example", None)):
+        for method, headers in (("OPTIONS", asking), ("POST", {})):
+            connection.request(method, "/classify", SOUND["baseline.jpg"].content, {"Origin": origin, **headers})
+            response = connection.getresponse()
+            response.read()
+            assert response.headers["Access-Control-Allow-Origin"] == allowed
+            assert (response.status == 200) == bool(allowed)
+    connection.close()
+
+
+def test_a_prefix_is_taken_off_by_the_proxy_or_not(exported_run, tmp_path):
+    with _serving(exported_run.folder, "pytorch", tmp_path, prefix="/photos") as server:
+        for path in ("/", "/model", "/health"):
+            assert server.ask("GET", path)[0] == server.ask("GET", "/photos" + path)[0] == 200
+        assert server.ask("POST", "/photos/classify", SOUND["baseline.jpg"].content)[0] == 200
+        assert server.ask("GET", "/photos")[0] == 307
+        assert server.ask("GET", "/photos/model", Host="evil.example")[0] == 421
+
+
+def test_the_addresses_that_are_printed():
+    assert serve._address("::1", 80) == "http://[::1]:80/"
+    assert serve._address("127.0.0.1", 80, "/photos") == "http://127.0.0.1:80/photos/"
+    assert serve._address("::", 80).startswith(f"http://{socket.gethostname()}:80/ ")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 on this machine")
+def test_all_addresses_of_ipv6_are_those_of_ipv4_too():
+    with serve._listen("::", 0) as listener:
+        socket.create_connection(("127.0.0.1", listener.getsockname()[1])).close()
+
+
+# Clients that only hold what others need
+
+
+def _hold(server: Server, content: bytes, times: int = 1) -> list[socket.socket]:
+    held = []
+    for _ in range(times):
+        held.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        held[-1].sendall(content)
+    return held
+
+
+def test_heads_and_answers_have_their_time(one_server, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    half = b"GET /health HTTP/1.1\r\nHost: local"
+    whole = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    (half_head,), (silent,), (kept,), (unread,) = (_hold(one_server, sent) for sent in (half, b"", whole, whole * 2000))
+    started = time.monotonic()
+    with suppress(OSError):  # a byte now and then holds nothing
+        for _ in range(100):
+            half_head.sendall(b"x")
+            time.sleep(0.1)
+    assert time.monotonic() - started < 5
+    assert silent.recv(1) == b""
+    while kept.recv(1 << 16):
+        pass
+    time.sleep(0.7)
+    with suppress(OSError):
+        while unread.recv(1 << 16):
+            pass
+    assert one_server.ask("GET", "/health")[0] == 200
+    for connection in (half_head, silent, kept, unread):
+        connection.close()
+
+
+def test_connections_that_ask_nothing_make_room(one_server, monkeypatch):
+    monkeypatch.setattr(connections, "CONNECTIONS", 8)
+    upload = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nsome"
+    held = _hold(one_server, b"GET / HT", 12) + _hold(one_server, upload, 12)
+    for _ in range(3):
+        assert one_server.classify(SOUND["baseline.jpg"].content)[0] == 200
+        assert json.loads(one_server.ask("GET", "/health")[1]) == {"state": "ok"}
+    held[0].settimeout(5)
+    with suppress(OSError):
+        assert held[0].recv(1) == b""  # the oldest
+    for connection in held:
+        connection.close()
+
+
+def test_uploads_are_bounded_in_bytes_and_an_address_has_its_share(exported_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "_STORED", 2**20)
+    with _serving(exported_run.folder, "pytorch", tmp_path) as server:
+        head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n"
+        held = _hold(server, head + bytes(400_000))
+        deadline = time.monotonic() + 20
+        while not (file := next(server.folder.iterdir(), None)) or not file.stat().st_size > 300_000:
+            assert time.monotonic() < deadline
+        status, answer = server.classify(bytes(500_000))
+        assert (status, answer["error"]) == (503, "busy")
+        held[0].close()
+        while list(server.folder.iterdir()):
+            assert time.monotonic() < deadline
+        assert server.classify(SOUND["baseline.jpg"].content)[0] == 200
+
+
+def test_a_costly_photo_is_ended_and_stops_nobody(exported_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "WALL_SECONDS", 1.0)
+    with _serving(exported_run.folder, "pytorch", tmp_path) as server:
+        with ThreadPoolExecutor(4) as clients:
+            costly = [clients.submit(server.classify, encoded(photo=_large(), progressive=True)) for _ in range(3)]
+            time.sleep(0.3)
+            started = time.monotonic()
+            assert server.classify(SOUND["baseline.jpg"].content)[0] == 200
+            assert time.monotonic() - started < 5
+            for answer in costly:
+                status, told = answer.result()
+                assert (status, told["error"]) == (400, "too costly to decode")
+        assert server.classify(SOUND["baseline.jpg"].content)[0] == 200
+    assert not list(tmp_path.iterdir())
+
+
+@functools.cache
+def _large() -> Image.Image:
+    return picture(500, 500).resize((7900, 7900))
+
+
+def test_a_worker_that_is_killed_or_full_or_dead_is_replaced(tmp_path):
+    preprocess = Preprocess(72, 64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    photo = tmp_path / "photo"
+    photo.write_bytes(SOUND["baseline.jpg"].content)
+    workers = decoding.Decoders(preprocess, lambda path, found: found, whole=False, workers=2)
+    try:
+        expected = pixels_of_file(str(photo), preprocess, whole=False)
+        for _ in range(3):
+            np.testing.assert_array_equal(workers.submit(str(photo), "a").result(30), expected)
+            for worker in workers._workers:
+                worker._process.kill()
+                worker._process.wait()
+        assert workers.submit(str(tmp_path / "gone"), "a").result(30) == "missing"
+    finally:
+        workers.close()
+    with pytest.raises(decoding.Busy):
+        workers.submit(str(photo), "a")
+
+
+def test_those_who_asked_for_little_come_first():
+    workers = object.__new__(decoding.Decoders)
+    workers._turn, workers._closed, workers._workers = threading.Condition(), False, [None] * 3
+    workers._spent = {"greedy": (5.0, time.monotonic())}
+    jobs = [decoding._Job("", "greedy", number) for number in range(4)]
+    jobs += [decoding._Job("", "new", 4, pixels=20_000_000), decoding._Job("", "new", 5, pixels=1000)]
+    workers._waiting, workers._running = list(jobs), []
+    assert [workers._take() for _ in range(3)] == [jobs[5], jobs[4], jobs[0]]
+    assert not any(map(workers._may_run, jobs[1:4]))  # one worker is free for somebody else
+    workers._waiting.append(decoding._Job("", "newer", 6))
+    assert workers._take().address == "newer"
+
+
 # The command itself
 
 
@@ -216,7 +417,9 @@ def test_model_tells_classes_scores_and_limits(one_server, exported_run):
 def _command(run: Path, temporary: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, Server]]:
     environment = os.environ | {"TMPDIR": str(temporary)}
     command = [sys.executable, str(ROOT / "deploy" / "serve.py"), str(run), "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=temporary)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=temporary
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -242,9 +445,32 @@ def test_memory_is_bounded_and_the_end_is_clean(exported_run, tmp_path):
         assert _peak_memory(process.pid) - alone < 250 * 2**20
         assert len(list(tmp_path.iterdir())) == 1
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-        assert (process.returncode, out) == (0, "stopped\n")
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (0, "stopped\n", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_request_to_end_is_obeyed_while_it_decodes(exported_run, tmp_path):
+    photo = encoded(photo=_large(), progressive=True)
+    with _command(exported_run.folder, tmp_path) as (process, server), ThreadPoolExecutor(9) as clients:
+        asked = [clients.submit(_whatever_comes, server, photo) for _ in range(8)]
+        slow = _hold(server, b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nsome bytes")
+        time.sleep(0.7)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - started < 4  # 2 on a machine that does nothing else
+        assert (process.returncode, out, err) == (0, "stopped\n", "")
+        assert {answer.result() for answer in asked} <= {503, None}
+        slow[0].close()
+    assert not list(tmp_path.iterdir())
+
+
+def _whatever_comes(server: Server, photo: bytes) -> int | None:
+    try:
+        return server.classify(photo)[0]
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 def _peak_memory(pid: int) -> int:
@@ -257,11 +483,17 @@ def _peak_memory(pid: int) -> int:
 def test_a_mistake_is_one_line(exported_run, run_here, tmp_path):
     taken = serve._listen("127.0.0.1", 0)
     port = taken.getsockname()[1]
+    stale = tmp_path / "stale"
+    shutil.copytree(exported_run.folder, stale)
+    weights = torch.load(stale / "best.pt", weights_only=True)
+    torch.save({name: value.clone() + 1 for name, value in weights.items()}, stale / "best.pt")
     mistakes = {
         (tmp_path,): "model.json cannot be read",
         (exported_run.folder, "--port", port): f"cannot listen on 127.0.0.1, port {port}",
         (exported_run.folder, "--port", 99_999): "cannot listen on 127.0.0.1, port 99999",
         (exported_run.folder, "--weights", "tf"): "--help",
+        (exported_run.folder, "--allow-origin", "https://x.org/"): "--allow-origin https://x.org/: an origin is scheme",
+        (stale, "--weights", "onnx"): "was made of other weights than best.pt: make it anew, `python deploy/export.py",
     }
     for arguments, told in mistakes.items():
         done = run_here(serve, *arguments)
