@@ -43,6 +43,8 @@ def fault_of_dali(device: torch.device, command: Sequence[str] | None = None) ->
         return str(json.loads(file.read_text(encoding="utf-8"))["fault"])
     happened, is_lasting = _ask_child(device, command)
     fault = f"DALI does not work here: {happened} ({on})" if happened else ""
+    if fault and is_lasting:
+        fault += f"; it is tried again without {file}"
     if is_lasting:
         with suppress(OSError):  # then it is asked again
             file.parent.mkdir(exist_ok=True)
@@ -94,7 +96,7 @@ def _ask_child(device: torch.device, command: Sequence[str] | None) -> tuple[str
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {_SECONDS} seconds", False
+        return f"no answer within {_SECONDS} seconds", True  # each run would wait as long
     except OSError as error:
         return f"its check could not be started: {error.strerror}", False
     if done.returncode < 0:
