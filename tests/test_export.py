@@ -8,7 +8,7 @@ from pathlib import Path
 from deploy import export
 from pipelines.errors import UserError
 from pipelines.headers import exif_orientation
-from pipelines.inference import PictureClassifier, ViewClassifier, open_onnx, open_run
+from pipelines.inference import Answer, PictureClassifier, ViewClassifier, open_onnx, open_run
 from pipelines.model import read_description, read_run_weights
 from pipelines.pixels import _UPRIGHT, Preprocess, view_of_file
 from tests.corpus import encoded, exif, picture
@@ -164,6 +164,7 @@ def test_a_photo_near_a_tie_moves_the_preprocessing_out_of_the_graph(
     if ties == 2:
         assert done.returncode == 3
         assert "onnxruntime does not find PyTorch's class in 1 photos (tie.jpg" in done.stderr
+        assert "--tolerance 0.34 takes the graph from normalised all the same" in done.stderr
         assert not (copied_run / "export").exists()
         assert not list(copied_run.glob(".export-*"))
         return
@@ -175,6 +176,65 @@ def test_a_photo_near_a_tie_moves_the_preprocessing_out_of_the_graph(
     for ours, theirs in zip(reference.classify(photos), model.classify(photos), strict=True):
         np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-3, atol=1e-4)
     assert '"normalised": preprocess(photo)[None].numpy()' in (copied_run / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "graph"),
+    [
+        (["--tolerance", "0.34"], "pictures"),
+        (["--graph", "pictures", "--tolerance", "0.34"], "pictures"),
+        (["--graph", "normalised", "--tolerance", "0.4"], "normalised"),
+        (["--graph", "pictures"], None),
+    ],
+)
+def test_the_person_chooses_the_graph_and_how_many_near_ties_it_may_miss(
+    copied_run, exported_run, network_graph, run_here, monkeypatch, flags, graph
+):
+    compare = export.compare
+
+    def stand_in_that_finds_a_tie(*given):
+        check = compare(*given)
+        return export.Check(check.count, ["tie.jpg"], check.largest, check.predicted, 0.01)
+
+    monkeypatch.setattr(export, "compare", stand_in_that_finds_a_tie)
+    monkeypatch.setattr(export, "_network_graph", lambda *_: network_graph)
+    done = run_here(export, copied_run, *flags, "--photos", *list(exported_run.evaluated)[:3])
+    if graph is None:
+        assert done.returncode == 3
+        assert "--tolerance 0.34 takes the graph from pictures all the same" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert "the same top-1 as PyTorch on 2 of 3 photos" in done.stdout
+    assert "differ, in confidence by 0.01 at most: tie.jpg" in done.stdout
+    (taken,) = onnxruntime.InferenceSession(copied_run / "export" / "model.onnx").get_inputs()
+    assert taken.name == graph
+    assert "the same top-1 as PyTorch on 2 of 3 photos" in (copied_run / "export" / "README.md").read_text()
+
+
+def test_another_opset_and_its_bounds(copied_run, exported_run, run_here):
+    photo = next(iter(exported_run.evaluated))
+    done = run_here(export, copied_run, "--opset", 20, "--photos", photo)
+    assert done.returncode == 0, done.stderr
+    assert onnx.load(copied_run / "export" / "model.onnx").opset_import[0].version == 20
+    assert "opset 20" in (copied_run / "export" / "README.md").read_text()
+    for flags in (["--opset", 17], ["--opset", 999], ["--tolerance", 2], ["--tolerance", "nan"]):
+        done = run_here(export, copied_run, *flags, "--photos", photo)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), flags
+        assert f"{flags[0]} {flags[1]}: " in done.stderr
+
+
+def test_how_far_from_a_tie_a_differing_photo_was():
+    class StandIn:
+        def __init__(self, *logits):
+            self.logits = [np.array(row, np.float32) for row in logits]
+
+        def classify(self, paths):
+            return map(Answer, paths, self.logits)
+
+    check = export.compare(StandIn([0, np.log(3)], [1, 0]), StandIn([1, 0], [1, 0]), ["a", "b"])
+    assert (check.count, check.differing, check.largest) == (2, ["a"], pytest.approx(1.0986, abs=1e-3))
+    assert check.margin == pytest.approx(0.5)
+    assert [export._rounded_up(share) for share in (1 / 3, 0.02, 1e-4, 1.0)] == [0.34, 0.02, 1e-4, 1.0]
 
 
 def test_a_file_that_is_no_export_is_refused(tmp_path):
