@@ -281,7 +281,6 @@ def _limit_memory() -> None:
         import resource
     except ImportError:  # Windows
         return
-    os.nice(5)  # the server answers first
     for limit, most in ((resource.RLIMIT_DATA, _MEMORY), (resource.RLIMIT_CORE, 0)):
         with suppress(OSError, ValueError):  # macOS knows no limit of memory
             resource.setrlimit(limit, (most, most))

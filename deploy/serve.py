@@ -89,9 +89,9 @@ def main(arguments: list[str]) -> None:
         server = make_server(
             classifier, facts, Path(folder), names=names, origins=options.allow_origin, prefix=options.prefix
         )
+        address = _address(options.host, listener.getsockname()[1], options.prefix)
+        server.greeting = f"{facts['name']} ({options.weights}): {address}   Ctrl-C ends it"
         try:
-            address = _address(options.host, listener.getsockname()[1], options.prefix)
-            print(f"{facts['name']} ({options.weights}): {address}   Ctrl-C ends it", flush=True)
             server.run(sockets=[listener])
         finally:
             server.decoders.close()
@@ -225,6 +225,13 @@ def make_server(
 
     class Server(uvicorn.Server):
         decoders = Decoders(classifier.preprocess, finish, whole=classifier.takes_whole, workers=cpu_cores() + 1)
+
+        greeting = ""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.greeting:  # from here on a signal ends it in the regular way
+                print(self.greeting, flush=True)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             self.decoders.close()  # what waits is answered now
@@ -409,4 +416,6 @@ def _is_own(headers: Mapping[str, str], origins: Collection[str], names: Collect
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, sys.argv[1:]))
+    code = run_script(main, sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # all is put away, and taking PyTorch down takes a second and more
