@@ -42,6 +42,7 @@ _MARKS = (
     *({name} for name in ("args.yaml", "hparams.yaml", "trainer_state.json", "pyvenv.cfg")),
 )
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+_ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]*://|[A-Za-z]:[\\/]")  # a URL, a path on a drive of Windows
 _EVENTS = "events.out.tfevents"  # TensorBoard's
 _OWN_PICTURES = re.compile(r"(confusion_matrix|predictions)_\w+\.png")  # evaluate.py's, where it has no run folder
 
@@ -143,6 +144,7 @@ def _list_split(
         findings.notes.append(f"{printable(top)}: {loose} photos in no class folder are not used")
     below_root, below_top = len(os.path.join(root, "")), len(os.path.join(top, ""))
     split_name, tops, paths, example = name_of_folder(split), 0, 0, ""
+    inside: dict[str, set[str]] = {}  # class folder -> folders in it with photos at some depth
     for name in classes:
         tools, found = findings.tools, sorted(_walk(str(top / name), findings))
         if not found and split in ("train", "val") and findings.tools == tools:
@@ -150,6 +152,7 @@ def _list_split(
         if not folder:
             _check_class(root, name, found, is_alone=len(classes) == 1)
         tops, paths = tops + bool(found), paths + len(found)
+        inside[name] = {below[below_top:].partition(os.sep)[2].partition(os.sep)[0] for below, _ in found}
         for below, names in found:
             path = below[below_top:].replace(os.sep, "/")
             example = example or (path if path != name else "")
@@ -164,6 +167,8 @@ def _list_split(
             f"class folders are nested: {printable(split)} has {printable(readings[class_names])} (class_names: "
             f"{class_names}); with --class_names {other} it would be {printable(readings[other])}"
         )
+    if not folder and class_names == "top":
+        findings.notes += _like_splits(root, inside)
     return bool(example)
 
 
@@ -182,7 +187,11 @@ def _splits(root: Path, folders: list[str], findings: Findings) -> dict[str, str
     _check_spellings(printable(root), whole)
     named = sorted((name for name in folders if split_of(name)), key=lambda name: split_of(name) != "train")
     strays = [name for name, kind in kinds.items() if kind == "photos" and not split_of(name)]
-    # Beside two splits or more a folder of photos is no class, and no split.
+    # Beside two splits or more a folder of photos is no class, and no split; beside one, a folder of other classes.
+    if len(known) == 1:
+        tops = {name: _look_into(root / name, Findings())[0] for name in whole}
+        classes = {label for name in whole if split_of(name) for label in tops[name]}
+        strays += [name for name in whole if not split_of(name) and classes.isdisjoint(tops[name])]
     if strays and len(known) < 2:
         raise UserError(
             f"{printable(root)}: {listed(named)} by name a split, beside folders of photos, {listed(strays)}: if these "
@@ -190,7 +199,10 @@ def _splits(root: Path, folders: list[str], findings: Findings) -> dict[str, str
         )
     for name in named:
         if name not in whole and split_of(name) in ({"train", "val"} if known else {"train", "val", "test"}) - known:
-            raise _no_classes(root / name)
+            raise UserError(
+                f"{printable(root / name)}: no class folders with photos in it; add {printable(name)}/CLASS/*, or remove "
+                "the folder"
+            )
         if name not in whole and kinds[name] == "photos":
             strays.append(name)
     if strays:
@@ -237,6 +249,19 @@ def _check_class(root: Path, name: str, found: list[tuple[str, list[str]]], *, i
             f"{printable(root)}: one class only, {printable(name)}, with {len(found)} folders of photos in it: --data "
             f"{printable(root / name)} if those are the classes"
         )
+
+
+def _like_splits(root: Path, inside: dict[str, set[str]]) -> list[str]:
+    """A line where all class folders hold the same folders, as splits do. UserError where one is named like a split."""
+    first, *others = inside.values()
+    if len(first) < 2 or not others or any(other != first for other in others):
+        return []
+    told = f"{listed(list(inside))} hold the same folders, {listed(sorted(first))}, as splits do"
+    if any(map(_like, inside)):
+        raise UserError(
+            f"{printable(root)}: {told}: call them train, val and test if they are, or add --class_names path"
+        )
+    return [f"{told}: call them train, val and test if they are"]
 
 
 def _no_classes(folder: Path) -> UserError:
@@ -371,13 +396,16 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
     seen: set[bytes] = set()
     meant: dict[str, str] = {}  # split -> as it is spelled
     mended = 0
-    where = printable(file)
+    where = f"{printable(file)}, line 1"
     try:
         with open(file, newline="", encoding=_encoding(file)) as text:
-            delimiter, columns = _read_header(file, text.readline())
-            reader = csv.DictReader(text, columns, delimiter=delimiter, skipinitialspace=True)
+            line = text.readline()
+            first = 1 + line.lower().startswith("sep=")  # Excel's own line
+            delimiter, columns = _read_header(file, first, text.readline() if first == 2 else line)
+            # strict: a quote that is never closed would make one value of all that follows.
+            reader = csv.DictReader(text, columns, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in reader:
-                where = f"{printable(file)}, line {reader.line_num + 1}"
+                where = f"{printable(file)}, line {reader.line_num + first}"
                 if None in row:
                     raise UserError(
                         f"{where}: more values than columns; put a value with {_DELIMITERS[delimiter]} between quotes"
@@ -391,6 +419,10 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                 written = path_on_disk(row["path"])
                 given = _mended(below_folder, written)
                 mended += given != written
+                if _ELSEWHERE.match(given) and not os.path.lexists(os.path.join(below_folder, given)):
+                    raise UserError(
+                        f"{where}: {printable(given)} is no path here: write it as from the CSV file's folder"
+                    )
                 full = os.path.normpath(os.path.join(below_folder, given))
                 path = os.fsencode(full[len(below_folder) :])
                 if not full.startswith(below_folder):
@@ -407,7 +439,7 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                     _check_spellings(where, (meant[split], spelled))
                 yield split, row["label"].strip(), path
     except (UnicodeError, csv.Error) as error:
-        raise UserError(f"{where}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
+        raise UserError(f"{where} or below: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
     _check_spellings(printable(file), list(meant.values()))
     if mended:
         findings.notes.append(f"{mended} paths were put right, with / for \\ or without blanks around them")
@@ -419,14 +451,14 @@ def _encoding(file: Path) -> str:
     return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
-def _read_header(file: Path, line: str) -> tuple[str, list[str]]:
+def _read_header(file: Path, number: int, line: str) -> tuple[str, list[str]]:
     """The delimiter and the columns' names, in lower case."""
     if "\0" in line:
         raise csv.Error("line contains NUL, as UTF-16 without its mark does")
     rows = {each: next(csv.reader([line], delimiter=each, skipinitialspace=True), []) for each in _DELIMITERS}
     names = {each: [name.strip().lower() for name in row] for each, row in rows.items()}
     delimiter = max(names, key=lambda each: (len({"path", "label"}.intersection(names[each])), len(names[each])))
-    columns, where = names[delimiter], f"{printable(file)}, line 1"
+    columns, where = names[delimiter], f"{printable(file)}, line {number}"
     if missing := {"path", "label"}.difference(columns):
         found = f"it has {listed(rows[delimiter])}" if any(columns) else "it is empty"
         raise UserError(f"{where}: no column {listed(sorted(missing))}; {found}; {WANTED}")

@@ -75,8 +75,13 @@ def test_split_folders_are_found_in_any_spelling(tmp_path: Path, folders: str, s
         ("{bus,car,train}/1.jpg", "train by name a split, beside folders of photos, bus, car"),
         ("train/{a,b}/1.jpg {cats,dogs}/1.jpg", "train by name a split, beside folders of photos, cats, dogs"),
         ("test/a/1.jpg {cats,dogs}/1.jpg", "test by name a split, beside folders of photos"),
-        ("{train,test}/1.jpg", "train: no class folders in it"),
-        ("train/{a,b}/1.jpg val/1.jpg", "val: no class folders in it"),
+        ("train/{a,b}/1.jpg bus/x/1.jpg", "train by name a split, beside folders of photos, bus"),
+        (
+            "train1/{a,b}/1.jpg train2/{a,b}/1.jpg",
+            "train1, train2 hold the same folders, a, b, as splits do: call them",
+        ),
+        ("{train,test}/1.jpg", "train: no class folders with photos in it"),
+        ("train/{a,b}/1.jpg val/1.jpg", "val: no class folders with photos in it; add val/CLASS/*, or remove"),
         ("photos/train/{a,b}/1.jpg photos/val/{a,b}/1.jpg", "--data ROOT/photos"),
         ("x/photos/Train/{a,b}/1.jpg", "--data ROOT/x/photos"),
         ("x/train/{a,b}/1.jpg x/test/a/1.jpg y/a/1.jpg", "--data ROOT/x"),
@@ -167,6 +172,10 @@ def test_nested_class_folders_are_said_with_both_readings(tmp_path: Path) -> Non
     path, findings = read(root, "path")
     assert {label for split, label in path if split == "train"} == {"animals/cat", "animals/dog", "plants"}
     assert "(class_names: path)" in findings.notes[0]
+    _, findings = read(make(tmp_path / "folds", "fold1/{cat,dog}/1.jpg", "fold2/{cat,dog}/1.jpg"))
+    assert findings.notes[1] == (
+        "fold1, fold2 hold the same folders, cat, dog, as splits do: call them train, val and test if they are"
+    )
     assert "changes nothing" in read(make(tmp_path / "flat", "{a,b}/1.jpg"), "path")[1].notes[0]
 
 
@@ -186,6 +195,7 @@ def read_csv(tmp_path: Path, text: str, encoding: str = "utf-8") -> tuple[list[t
     [
         ("path,label\nphotos/0.jpg,a\nphotos/1.jpg,b\n", "utf-8-sig"),
         ("path;label\nphotos/0.jpg;a\nphotos/1.jpg;b\n", "utf-8"),
+        ("sep=;\r\npath;label\r\nphotos/0.jpg;a\r\nphotos/1.jpg;b\r\n", "utf-8"),
         ("path\tlabel\r\nphotos/0.jpg\ta\r\nphotos/1.jpg\tb\r\n", "utf-16"),
         ("LABEL, Path \na,photos\\0.jpg\nb,photos/1.jpg \n", "utf-8"),
         ("Path,Label,Split\nphotos/0.jpg,a,Training\nphotos/1.jpg,b,Training\n", "utf-8"),
@@ -212,6 +222,9 @@ def test_a_name_with_a_backslash_or_a_blank_is_taken_as_it_is(tmp_path: Path) ->
         ("path;file\na;b\n", "utf-8", "line 1: no column label; it has path, file"),
         ("photos/0.jpg,a\n", "utf-8", "line 1: no column label, path; it has photos/0.jpg, a"),
         ("path,label\na.jpg,K\xe4fer\n", "latin-1", "not a CSV file in UTF-8"),
+        ('path,label\na.jpg,a\nb.jpg,"b\nc.jpg,c\n', "utf-8", "line 2 or below: not a CSV file"),
+        ("path,label\nC:\\x\\a.jpg,a\n", "utf-8", "line 2: C:\\x\\a.jpg is no path here"),
+        ("sep=,\npath,label\nfile:///x/a.jpg,a\n", "utf-8", "line 3: file:///x/a.jpg is no path here"),
         ("path,label\na.jpg,a\n", "utf-16-le", "UTF-16 without its mark"),
         ("path,label,split\na.jpg,a,val\nb.jpg,a,valid\n", "utf-8", "line 3: 'val' and 'valid' both mean"),
         ("path,label,split\na.jpg,a,train\nb.jpg,a,val2\n", "utf-8", "no split 'val', but 'val2' reminds of it"),
