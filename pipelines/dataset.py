@@ -140,8 +140,10 @@ class Dataset:
             lines += spelling_notes(split, self.splits["train"].classes if "train" in self.splits else split.classes)
         folded = dict[str, str]()
         for name in known.values():
-            if (twin := folded.setdefault(name.casefold(), name)) != name:
-                lines.append(f"{printable(twin)} and {printable(name)} are two classes: they differ in case only")
+            if (twin := folded.setdefault(" ".join(name.casefold().split()), name)) != name:
+                lines.append(
+                    f"{printable(twin)} and {printable(name)} are two classes: they differ in case or blanks only"
+                )
         if "val" in self.splits:
             lines += majority_notes(self.splits["val"])
         for (earlier, later), pairs in self.duplicates.items():

@@ -27,10 +27,11 @@ _SPELLINGS = {
 }
 _SPLIT_OF = {word: split for split, words in _SPELLINGS.items() for word in words}
 _SUFFIX = re.compile(r"[ _-]*(set|data|dataset|split|images|imgs|photos|pictures|samples)?$")
-_LIKE_VAL = ("eval", "evaluation", "vali")  # val or test: who knows
+_LIKE_VAL = ("eval", "evaluation", "vali", "validate", "crossval", "cv", "va")  # val or test: who knows
 # Compared in lower case. Besides them, everything that begins with a dot.
 _SYSTEM = {
     *("__macosx", "@eadir", "@recycle", "#recycle", "@tmp", "#snapshot", "$recycle.bin", "recycler"),
+    *("recycled", "found.000", "@sharesnap", "@recently-snapshot", "~snapshot", "network trash folder"),
     *("system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
 _TOOLS = {"wandb", "mlruns", "mlartifacts", "lightning_logs", "tb_logs", "__pycache__", "node_modules"}
@@ -200,8 +201,8 @@ def _splits(root: Path, folders: list[str], findings: Findings) -> dict[str, str
     for name in named:
         if name not in whole and split_of(name) in ({"train", "val"} if known else {"train", "val", "test"}) - known:
             raise UserError(
-                f"{printable(root / name)}: no class folders with photos in it; add {printable(name)}/CLASS/*, or remove "
-                "the folder"
+                f"{printable(root / name)}: no class folders with photos in it; add {printable(name)}/CLASS/*, or "
+                "remove the folder"
             )
         if name not in whole and kinds[name] == "photos":
             strays.append(name)
@@ -247,7 +248,7 @@ def _check_class(root: Path, name: str, found: list[tuple[str, list[str]]], *, i
     if is_alone and len(found) > 1:
         raise UserError(
             f"{printable(root)}: one class only, {printable(name)}, with {len(found)} folders of photos in it: --data "
-            f"{printable(root / name)} if those are the classes"
+            f"{printable(os.path.commonpath([below for below, _ in found]))} if those are the classes"
         )
 
 
@@ -284,7 +285,7 @@ def _no_photos(folder: Path) -> UserError:
 def _splits_beside(root: Path) -> list[str]:
     try:
         folders, _ = _look_into(root.parent, Findings(), is_root=True)
-    except OSError:
+    except (OSError, UserError):
         return []
     return [name for name in folders if split_of(name) not in (None, split_of(root.name))]
 
@@ -343,6 +344,9 @@ def _look_into(folder: Path, findings: Findings, *, is_root: bool = False) -> tu
     if not is_root and (_is_of_a_tool(files) or _are_own_pictures(folder.name, loose)):
         findings.tools += 1
         return [], 0
+    for name in files:  # perhaps a class or a split on a disk that is not there
+        if "." not in name and os.path.islink(folder / name) and not os.path.exists(folder / name):
+            raise UserError(f"{printable(folder / name)}: a link that leads nowhere; mend it, or remove it")
     folders = [name for name, is_one in is_folder.items() if is_one and not _is_passed_over(name, findings)]
     return sorted(folders), len(loose)
 

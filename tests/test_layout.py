@@ -71,6 +71,7 @@ def test_split_folders_are_found_in_any_spelling(tmp_path: Path, folders: str, s
         ("Train/{a,b}/1.jpg train/{a,b}/1.jpg", "'Train' and 'train' both mean"),
         ("train/{a,b}/1.jpg val2017/{a,b}/1.jpg", "'val2017' reminds of it: call it val"),
         ("train/{a,b}/1.jpg evaluation/{a,b}/1.jpg", "'evaluation' reminds of it"),
+        ("train/{a,b}/1.jpg validate/{a,b}/1.jpg", "'validate' reminds of it"),
         ("seg_train/{a,b}/1.jpg seg_test/{a,b}/1.jpg", "seg_test, seg_train remind of splits: call them train"),
         ("{bus,car,train}/1.jpg", "train by name a split, beside folders of photos, bus, car"),
         ("train/{a,b}/1.jpg {cats,dogs}/1.jpg", "train by name a split, beside folders of photos, cats, dogs"),
@@ -87,6 +88,7 @@ def test_split_folders_are_found_in_any_spelling(tmp_path: Path, folders: str, s
         ("x/train/{a,b}/1.jpg x/test/a/1.jpg y/a/1.jpg", "--data ROOT/x"),
         ("{a,b}/train/1.jpg {a,b}/test/1.jpg", "a class with the splits in it, test, train: turn them round (train/a)"),
         ("photos/{ants,bees}/1.jpg", "one class only, photos, with 2 folders of photos in it: --data ROOT/photos"),
+        ("x/y/{ants,bees}/1.jpg", "one class only, x, with 2 folders of photos in it: --data ROOT/x/y if"),
         ("a/1.jpg b/1.txt b/2.JXL", "b: a class without photos"),
         ("1.jpg", "no class folders in it"),
     ],
@@ -94,6 +96,13 @@ def test_split_folders_are_found_in_any_spelling(tmp_path: Path, folders: str, s
 def test_what_cannot_be_told_is_refused_with_what_to_type(tmp_path: Path, files: str, told: str) -> None:
     root = make(tmp_path / "data", *files.split())
     assert told.replace("ROOT", str(root)) in refused(root)
+
+
+@pytest.mark.parametrize("name", ["val", "train/c"])
+def test_a_folder_that_is_a_link_to_nowhere_is_refused(tmp_path: Path, name: str) -> None:
+    root = make(tmp_path, "train/{a,b}/1.jpg")
+    (root / name).symlink_to(tmp_path / "gone")
+    assert f"{name}: a link that leads nowhere" in refused(root)
 
 
 def test_below_a_split_the_folder_above_is_named(tmp_path: Path) -> None:
@@ -119,7 +128,16 @@ def test_a_class_may_be_called_like_a_split_where_most_are_not(tmp_path: Path) -
     assert len(found) == 6
 
 
-HIDDEN = (".DS_Store", "._1.jpg", ".x.jpg", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/1.jpg", "@eaDir/1.jpg")
+HIDDEN = (
+    ".DS_Store",
+    "._1.jpg",
+    ".x.jpg",
+    "Thumbs.db",
+    "desktop.ini",
+    ".ipynb_checkpoints/1.jpg",
+    "@eaDir/1.jpg",
+    "@Recently-Snapshot/1.jpg",
+)
 HIDDEN += ("__MACOSX/1.jpg", "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "lost+found/1.jpg")
 TOOLS = ("wandb/run-1/files/media/1.png", "__pycache__/1.png", "lightning_logs/1.png", "mlruns/1.png")
 TOOLS += ("runs/r/status.json", "logs/events.out.tfevents.1", "yolo/args.yaml", "figures/confusion_matrix_val.png")
