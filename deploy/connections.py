@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -78,17 +79,15 @@ class Connection(H11Protocol):
     def _make_room(self) -> None:
         """Of the address with the most connections: the oldest without a request, else the slowest upload."""
         addresses = Counter(_address(other) for other in self.connections)
-        unserved = [
-            other
-            for other in self.connections
-            if isinstance(other, Connection)
-            and other is not self
-            and not (other._is_at_work() and not other.cycle.more_body)
-        ]
-        if unserved:
-            slowest = min(unserved, key=lambda other: (-addresses[_address(other)], other._speed()))
+        others: list[Any] = [other for other in self.connections if other is not self]
+        unserved = [other for other in others if other._is_unserved()]
+        unserved.sort(key=lambda other: (-addresses[_address(other)], other._speed()))
+        for slowest in unserved[: CONNECTIONS // 16 or 1]:  # some at once, as the search takes its time
             self.connections.discard(slowest)
             slowest.transport.abort()
+
+    def _is_unserved(self) -> bool:
+        return not self._is_at_work() or self.cycle.more_body
 
     def _speed(self) -> tuple[bool, float]:
         seconds = self.loop.time() - self._since
