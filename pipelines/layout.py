@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from pipelines.errors import UserError
 from pipelines.headers import ENDINGS, UNREAD_ENDINGS
-from pipelines.text import listed, name_of_folder, path_on_disk, printable
+from pipelines.text import composed, listed, name_of_folder, path_on_disk, printable
 
 WANTED = "give a folder with train/CLASS/* or CLASS/* in it, or a CSV file path,label[,split]"
 Photo = tuple[str, str, bytes]  # split, class, path below the root
@@ -190,7 +190,9 @@ def _splits(root: Path, folders: list[str], findings: Findings) -> dict[str, str
     strays = [name for name, kind in kinds.items() if kind == "photos" and not split_of(name)]
     # Beside two splits or more a folder of photos is no class, and no split; beside one, a folder of other classes.
     if len(known) == 1:
-        tops = {name: _look_into(root / name, Findings())[0] for name in whole}
+        tops = {
+            name: {composed(label).casefold() for label in _look_into(root / name, Findings())[0]} for name in whole
+        }
         classes = {label for name in whole if split_of(name) for label in tops[name]}
         strays += [name for name in whole if not split_of(name) and classes.isdisjoint(tops[name])]
     if strays and len(known) < 2:

@@ -113,6 +113,11 @@ def test_below_a_split_the_folder_above_is_named(tmp_path: Path) -> None:
     assert findings.notes == [f"train alone was given; beside it are val: --data {root} takes them all"]
 
 
+def test_a_split_of_its_own_name_may_spell_its_classes_otherwise(tmp_path: Path) -> None:
+    found, _ = read(make(tmp_path, "train/{ants,bees}/1.jpg", "holdout/Ants/1.jpg"))
+    assert ("holdout", "Ants") in found
+
+
 def test_folders_beside_whole_splits_are_said_and_not_used(tmp_path: Path) -> None:
     root = make(tmp_path, "train/{a,b}/1.jpg", "val/{a,b}/1.jpg", "test/1.jpg", "to predict/1.jpg", "docs/x/1.txt")
     found, findings = read(make(root, "train/loose.jpg"))
@@ -128,17 +133,9 @@ def test_a_class_may_be_called_like_a_split_where_most_are_not(tmp_path: Path) -
     assert len(found) == 6
 
 
-HIDDEN = (
-    ".DS_Store",
-    "._1.jpg",
-    ".x.jpg",
-    "Thumbs.db",
-    "desktop.ini",
-    ".ipynb_checkpoints/1.jpg",
-    "@eaDir/1.jpg",
-    "@Recently-Snapshot/1.jpg",
-)
+HIDDEN = (".DS_Store", "._1.jpg", ".x.jpg", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/1.jpg", "@eaDir/1.jpg")
 HIDDEN += ("__MACOSX/1.jpg", "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "lost+found/1.jpg")
+HIDDEN += ("@Recently-Snapshot/1.jpg",)
 TOOLS = ("wandb/run-1/files/media/1.png", "__pycache__/1.png", "lightning_logs/1.png", "mlruns/1.png")
 TOOLS += ("runs/r/status.json", "logs/events.out.tfevents.1", "yolo/args.yaml", "figures/confusion_matrix_val.png")
 
