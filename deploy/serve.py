@@ -424,5 +424,6 @@ def _is_own(headers: Mapping[str, str], origins: Collection[str], names: Collect
 
 if __name__ == "__main__":
     code = run_script(main, sys.argv[1:])
-    sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(code)  # all is put away, and taking PyTorch down takes a second and more
