@@ -5,15 +5,18 @@ engines, the scan and the page are asked for no more than a bounded time for eac
 """
 
 import io
+import math
 import re
 from typing import BinaryIO, Literal
 
 import numpy as np
-from PIL.JpegImagePlugin import MARKER
+from PIL.JpegImagePlugin import MARKER, JpegImageFile
 
 TOO_COSTLY = "too costly to decode"
 # Real photos have about 10 scans. Each is a pass over the whole picture, however short it is.
-_MOST_SCANS = 64
+_FEW_SCANS, _MOST_SCANS = 10, 64
+_MOST_PASSES = 1 << 31  # pixels in all scans of a JPEG with more than a few
+_MOST_AT_ONCE = 1 << 28  # bytes of a file that Pillow holds in memory as a whole
 _BLOCK = 1 << 18  # bytes of a file in memory at once
 _PADDING = 1 << 16  # bytes that belong to no segment
 _SMALL = 1 << 20  # bytes; of a smaller PNG the chunks behind the first one with pixels are not worth a walk
@@ -39,8 +42,8 @@ def fault_of_structure(file: BinaryIO, kind: str, head: bytes, byte_size: int) -
     if kind == "TIFF":
         return "" if tags_are_bounded(file, byte_size) else TOO_COSTLY
     if kind == "PPM":  # Pillow reads its header byte by byte, comments of any length too
-        return "" if _PPM.match(head) else "broken header"
-    return ""
+        return _fault_of_ppm(file, head, byte_size)
+    return TOO_COSTLY if kind in ("WEBP", "AVIF", "HEIF") and byte_size > _MOST_AT_ONCE else ""
 
 
 def _most_parts(byte_size: int) -> int:
@@ -55,7 +58,7 @@ def _fault_of_jpeg(file: BinaryIO, head: bytes, byte_size: int) -> str:
     a marker that has no business there, but only where it comes by: DALI, which decodes a window, takes a photo with
     one crop that it refuses with another. In all other damage decoders see a photo.
     """
-    at, coded, scans, padding, exif = 2, False, 0, 0, b""
+    at, coded, scans, most_scans, padding, exif = 2, False, 0, 0, 0, b""
     for _ in range(_most_parts(byte_size)):
         start = head[at : at + 4]
         if len(start) == 4 and start[0] == 0xFF and start[1] not in _NO_MARKERS:  # as behind every segment
@@ -84,8 +87,11 @@ def _fault_of_jpeg(file: BinaryIO, head: bytes, byte_size: int) -> str:
             if coded and not scans and not _exif_is_bounded(exif):
                 return TOO_COSTLY
             scans += coded
-            if scans > _MOST_SCANS:
-                return TOO_COSTLY
+            if coded and scans > _FEW_SCANS:
+                file.seek(0)
+                most_scans = most_scans or min(_MOST_SCANS, _MOST_PASSES // math.prod(JpegImageFile(file).size))
+                if scans > max(_FEW_SCANS, most_scans):
+                    return TOO_COSTLY
         at = marker + 2
         if has_length:
             if code == _APP1 and not scans:
@@ -143,13 +149,26 @@ def _fault_of_png(file: BinaryIO, byte_size: int) -> str:
     for _ in range(_most_parts(byte_size)):
         file.seek(at)
         chunk = file.read(8)
-        has_pixels = has_pixels or chunk[4:] == b"IDAT"
         if len(chunk) < 8 or chunk[4:] == b"IEND" or (has_pixels and byte_size < _SMALL):
             return ""
+        has_pixels = has_pixels or chunk[4:] == b"IDAT"
         at += 12 + int.from_bytes(chunk[:4], "big")
-        if not has_pixels and min(at, byte_size) > _MOST_HEADER:
+        if at > byte_size:  # Pillow would ask for as much memory
+            return "truncated"
+        if not has_pixels and at > _MOST_HEADER:
             return TOO_COSTLY
     return TOO_COSTLY
+
+
+def _fault_of_ppm(file: BinaryIO, head: bytes, byte_size: int) -> str:
+    """Of one written in digits Pillow copies a megabyte for each comment between them."""
+    if not _PPM.match(head):
+        return "broken header"
+    if head[1:2] in b"123":
+        file.seek(0)
+        comments = sum(block.count(b"#") for block in iter(lambda: file.read(_BLOCK), b""))
+        return TOO_COSTLY if comments > _most_parts(byte_size) else ""
+    return ""
 
 
 def tags_are_bounded(file: BinaryIO, byte_size: int) -> bool:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.headers import judge
+from pipelines.headers import HAS_AVIF, judge
 from pipelines.pixels import Preprocess, view_of_file
 from pipelines.structure import TOO_COSTLY
 from tests.corpus import encoded
@@ -32,6 +32,14 @@ def many_scans(scans: int) -> bytes:
     content = encoded(progressive=True)
     last = content.rindex(b"\xff\xda")
     return content[:last] + content[last:-2] * (scans - 9) + b"\xff\xd9"
+
+
+def large_arithmetic(scans: int, side: int = 13_000) -> bytes:
+    """An arithmetic-coded progressive JPEG whose scans have no data: the decoder makes up zeros."""
+    header = struct.pack(">BHHB", 8, side, side, 3) + bytes([1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0])
+    tables = segment(0xDB, bytes([0] + [1] * 64)) + segment(0xFE, bytes(20_000))
+    last = segment(0xDA, bytes([1, 1, 0, 1, 63, 0]))
+    return b"\xff\xd8" + tables + segment(0xCA, header) + last * scans + b"\xff\xd9"
 
 
 def many_tags(order: str = ">") -> bytes:
@@ -71,6 +79,8 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "1,800 scans": (lambda: many_scans(1800), TOO_COSTLY),
     "65 scans": (lambda: many_scans(65), TOO_COSTLY),
     "64 scans": (lambda: many_scans(64), ""),
+    "13 scans of 169 megapixels": (lambda: large_arithmetic(13), TOO_COSTLY),
+    "10 scans of 169 megapixels": (lambda: large_arithmetic(10), ""),
     "empty comments before the picture": (lambda: JPEG[:2] + segment(0xFE, b"") * 8_000_000 + JPEG[2:], TOO_COSTLY),
     "empty comments between the scans": (lambda: JPEG[:-2] + segment(0xFE, b"") * 8_000_000 + JPEG[-2:], TOO_COSTLY),
     "a JPEG that goes on with 0xff": (lambda: JPEG[:2] + b"\xff" * MEGABYTES_32 + JPEG[2:], "broken header"),
@@ -89,6 +99,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty chunks before the pixels": (lambda: png(chunk(b"teXt", b"") * 2_000_000), TOO_COSTLY),
     "empty chunks of pixels": (lambda: png(chunk(b"IDAT", b"") * 2_000_000), TOO_COSTLY),
     "a long text before the pixels": (lambda: png(chunk(b"teXt", bytes(70 << 20))), TOO_COSTLY),
+    "pixels in a chunk of 4 GB": (lambda: png(struct.pack(">I4s", 0xFFFFFFFF, b"IDAT")), "truncated"),
     "a WebP of one colour": (lambda: solid("WEBP", 8_000, lossless=True), TOO_COSTLY),
     "a small WebP of one colour": (lambda: solid("WEBP", 1_000, lossless=True), ""),
     "a BMP with run lengths": (run_length_bmp, TOO_COSTLY),
@@ -96,6 +107,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: b"P6 #" + b"x" * MEGABYTES_32 + b"\n30 20 255\n" + bytes(1800),
         "broken header",
     ),
+    "a PPM of comments": (lambda: b"P2 30 20 255\n" + b"#\n" * (1 << 22), TOO_COSTLY),
 }
 
 
@@ -127,6 +139,14 @@ def test_it_is_judged_within_a_second_and_64_megabytes(tmp_path: Path, name: str
     assert found == [expected]
     assert seconds < 1
     assert megabytes < 64
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ("WEBP", "AVIF") if kind != "AVIF" or HAS_AVIF])
+def test_a_file_of_gigabytes_is_not_read_as_a_whole(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "photo"
+    path.write_bytes(encoded(kind))
+    os.truncate(path, 3 << 30)  # of holes
+    assert judge(os.fsencode(path)).fault == TOO_COSTLY
 
 
 SIDE = 2_896  # pixels: as large as a photo may be whose bytes are hardly any
