@@ -158,6 +158,8 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
     """
     if not os.path.exists(path):  # unlike Path's, it raises nothing where a folder may not be read
         raise UserError(f"{named}: {path} does not exist: {_WANTED}")
+    if not os.path.isfile(path):  # a pipe would keep its reader waiting, and a device never end
+        raise UserError(f"{named}: {path} is no regular file: {_WANTED}")
     try:
         if _grows(path):
             raise ValueError("its content is packed, as PyTorch does not do")

@@ -8,7 +8,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.errors import UserError
 from pipelines.headers import HAS_AVIF, judge
+from pipelines.model import read_state_dict
 from pipelines.pixels import Preprocess, view_of_file
 from pipelines.structure import TOO_COSTLY
 from tests.corpus import encoded
@@ -147,6 +149,17 @@ def test_a_file_of_gigabytes_is_not_read_as_a_whole(tmp_path: Path, kind: str) -
     path.write_bytes(encoded(kind))
     os.truncate(path, 3 << 30)  # of holes
     assert judge(os.fsencode(path)).fault == TOO_COSTLY
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
+def test_weights_are_read_from_regular_files_only(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "weights.pth"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_state_dict(Path("/dev/zero") if kind == "device" else path, "resnet18")
 
 
 SIDE = 2_896  # pixels: as large as a photo may be whose bytes are hardly any
