@@ -25,6 +25,7 @@ from torch import nn
 from torchvision import models
 
 _WANTED = "give imagenet, none, a state_dict file or a run folder"
+_MOST_REPEATED = 1 << 28  # bytes of a tensor that repeats its values by strides of 0, which could be terabytes
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 
 
@@ -191,8 +192,11 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
         )
     for name, value in state.items():
         is_count = name.endswith("num_batches_tracked")
-        if value.layout != torch.strided or not (is_count or value.is_floating_point()):
+        is_real = value.is_floating_point() or (is_count and not value.is_complex())
+        if value.layout != torch.strided or not is_real:
             raise UserError(f"{named}: {path} holds {name} as {value.dtype}, {value.layout}: floats are needed")
+        if value.is_meta or value.nbytes > max(value.untyped_storage().nbytes(), _MOST_REPEATED):
+            raise UserError(f"{named}: {path} holds {name} without all of its values: {_WANTED}")
         if not is_count and not value.float().isfinite().all():
             raise UserError(f"{named}: {path} holds {name} with values that are not finite: it comes of a failed run")
     return state

@@ -16,7 +16,9 @@ from pipelines.structure import TOO_COSTLY
 from tests.corpus import encoded
 
 import pytest
+import torch
 from PIL import Image
+from torchvision.models import resnet18
 
 MEGABYTES_32 = 32 << 20
 
@@ -160,6 +162,14 @@ def test_weights_are_read_from_regular_files_only(tmp_path: Path, kind: str) -> 
         path.symlink_to("/dev/zero")
     with pytest.raises(UserError, match="is no regular file"):
         read_state_dict(Path("/dev/zero") if kind == "device" else path, "resnet18")
+
+
+@pytest.mark.parametrize("head", [torch.zeros(1).expand(10**9, 512), torch.zeros(1000, 512, device="meta")])
+def test_weights_without_all_of_their_values_are_refused(tmp_path: Path, head: torch.Tensor) -> None:
+    state = resnet18().state_dict() | {"fc.weight": head, "fc.bias": torch.zeros(1).expand(len(head))}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="without all of its values"):
+        read_state_dict(tmp_path / "weights.pth", "resnet18")
 
 
 SIDE = 2_896  # pixels: as large as a photo may be whose bytes are hardly any
