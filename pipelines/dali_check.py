@@ -39,7 +39,7 @@ def fault_of_dali(device: torch.device, command: Sequence[str] | None = None) ->
     """
     on = _hardware_and_versions(device)
     file = cache_folder() / "dali" / f"{blake2b(_key(on).encode(), digest_size=8).hexdigest()}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(json.loads(file.read_text(encoding="utf-8"))["fault"])
     happened, is_lasting = _ask_child(device, command)
     fault = f"DALI does not work here: {happened} ({on})" if happened else ""

@@ -1,5 +1,6 @@
 """Files of any kind."""
 
+import errno
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,12 @@ _BLOCK = 1 << 20  # bytes in memory at once
 
 
 def file_digest(path: Path, algorithm: str = "blake2b") -> str:
-    """Hex, of a file's content. algorithm: a name that hashlib knows; of blake2b the 128-bit variant."""
+    """Hex, of a file's content. algorithm: a name that hashlib knows; of blake2b the 128-bit variant.
+
+    OSError, too, where it is no regular file: reading a pipe or a device would wait, or never end.
+    """
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.blake2b(digest_size=16) if algorithm == "blake2b" else hashlib.new(algorithm)
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):

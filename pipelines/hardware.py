@@ -63,7 +63,7 @@ def bf16_gain(*, measure: bool) -> float | None:
     processor = re.search(r"model name\s*:\s*(.*)", _CPU_INFO.read_text(errors="replace"))
     name = f"{processor[1] if processor else platform.machine()}, {torch.get_num_threads()}, {torch.__version__}"
     file = cache_folder() / "bf16" / f"{blake2b(name.encode(), digest_size=8).hexdigest()}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return float(json.loads(file.read_text(encoding="utf-8"))["gain"])
     if not measure:
         return None

@@ -475,3 +475,9 @@ def test_a_file_that_would_take_far_more_memory_than_it_has_bytes_is_not_opened(
             packed.writestr(entry, plain.read(entry))
     with pytest.raises(UserError, match="its content is packed"):
         read_state_dict(tmp_path / "packed.pt", "resnet18")
+
+
+def test_a_pipe_has_no_digest(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        file_digest(tmp_path / "pipe")
