@@ -44,6 +44,7 @@ _MARKS = (
 )
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 _ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]*://|[A-Za-z]:[\\/]")  # a URL, a path on a drive of Windows
+_BLANKS_BEHIND_QUOTE = re.compile(r'" +(?=[,;\t\r\n]|$)')
 _EVENTS = "events.out.tfevents"  # TensorBoard's
 _OWN_PICTURES = re.compile(r"(confusion_matrix|predictions)_\w+\.png")  # evaluate.py's, where it has no run folder
 
@@ -402,14 +403,15 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
     seen: set[bytes] = set()
     meant: dict[str, str] = {}  # split -> as it is spelled
     mended = 0
-    where = f"{printable(file)}, line 1"
+    where, reader = f"{printable(file)}, line 1", None
     try:
         with open(file, newline="", encoding=_encoding(file)) as text:
             line = text.readline()
             first = 1 + line.lower().startswith("sep=")  # Excel's own line
             delimiter, columns = _read_header(file, first, text.readline() if first == 2 else line)
             # strict: a quote that is never closed would make one value of all that follows.
-            reader = csv.DictReader(text, columns, delimiter=delimiter, skipinitialspace=True, strict=True)
+            lines = (_BLANKS_BEHIND_QUOTE.sub('"', line) for line in text)
+            reader = csv.DictReader(lines, columns, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in reader:
                 where = f"{printable(file)}, line {reader.line_num + first}"
                 if None in row:
@@ -444,8 +446,13 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                 if meant.setdefault(split, spelled) != spelled:
                     _check_spellings(where, (meant[split], spelled))
                 yield split, row["label"].strip(), path
-    except (UnicodeError, csv.Error) as error:
-        raise UserError(f"{where} or below: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
+    except UnicodeError as error:
+        raise UserError(f"{printable(file)}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            raise UserError(f"{where} or below: a quote is opened and never closed; close it, or remove it") from None
+        where = f"{printable(file)}, line {reader.line_num + first if reader else 1}"
+        raise UserError(f"{where}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
     _check_spellings(printable(file), list(meant.values()))
     if mended:
         findings.notes.append(f"{mended} paths were put right, with / for \\ or without blanks around them")

@@ -242,7 +242,10 @@ CSV: Refused = {
         as_csv("path,label\ntrain/ant/0,5.jpg,ant\n"),
         ("line 2: more values than columns", "between quotes"),
     ),
-    "an open quote": (as_csv('path,label\n"train/ant/0.jpg,ant\ntrain/bee/0.jpg,bee\n'), ("the label is empty",)),
+    "an open quote": (
+        as_csv('path,label\n"train/ant/0.jpg,ant\ntrain/bee/0.jpg,bee\n'),
+        ("a quote is opened and never closed",),
+    ),
     "a NUL": (as_csv("path,label\ntrain/ant/\0.jpg,ant\n"), ("photos.csv, line 2: not a CSV file", "NUL")),
     "latin-1": (as_csv(b"path,label\ntrain/caf\xe9/0.jpg,ant\n"), ("not a CSV file in UTF-8", "give a")),
 }

@@ -223,6 +223,12 @@ def test_csv_files_of_all_programs(tmp_path: Path, text: str, encoding: str) -> 
     assert findings.notes == (mended if "\\" in text else [])
 
 
+def test_blanks_behind_a_quote_are_nothing(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "b.jpg")
+    rows, _ = read_csv(tmp_path, 'path,label\n"a.jpg" , "x" \n"b.jpg" ,y\n')
+    assert [(label, path) for _, label, path in rows] == [("x", "a.jpg"), ("y", "b.jpg")]
+
+
 def test_a_name_with_a_backslash_or_a_blank_is_taken_as_it_is(tmp_path: Path) -> None:
     make(tmp_path, "a\\0.jpg", "a/0.jpg", "b.jpg ", "b.jpg")
     rows, findings = read_csv(tmp_path, "path,label\na\\0.jpg,x\nb.jpg ,y\nphotos\\gone.jpg,y\n")
@@ -237,7 +243,7 @@ def test_a_name_with_a_backslash_or_a_blank_is_taken_as_it_is(tmp_path: Path) ->
         ("path;file\na;b\n", "utf-8", "line 1: no column label; it has path, file"),
         ("photos/0.jpg,a\n", "utf-8", "line 1: no column label, path; it has photos/0.jpg, a"),
         ("path,label\na.jpg,K\xe4fer\n", "latin-1", "not a CSV file in UTF-8"),
-        ('path,label\na.jpg,a\nb.jpg,"b\nc.jpg,c\n', "utf-8", "line 2 or below: not a CSV file"),
+        ('path,label\na.jpg,a\nb.jpg,"b\nc.jpg,c\n', "utf-8", "line 2 or below: a quote is opened and never closed"),
         ("path,label\nC:\\x\\a.jpg,a\n", "utf-8", "line 2: C:\\x\\a.jpg is no path here"),
         ("sep=,\npath,label\nfile:///x/a.jpg,a\n", "utf-8", "line 3: file:///x/a.jpg is no path here"),
         ("path,label\na.jpg,a\n", "utf-16-le", "UTF-16 without its mark"),
