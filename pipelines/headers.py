@@ -8,7 +8,7 @@ import stat
 from hashlib import blake2b
 from typing import BinaryIO, NamedTuple
 
-from pipelines.structure import EXIF, TOO_COSTLY, fault_of_structure, tags_are_bounded
+from pipelines.structure import EXIF, TOO_COSTLY, fault_of_structure, jpeg_scans, tags_are_bounded
 
 import numpy as np
 from PIL import Image, ImageFile, features
@@ -55,6 +55,7 @@ UNREAD_ENDINGS: dict[str, str] = {
 }
 MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
 _LARGE_TILE = 1 << 22  # pixels
+_MOST_SCANS_A_STRIP = 4  # of a TIFF with JPEG in it: one for each colour
 _SMALL_PICTURE, _MOST_PIXELS_A_BYTE = 1 << 23, 10_000  # a blank page of a scanner has some thousands
 EDGE = 4096  # bytes read at a file's start and at its end
 _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
@@ -131,7 +132,7 @@ def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> 
         return Judgement(_LONG_SIDE)
     if kind != "JPEG" and not _is_whole(file, kind, photo, tail, byte_size):
         return Judgement("truncated")
-    if not _is_affordable(photo, byte_size):
+    if not _is_affordable(file, photo, byte_size):
         return Judgement(TOO_COSTLY)
     if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
         photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
@@ -156,7 +157,7 @@ def white_level(photo: Image.Image) -> int | None:
     return next((white for white in (1, 255, 65_535) if low >= 0 and high <= white), None)
 
 
-def _is_affordable(photo: ImageFile.ImageFile, byte_size: int) -> bool:
+def _is_affordable(file: BinaryIO, photo: ImageFile.ImageFile, byte_size: int) -> bool:
     """Whether the opened photo's decoder keeps time and memory within what its file and its pixels are worth."""
     width, height = photo.size
     if photo.tile and photo.tile[0][0] == "bmp_rle":  # decoded in Python, pixel by pixel
@@ -164,6 +165,9 @@ def _is_affordable(photo: ImageFile.ImageFile, byte_size: int) -> bool:
     if isinstance(photo, TiffImageFile):
         tile = photo.tag_v2.get(322, 0) * photo.tag_v2.get(323, 0)  # libtiff makes room for a whole one
         if tile > width * height + _LARGE_TILE:
+            return False
+        strips = max(len(photo.tag_v2.get(tag, ())) for tag in (273, 324))
+        if photo.tag_v2.get(259) in (6, 7) and jpeg_scans(file) > _MOST_SCANS_A_STRIP * (1 + strips):
             return False
     return width * height <= _SMALL_PICTURE or width * height <= _MOST_PIXELS_A_BYTE * byte_size
 

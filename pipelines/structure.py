@@ -171,6 +171,16 @@ def _fault_of_ppm(file: BinaryIO, head: bytes, byte_size: int) -> str:
     return ""
 
 
+def jpeg_scans(file: BinaryIO) -> int:
+    """How many scans may begin in a file that holds JPEG streams anywhere; their coded data holds no such marker."""
+    file.seek(0)
+    scans, last = 0, b""
+    while block := file.read(_BLOCK):
+        scans += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    return scans
+
+
 def tags_are_bounded(file: BinaryIO, byte_size: int) -> bool:
     """Whether the values in a TIFF's first directory (TIFF 6.0, section 2) take no more memory than the file is large.
 

@@ -60,6 +60,15 @@ def large_tile() -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(values)) + tags + bytes(200)
 
 
+def jpeg_in_tiff(scans: int) -> bytes:
+    """A TIFF whose only strip is a JPEG of so many scans."""
+    jpeg, values = many_scans(scans), {256: 120, 257: 90, 258: 8, 259: 7, 262: 6, 277: 3, 278: 90}
+    offset = 8 + 2 + 12 * (len(values) + 2) + 4
+    values |= {273: offset, 279: len(jpeg)}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(values.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + tags + bytes(4) + jpeg
+
+
 def run_length_bmp() -> bytes:
     header = struct.pack("<IiiHHIIiiII", 40, 60_000, 2_000, 1, 8, 1, 1000, 0, 0, 256, 0)
     deltas = b"\0\2\xff\xff" * 250
@@ -100,6 +109,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "the same, in a WebP": (lambda: encoded("WEBP", exif=many_tags("<")), ""),
     "a TIFF of such tags": (lambda: many_tags("<"), TOO_COSTLY),
     "a TIFF in one tile": (large_tile, TOO_COSTLY),
+    "a TIFF of 60 scans": (lambda: jpeg_in_tiff(60), TOO_COSTLY),
     "empty chunks before the pixels": (lambda: png(chunk(b"teXt", b"") * 2_000_000), TOO_COSTLY),
     "empty chunks of pixels": (lambda: png(chunk(b"IDAT", b"") * 2_000_000), TOO_COSTLY),
     "a long text before the pixels": (lambda: png(chunk(b"teXt", bytes(70 << 20))), TOO_COSTLY),

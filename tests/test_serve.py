@@ -327,6 +327,14 @@ def test_heads_and_answers_have_their_time(one_server, monkeypatch):
         connection.close()
 
 
+def test_health_tells_busy_from_dead(one_server, monkeypatch):
+    monkeypatch.setattr(decoding, "WAITING", 0)
+    status, answer = one_server.ask("GET", "/health")
+    assert (status, json.loads(answer)) == (503, {"state": "busy"})
+    monkeypatch.undo()
+    assert one_server.ask("GET", "/health")[0] == 200
+
+
 def test_connections_that_ask_nothing_make_room(one_server, monkeypatch):
     monkeypatch.setattr(connections, "CONNECTIONS", 8)
     upload = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nsome"
