@@ -277,7 +277,8 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
-        self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(config)}")
+        # --overwrite was for this once: with it, --config RUN/config.yaml would empty the folder again.
+        self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(replace(config, overwrite=False))}")
         if not resumed:
             self.write_status("running")
             (self.folder / _UNBEGUN).unlink()

@@ -154,6 +154,14 @@ def test_overwrite_starts_anew(run):
     assert "lr: 0.5" in (run.folder / "config.yaml").read_text()
 
 
+def test_a_runs_own_recipe_does_not_start_it_anew(run):
+    run.create(Config(overwrite=True))
+    run.close()
+    config, _ = parse_config([f"--config={run.folder / 'config.yaml'}"])
+    assert config == Config()
+    assert run.beginning(config) == "resumed"
+
+
 def test_overwrite_never_removes_what_is_no_run(run, capsys):
     run.folder.mkdir(parents=True)
     run.create(Config(overwrite=True))  # an empty folder is nobody's
