@@ -1,5 +1,6 @@
 """What leaves the project: the ONNX graph, the tensors and the model card, each used as its reader would."""
 
+import ast
 import json
 import re
 import shutil
@@ -92,6 +93,15 @@ def test_the_cards_own_code_runs(exported_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec("\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL)), {})
     assert capsys.readouterr().out.split() == [name, name]
+
+
+def test_any_class_name_survives_the_cards_code():
+    names = ["👩‍🌾", 'a "bee\'s"', "back\\slash", "{brace}", "Käfer", "蚂蚁"]
+    description = {"arch": "resnet18", "classes": names, "scores": {}, "data": None, "versions": {}}
+    description["dataset_fingerprint"] = "0"
+    preprocess = Preprocess(resize=256, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
+    facts = export._facts(Path("run"), description, None, None, preprocess)
+    assert ast.literal_eval(facts["class_list"]) == names
 
 
 def test_the_card_is_filled_from_the_run(exported_run):
