@@ -293,7 +293,7 @@ def _with(**values: object):
 
 BAD_FILES = {
     "missing": (lambda path, state: None, "does not exist"),
-    "directory": (lambda path, state: path.mkdir(), "Is a directory"),
+    "directory": (lambda path, state: path.mkdir(), "is no regular file"),
     "empty": (lambda path, state: path.touch(), "EOF|Ran out of input"),
     "text": (lambda path, state: path.write_text("ants and bees"), "holds tensors and nothing else"),
     "truncated": (_truncated, "holds tensors and nothing else"),
