@@ -278,7 +278,8 @@ class RunFolder:
             reason = error.strerror or error
             raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
         # --overwrite was for this once: with it, --config RUN/config.yaml would empty the folder again.
-        self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(replace(config, overwrite=False))}")
+        kept = replace(config, overwrite=False) if config.overwrite else config
+        self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(kept)}")
         if not resumed:
             self.write_status("running")
             (self.folder / _UNBEGUN).unlink()
