@@ -139,14 +139,16 @@ class RunFolder:
                 f"run: {self.folder} was started with other settings ({', '.join(changed)}): it goes on with "
                 f"{values}{less}; for a new run give another --run name, or start it anew with --overwrite"
             )
-        if not is_finished:
-            return "resumed"
-        if not is_longer(before, config, status.get("global_step", 0)):
+        # Best weights that somebody has removed are in the checkpoint, and are put back on the way to the end.
+        has_its_weights = self.best.exists() or not self.has_checkpoint()
+        if is_finished and has_its_weights and not is_longer(before, config, status.get("global_step", 0)):
             return "finished"
-        if self.best.exists() and not self.has_checkpoint():
+        # A run that is cut off before its first checkpoint may have best weights, of its first epoch, and begins anew.
+        has_lost = is_finished or status.get("epoch", 0) > 1
+        if has_lost and self.best.exists() and not self.has_checkpoint():
             raise UserError(
-                f"run: {self.folder} is finished, and its checkpoints are gone: put one back, or begin a new run with "
-                f"its weights: --run NAME --weights {self.folder}"
+                f"run: {self.folder} has been trained, and its checkpoints are gone: put one back, or begin a new run "
+                f"with its weights: --run NAME --weights {self.folder}"
             )
         return "resumed"
 

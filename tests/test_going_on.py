@@ -52,6 +52,8 @@ def saved_run(run: RunFolder, config: Config, state: str = "stopped", global_ste
     run.create(config)
     run.write_status(state, global_step=global_step)
     (run.folder / "checkpoints" / "epoch-0001-step-00000005").mkdir(parents=True)
+    if state == "finished":
+        run.best.touch()
     run.close()
     return run
 
@@ -132,6 +134,23 @@ def test_a_finished_run_without_checkpoints_keeps_its_weights(run):
     assert run.beginning(Config()) == "finished"
     with pytest.raises(UserError, match="its checkpoints are gone"):
         run.beginning(Config(epochs=20))
+
+
+@pytest.mark.parametrize(("epoch", "is_refused"), [(0, False), (1, False), (2, True)])
+def test_a_stopped_run_without_checkpoints_keeps_weights_that_a_checkpoint_had(run, epoch, is_refused):
+    saved_run(run, Config()).save_best(torch.nn.Linear(1, 1), {})
+    run.write_status("stopped", epoch=epoch)
+    shutil.rmtree(run.folder / "checkpoints")
+    if is_refused:
+        with pytest.raises(UserError, match="its checkpoints are gone"):
+            run.beginning(Config())
+    else:
+        assert run.beginning(Config()) == "resumed"
+
+
+def test_a_finished_run_gets_removed_best_weights_back_from_its_checkpoint(run):
+    saved_run(run, Config(), "finished").best.unlink()
+    assert run.beginning(Config()) == "resumed"
 
 
 # The learning rate
