@@ -18,6 +18,7 @@ from hashlib import blake2b
 from importlib.metadata import distributions
 from pathlib import Path
 
+from pipelines.files import keep_json
 from pipelines.photos import cache_folder
 
 import numpy as np
@@ -46,11 +47,7 @@ def fault_of_dali(device: torch.device, command: Sequence[str] | None = None) ->
     if fault and is_lasting:
         fault += f"; it is tried again without {file}"
     if is_lasting:
-        with suppress(OSError):  # then it is asked again
-            file.parent.mkdir(exist_ok=True)
-            partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-            partial.write_text(json.dumps({"on": on, "fault": fault}), encoding="utf-8")
-            os.replace(partial, file)
+        keep_json(file, {"on": on, "fault": fault})
     return fault
 
 

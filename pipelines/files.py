@@ -2,8 +2,12 @@
 
 import errno
 import hashlib
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import UserError
 
@@ -38,3 +42,12 @@ def begins_with(beginning: str) -> Callable[[Path], bool]:
             return file.read(len(beginning.encode())) == beginning.encode()
 
     return is_own
+
+
+def keep_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content` whole or not at all, for what can be found out again: a disk that takes nothing is no error."""
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial, path)

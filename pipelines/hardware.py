@@ -9,6 +9,7 @@ from contextlib import nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
 
+from pipelines.files import keep_json
 from pipelines.photos import cache_folder
 
 import torch
@@ -69,11 +70,7 @@ def bf16_gain(*, measure: bool) -> float | None:
         return None
     if (gain := _measured_gain()) is None:
         return None
-    with suppress(OSError):  # then it is measured again
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps({"processor, threads, torch": name, "gain": gain}), encoding="utf-8")
-        os.replace(partial, file)
+    keep_json(file, {"processor, threads, torch": name, "gain": gain})
     return gain
 
 
