@@ -179,7 +179,7 @@ class _Worker:
     """One process, and another after it has been killed."""
 
     def __init__(self, preprocess: Preprocess, whole: bool) -> None:
-        self._command = [sys.executable, __file__, json.dumps(asdict(preprocess)), json.dumps(whole)]
+        self._command = [sys.executable, __file__, *map(json.dumps, (asdict(preprocess), whole, SECONDS))]
         self._is_ready = self._is_killed = False
         self._lock = threading.Lock()
         self._start()
@@ -244,7 +244,8 @@ class _Worker:
 
 def main() -> None:
     """A worker: a line of JSON in, path and whether to decode; a line out, and behind it the pixels."""
-    preprocess, whole = Preprocess(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
+    settings, whole, seconds = map(json.loads, sys.argv[1:])
+    preprocess = Preprocess(**settings)
     answers = os.fdopen(os.dup(1), "wb")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends its workers
     _limit_memory()
@@ -255,7 +256,7 @@ def main() -> None:
     os.dup2(nothing, 2)  # libtiff speaks on stderr
     for line in sys.stdin.buffer:
         path, decode = json.loads(line)
-        _limit_time(SECONDS)
+        _limit_time(seconds)
         if decode:
             found = pixels_of_file(path, preprocess, whole=whole)
             _limit_time(0)

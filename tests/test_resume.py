@@ -364,5 +364,5 @@ def test_the_second_ctrl_c_leaves_at_once(start, monkeypatch):
     alone.launcher.send_signal(signal.SIGCONT)
     time.sleep(0.35)
     alone.launcher.send_signal(signal.SIGINT)
-    code = alone.launcher.wait(timeout=5)
+    code = alone.launcher.wait(timeout=STOP_WITHIN)
     assert code in (75, 130)  # 75 where the first was answered within a third of a second
