@@ -74,11 +74,13 @@ def main(arguments: list[str]) -> None:
         print(f"{printable(weights.source)} on {printable(dataset.root)}, {_what_is_scored(dataset, split)}")
         for note in notes + spelling_notes(split, classes):
             print(note)
+        if config.test_flips:
+            print("test_flips: an answer is the mean of a photo's logits and its mirror image's")
         print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}; loader: {engine} ({reason})")
     mean, std = (description["mean"], description["std"]) if description else (IMAGENET_MEAN, IMAGENET_STD)
     loader = eval_loader(config, split, labels, state, engine, mean=mean, std=std)
     try:
-        model = restore_model(config.arch, weights).to(accelerator.device)
+        model = restore_model(config.arch, weights, test_flips=config.test_flips).to(accelerator.device)
         records = predict(model, loader, accelerator)
     finally:
         loader.close()
@@ -90,6 +92,7 @@ def main(arguments: list[str]) -> None:
     scores = score(records, len(classes))
     if options.json:
         facts = {"split": printable(split_name), "world_size": accelerator.num_processes, "classes": names}
+        facts |= {"test_flips": config.test_flips}
         _write_json(options.json, facts | {"dataset_fingerprint": dataset.fingerprint} | _as_json(scores))
     _print_scores(scores, names)
     if options.tracker == "wandb":
@@ -128,6 +131,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
     parser.add_argument("--resize", help="shorter side before the central crop (default: the run's, or 256)")
     parser.add_argument("--transparency", help="white, black or ignored (default: the run's, or white)")
+    parser.add_test_flips()
     parser.add_argument("--loader", default="auto", help="auto, dali or torch (default: auto)")
     parser.add_argument("--eval-batch-per-device", help="photos of a batch on one device (default: 64)")
     parser.add_argument("--skip-bad-files", action="store_const", const=True, help="leave out unreadable photos")
@@ -148,12 +152,12 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
 
     What is done to a photo stands in model.json, as for whoever else reads the weights.
     """
-    of_the_model = ("data", "arch", "image_size", "resize", "transparency")
+    of_the_model = ("data", "arch", "image_size", "resize", "transparency", "test_flips")
     keys = (*of_the_model, "class_names", "loader", "eval_batch_per_device", "skip_bad_files")
     given = {key: value for key in keys if (value := getattr(options, key)) is not None}
     if description:
         own: Mapping[str, Any] = description
-        given = {key: own[key] for key in of_the_model if own[key]} | given
+        given = {key: own[key] for key in of_the_model if own[key] != ""} | given
     flags = [f"--{key}={value}" for key, value in given.items()]
     has_config = (options.model / "config.yaml").exists()
     return read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]

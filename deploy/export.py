@@ -86,6 +86,17 @@ preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}]
 """
 
 
+class _WithMirrorImage(torch.nn.Module):
+    """`TransferModel.mean_logits` of both views, in one graph."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, normalised: torch.Tensor) -> torch.Tensor:
+        return (self.network(normalised) + self.network(normalised.flip(-1))) / 2
+
+
 @dataclass(frozen=True)
 class Check:
     """How a graph's answers compare with PyTorch's. differing: photos with another top-1 class. largest: difference of
@@ -111,13 +122,14 @@ def main(arguments: list[str]) -> None:
     best = run / "best.pt"
     digest = file_digest(best) if best.is_file() else ""  # before they are read: a training may go on
     weights = read_run_weights(run, description["arch"], "run")
-    reference = open_run(run, torch.device("cpu"), batch_size=8, threads=cpu_cores())
+    device = torch.device("cpu")
+    reference = open_run(run, device, batch_size=8, threads=cpu_cores(), test_flips=options.test_flips)
     dataset = _own_dataset(description, config)
     paths, labels = _photos(options, dataset, weights.classes or ())
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as temporary:
             folder = Path(temporary)
-            network = _network_graph(description, weights, options.opset)
+            network = _network_graph(description, weights, options.opset, reference.test_flips)
             properties = _properties(reference) | {"weights_digest": digest}
             graph, check = _export_checked(network, reference, properties, paths, folder / "model.onnx", options)
             tensors = safetensors.torch.save(dict(weights.state or {}), properties | {"format": "pt"})
@@ -128,7 +140,7 @@ def main(arguments: list[str]) -> None:
                 pairs = confusion_pairs(check.predicted[read], labels[read], len(names))
                 picture = folder / "confusion_matrix.png"
                 has_matrix = figures.attempt(picture.name, lambda: figures.save_confusion_matrix(picture, pairs, names))
-            facts = _facts(run, description, config, dataset, reference.preprocess)
+            facts = _facts(run, description, config, dataset, reference)
             card = _model_card(facts, graph, check, options.opset, has_matrix=has_matrix)
             (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
             (run / "export").mkdir(exist_ok=True)
@@ -148,6 +160,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         choices=("pictures", "normalised"),
         help="what it takes (default: pictures, or normalised where those differ in more than --tolerance)",
     )
+    parser.add_test_flips()
     parser.add_argument("--opset", type=int, default=_OPSET, help=f"of ONNX, {_OPSET} or higher (default: {_OPSET})")
     parser.add_argument(
         "--tolerance",
@@ -212,7 +225,8 @@ def _export_checked(
         check = compare(reference, open_onnx(file, threads=cpu_cores()), paths)
         print(
             f"model.onnx, from {graph}: the same top-1 as PyTorch on {check.count - len(check.differing)} of "
-            f"{check.count} photos, largest difference of a logit {check.largest:.2g}",
+            f"{check.count} photos{', each with its mirror image' if reference.test_flips else ''}, largest difference "
+            f"of a logit {check.largest:.2g}",
             flush=True,
         )
         if not check.count:
@@ -257,7 +271,9 @@ def compare(reference: Classifier, other: Classifier, paths: Sequence[str]) -> C
     return Check(count, differing, largest, predicted, margin)
 
 
-def _network_graph(description: Mapping[str, Any], weights: Weights, opset: int = _OPSET) -> Any:
+def _network_graph(
+    description: Mapping[str, Any], weights: Weights, opset: int = _OPSET, test_flips: bool = False
+) -> Any:
     """The ONNX model from the normalised tensor to the logits, for any number of photos. UserError of a wrong opset."""
     import onnx
 
@@ -266,7 +282,8 @@ def _network_graph(description: Mapping[str, Any], weights: Weights, opset: int 
         raise UserError(
             f"--opset {opset}: this version of onnx knows {newest} as the highest, and {_OPSET} is the least"
         )
-    network = restore_model(description["arch"], weights).network.eval().to(memory_format=torch.contiguous_format)
+    network: torch.nn.Module = restore_model(description["arch"], weights).network
+    network = (_WithMirrorImage(network) if test_flips else network).eval().to(memory_format=torch.contiguous_format)
     size = description["image_size"]
     program = torch.onnx.export(
         network,
@@ -323,7 +340,8 @@ def _listed(values: np.ndarray) -> str:
 
 def _properties(reference: Classifier) -> dict[str, str]:
     """What a file of weights must carry with it, as JSON."""
-    return {"classes": json.dumps(list(reference.classes)), "preprocess": json.dumps(asdict(reference.preprocess))}
+    facts = {"classes": list(reference.classes), "preprocess": asdict(reference.preprocess)}
+    return {key: json.dumps(value) for key, value in (facts | {"test_flips": reference.test_flips}).items()}
 
 
 _CARD = """---
@@ -389,13 +407,13 @@ preprocess = transforms.Compose([
 ])
 photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 with torch.inference_mode():
-    logits = model(preprocess(photo)[None])
+    {logits}
 print(classes[logits.argmax()])
 ```
 
 `model.onnx`, opset {opset}, {graph}
-Checked with onnxruntime on the CPU: the same top-1 as PyTorch on {agreed} of {checked} photos, largest difference of a
-logit {largest:.2g}. `classes` and `preprocess` stand in its metadata, as JSON.
+{mirrored}Checked with onnxruntime on the CPU: the same top-1 as PyTorch on {agreed} of {checked} photos, largest
+difference of a logit {largest:.2g}. `classes`, `preprocess` and `test_flips` stand in its metadata, as JSON.
 
 From 1.29 on onnxruntime sends events to its makers unless `ORT_DISABLE_TELEMETRY=1` is set before it is loaded.
 
@@ -426,9 +444,10 @@ def _facts(
     description: Mapping[str, Any],
     config: Config | None,
     dataset: Dataset | None,
-    preprocess: Preprocess,
+    reference: Classifier,
 ) -> dict[str, Any]:
     """What the card says of the run."""
+    preprocess = reference.preprocess
     classes = [printable(label) for label in description["classes"]]
     return {
         "name": printable(run.resolve().name),
@@ -436,7 +455,7 @@ def _facts(
         "count": len(classes),
         "classes": ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else ""),
         "class_list": repr(classes),
-        "scores": _scores(description["scores"]),
+        "scores": _scores(description["scores"], test_flips=description["test_flips"]),
         "data": "\n".join(_data(description, dataset)),
         "recipe": _recipe(config),
         "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
@@ -445,6 +464,12 @@ def _facts(
         "image_size": preprocess.image_size,
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
+        "mirrored": "Its logits are the mean of a picture's and its mirror image's (`test_flips`). "
+        if reference.test_flips
+        else "",
+        "logits": "view = preprocess(photo)[None]\n    logits = (model(view) + model(view.flip(-1))) / 2"
+        if reference.test_flips
+        else "logits = model(preprocess(photo)[None])",
     }
 
 
@@ -465,7 +490,8 @@ def _model_card(facts: Mapping[str, Any], graph: str, check: Check, opset: int, 
     )
 
 
-def _scores(scores: Mapping[str, Any]) -> str:
+def _scores(scores: Mapping[str, Any], *, test_flips: bool) -> str:
+    views = "\n\nAn answer was the mean of the logits of a photo and of its mirror image." if test_flips else ""
     try:
         low, high = wilson_interval(scores["correct"], scores["count"])
         balanced = f"{scores['val/balanced_top1']:.4f}" if "val/balanced_top1" in scores else "not known"
@@ -473,7 +499,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
             f"| split | top-1 | 95 % interval (Wilson) | balanced | photos | loss |\n|---|---|---|---|---|---|\n"
             f"| val | {scores['val/top1']:.4f} | {low:.3f} to {high:.3f} | {balanced} | {scores['correct']} of "
             f"{scores['count']} | {scores['val/loss']:.4f} |\n\nThe best of its training's evaluations, on photos that "
-            "chose it: a test set's are likely to be a little lower."
+            f"chose it: a test set's are likely to be a little lower.{views}"
         )
     except KeyError:
         return "Not known: the run's `model.json` has none."

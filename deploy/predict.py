@@ -57,8 +57,10 @@ def main(arguments: list[str]) -> None:
         raise UserError("one process does it: start with python deploy/predict.py, without a launcher")
     device = torch.device("cpu") if options.cpu else start_processes().device
     engine, reason = choose_engine(options.loader, device)
-    run = open_run(options.run, device, engine=engine, batch_size=options.eval_batch_per_device, threads=cpu_cores())
-    _say(f"{printable(options.run)} on {len(paths)} files, {device.type}; loader: {engine} ({reason})")
+    settings = {"batch_size": options.eval_batch_per_device, "test_flips": options.test_flips}
+    run = open_run(options.run, device, engine=engine, threads=cpu_cores(), **settings)
+    mirrored = ", each with its mirror image" if run.test_flips else ""
+    _say(f"{printable(options.run)} on {len(paths)} files{mirrored}, {device.type}; loader: {engine} ({reason})")
 
     counts: Counter[str] = Counter()
     doubtful: list[tuple[float, int, str]] = []  # a heap of -confidence, number, class: the surest answer comes out
@@ -105,6 +107,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--loader", choices=("auto", "dali", "torch"), default="auto", help="the engine (default: auto)"
     )
     parser.add_argument("--eval-batch-per-device", type=int, default=64, metavar="N", help="of a batch (default: 64)")
+    parser.add_test_flips()
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
     options = parser.parse_args(arguments)
     if options.csv == options.json == "-":

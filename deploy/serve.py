@@ -42,6 +42,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation import wilson_interval
 from pipelines.inference import Answer, Classifier, answer_of, import_extra, open_onnx, open_run
 from pipelines.processes import Terminated, cpu_cores, run_script
+from pipelines.resume import spelled
 from pipelines.run_files import read_description
 from pipelines.text import printable
 
@@ -82,8 +83,11 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     if options.weights == "onnx":
         classifier: Classifier = open_onnx(options.run / "export" / "model.onnx", made_of=options.run / "best.pt")
+        if options.test_flips not in (None, classifier.test_flips):
+            wanted = spelled(options.test_flips)
+            raise UserError(f"--test-flips {wanted}: the graph was made otherwise: export.py --test-flips {wanted}")
     else:
-        classifier = open_run(options.run, torch.device("cpu"))
+        classifier = open_run(options.run, torch.device("cpu"), test_flips=options.test_flips)
     listener = _listen(options.host, options.port)
     names = _names(options.host, listener, options.allow_host)
     _allow_files()
@@ -92,7 +96,8 @@ def main(arguments: list[str]) -> None:
             classifier, facts, Path(folder), names=names, origins=options.allow_origin, prefix=options.prefix
         )
         address = _address(options.host, listener.getsockname()[1], options.prefix)
-        server.greeting = f"{facts['name']} ({options.weights}): {address}   Ctrl-C ends it"
+        mirrored = ", each photo with its mirror image" if classifier.test_flips else ""
+        server.greeting = f"{facts['name']} ({options.weights}{mirrored}): {address}   Ctrl-C ends it"
         try:
             server.run(sockets=[listener])
         finally:
@@ -104,6 +109,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ScriptParser("serve.py", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best.pt and model.json")
     parser.add_argument("--weights", choices=("pytorch", "onnx"), default="pytorch", help="(default: pytorch)")
+    parser.add_test_flips()
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument(
@@ -337,7 +343,7 @@ def _make_app(
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
 
     async def show_model(_: Request) -> JSONResponse:
-        return JSONResponse(dict(facts))
+        return JSONResponse({**facts, "test_flips": classifier.test_flips})
 
     async def show_health(_: Request) -> JSONResponse:
         return JSONResponse({"state": "busy"}, 503) if decoders.is_full() else JSONResponse({"state": "ok"})

@@ -163,6 +163,9 @@ class Config:
     best_by: Literal["top1", "balanced"] = "top1"
     """which validation accuracy best.pt is the best of; balanced: the mean recall, so that each class counts the same
     however many photos it has"""
+    test_flips: bool = False
+    """the answer for a photo, in evaluations, predict.py, the page and the ONNX graph, is the mean of its logits and
+    its mirror image's, which takes twice as long"""
     eval_batch_per_device: Annotated[int, Field(ge=1)] = 64
     """photos of a validation batch on one device"""
 
@@ -218,7 +221,7 @@ GROUPS = {
         "step_gamma",
         "warmup_epochs",
     ],
-    "Evaluation": ["best_by", "eval_batch_per_device"],
+    "Evaluation": ["best_by", "test_flips", "eval_batch_per_device"],
     "Logging": ["log_every", "tracker", "project", "tags", "group", "alerts", "log_model"],
 }
 
@@ -345,8 +348,26 @@ class ScriptParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_test_flips(self) -> None:
+        """The setting of this name, as train.py's flag is given; None where a run's own counts."""
+        self.add_argument(
+            *("--test-flips", "--test_flips"),
+            nargs="?",
+            const=True,
+            type=_true_or_false,
+            metavar="VALUE",
+            help="true or false: take the mean with each photo's mirror image, in twice the time (default: the run's)",
+        )
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists what there is)")
+
+
+def _true_or_false(text: str) -> bool:
+    try:
+        return TypeAdapter(bool).validate_python(text)
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"cannot be {_shown(text)}; possible: true or false") from None
 
 
 class _Parser(argparse.ArgumentParser):

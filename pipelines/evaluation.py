@@ -69,7 +69,8 @@ def predict(
 ) -> np.ndarray:
     """Records (see _RECORD) of every readable photo of the loader's split, by index; the same array on all processes.
 
-    model: unwrapped; it is left in eval mode. cache: given where `frozen_part_is_fixed`, filled on the first call.
+    model: unwrapped; it is left in eval mode. With its `test_flips` a record is of the mean of a photo's two views.
+    cache: given where `frozen_part_is_fixed`, filled on the first call.
     stop: asked before each batch. Where it says yes on any process, PassStopped is raised on all.
     """
     model.eval()
@@ -80,8 +81,8 @@ def predict(
             if stopped := stop():
                 break
             with accelerator.autocast():
-                logits = model(hidden)
-            columns.append((indices, labels, *_outcomes(logits.float(), labels)))
+                logits = model.mean_logits(hidden)
+            columns.append((indices, labels, *_outcomes(logits, labels)))
     parts = gather_object([(_records(columns), stopped)])
     if any(stopped for _, stopped in parts):
         raise PassStopped
@@ -246,7 +247,7 @@ def _hidden(
             if not len(batch):
                 continue
             with accelerator.autocast():
-                hidden = model.frozen_part(batch.images)
+                hidden = model.view_features(batch.images)
             if cache is not None:
                 cache.add(hidden, batch.labels, batch.indices)
             yield hidden, batch.labels, batch.indices

@@ -61,6 +61,11 @@ class Classifier(Protocol):
     @property
     def preprocess(self) -> Preprocess: ...
 
+    @property
+    def test_flips(self) -> bool:
+        """Whether an answer is the mean of a photo's logits and its mirror image's."""
+        ...
+
     def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
         """One answer for each file, in order. No file raises an error. Threads may ask at the same time."""
         ...
@@ -89,6 +94,7 @@ class ViewClassifier:
     engine: str
     batch_size: int
     threads: int
+    test_flips: bool = False
 
     def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
         """See `Classifier`."""
@@ -155,6 +161,7 @@ class PictureClassifier:
     classes: tuple[str, ...]
     preprocess: Preprocess
     graph: Callable[[np.ndarray], np.ndarray]
+    test_flips: bool = False
 
     @property
     def takes_whole(self) -> bool:
@@ -171,24 +178,30 @@ class PictureClassifier:
 
 
 def open_run(
-    run: Path, device: torch.device, *, engine: str = "torch", batch_size: int = 1, threads: int = 1
+    run: Path,
+    device: torch.device,
+    *,
+    engine: str = "torch",
+    batch_size: int = 1,
+    threads: int = 1,
+    test_flips: bool | None = None,
 ) -> ViewClassifier:
     """The best weights of a run folder, through PyTorch. engine: "torch" or "dali", with `threads` decoding threads.
 
-    UserError where `best.pt` or `model.json` is missing or damaged.
+    test_flips: None for the run's own setting. UserError where `best.pt` or `model.json` is missing or damaged.
     """
     description = read_description(run, "run")
     weights = read_run_weights(run, description["arch"], "run")
-    model = restore_model(description["arch"], weights).to(device).eval()
+    flips = description["test_flips"] if test_flips is None else test_flips
+    model = restore_model(description["arch"], weights, test_flips=flips).to(device).eval()
 
     def network(images: torch.Tensor) -> np.ndarray:
         with torch.inference_mode():
-            return model(model.frozen_part(images)).float().cpu().numpy()
+            return model.mean_logits(model.view_features(images)).cpu().numpy()
 
     preprocess = read_preprocess(description, str(run / "model.json"))
-    return ViewClassifier(
-        tuple(map(printable, description["classes"])), preprocess, network, device, engine, batch_size, threads
-    )
+    classes = tuple(map(printable, description["classes"]))
+    return ViewClassifier(classes, preprocess, network, device, engine, batch_size, threads, flips)
 
 
 def open_onnx(file: Path, *, threads: int = 1, made_of: Path | None = None) -> Classifier:
@@ -208,6 +221,7 @@ def open_onnx(file: Path, *, threads: int = 1, made_of: Path | None = None) -> C
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         facts = session.get_modelmeta().custom_metadata_map
         classes, preprocess = tuple(json.loads(facts["classes"])), json.loads(facts["preprocess"])
+        flips = json.loads(facts.get("test_flips", "false")) is True  # by itself; older graphs never do
     except Exception as error:  # onnxruntime's own kinds of error derive from Exception alone
         raise UserError(f"{file}: not a model that deploy/export.py made ({printable(error)[:160]})") from None
     if made_of and made_of.exists():
@@ -224,9 +238,9 @@ def open_onnx(file: Path, *, threads: int = 1, made_of: Path | None = None) -> C
 
     chosen = read_preprocess(preprocess, str(file))
     if name == "pictures":
-        return PictureClassifier(classes, chosen, graph)
+        return PictureClassifier(classes, chosen, graph, flips)
     return ViewClassifier(
-        classes, chosen, lambda images: graph(images.contiguous().numpy()), torch.device("cpu"), "torch", 1, 1
+        classes, chosen, lambda images: graph(images.contiguous().numpy()), torch.device("cpu"), "torch", 1, 1, flips
     )
 
 

@@ -56,13 +56,15 @@ class TransferModel(nn.Module):
 
     network: the torchvision ResNet; its state_dict is what is saved. frozen_stages: how many of STAGES are frozen.
     batchnorm: "frozen" (statistics stay as they are, everywhere), or "train" or "sync" (they follow the batches, in
-    the frozen part too).
+    the frozen part too). test_flips: whether `view_features` and `mean_logits`, which an evaluation asks, look at each
+    photo's mirror image too.
     """
 
-    def __init__(self, network: models.ResNet, *, frozen_stages: int, batchnorm: str) -> None:
+    def __init__(self, network: models.ResNet, *, frozen_stages: int, batchnorm: str, test_flips: bool = False) -> None:
         super().__init__()
         self.network = network
         self.batchnorm = batchnorm
+        self.test_flips = test_flips
         self._frozen_stages = frozen_stages
         for stage in STAGES[:frozen_stages]:
             for part in self._modules_of(stage):
@@ -94,6 +96,20 @@ class TransferModel(nn.Module):
             if self._frozen_stages < len(STAGES):
                 hidden = self._pool(self._run(STAGES[self._frozen_stages :], hidden))
             return self.network.fc(hidden)
+
+    def view_features(self, images: torch.Tensor) -> torch.Tensor:
+        """float [n, 3, H, W] -> what `mean_logits` takes: the output of `frozen_part`, with `test_flips` [2n, ...]."""
+        features = self.frozen_part(images)
+        return torch.cat([features, self.frozen_part(images.flip(-1))]) if self.test_flips else features
+
+    def mean_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """The output of `view_features` -> the views' mean logits, float32 [n, classes].
+
+        Their softmax is the geometric mean of the views' probabilities, normalised: confidence, loss and calibration
+        follow from it as from a single view's. The views run one after the other, as `n` is what memory was chosen for.
+        """
+        views = features.chunk(1 + self.test_flips)
+        return torch.stack([self(view).float() for view in views]).mean(dim=0)
 
     def _modules_of(self, stage: str) -> list[nn.Module]:
         net = self.network
@@ -228,15 +244,18 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
     batchnorm = resolve_batchnorm(config, weights)
     if batchnorm == "sync" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    model = TransferModel(network, frozen_stages=_frozen_stages(config), batchnorm=batchnorm)
+    model = TransferModel(
+        network, frozen_stages=_frozen_stages(config), batchnorm=batchnorm, test_flips=config.test_flips
+    )
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
-def restore_model(arch: str, weights: Weights) -> TransferModel:
+def restore_model(arch: str, weights: Weights, *, test_flips: bool = False) -> TransferModel:
     """A trained model as it was saved, head and all, for evaluation only; `weights` has state and classes."""
     network = models.get_model(arch, weights=None, num_classes=len(weights.classes or ()))
     network.load_state_dict(weights.state or {})
-    return TransferModel(network, frozen_stages=0, batchnorm="frozen").to(memory_format=torch.channels_last)
+    model = TransferModel(network, frozen_stages=0, batchnorm="frozen", test_flips=test_flips)
+    return model.to(memory_format=torch.channels_last)
 
 
 def resolve_batchnorm(config: Config, weights: Weights) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 from pipelines.config import Config
 
 # What becomes of a run that goes on with another value of a setting. Each stands in one of the four; a test holds that.
-REFUSED = {  # it decides the result
+REFUSED = {  # it decides the result: the training, or, as the last two do, which of its weights are the best
     *("seed", "image_size", "resize", "transparency", "crop_scale_min", "flip_probability"),
     "views_per_photo",
     *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "label_smoothing", "clip_grad_norm"),
     *("optimizer", "lr", "lr_body", "momentum", "weight_decay"),
-    *("schedule", "step_epochs", "step_gamma", "warmup_epochs", "best_by"),
+    *("schedule", "step_epochs", "step_gamma", "warmup_epochs", "best_by", "test_flips"),
 }
 SAID = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
     *("epochs", "max_steps", "max_batch_per_device", "eval_batch_per_device", "log_every", "skip_bad_files"),

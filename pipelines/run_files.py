@@ -19,7 +19,14 @@ from typing_extensions import TypedDict  # pydantic asks for it before Python 3.
 # A format goes up when an older version would misread the file. A key that is only added stands below, with the value
 # that means what versions without it did.
 MODEL_FORMAT = CHECKPOINT_FORMAT = 1
-_ADDED_TO_MODEL = {"format": 1, "scores": {}, "data": "", "dataset_fingerprint": "", "versions": {}}
+_ADDED_TO_MODEL = {
+    "format": 1,
+    "scores": {},
+    "data": "",
+    "dataset_fingerprint": "",
+    "versions": {},
+    "test_flips": False,
+}
 _ADDED_TO_PREPROCESSING = {"transparency": "ignored"}
 MEANT_BEFORE = {"transparency": "ignored"}  # settings that have another default
 _ADDED_TO_CHECKPOINT = {"format": 1, "precision": None, "first_weights": None}
@@ -73,11 +80,13 @@ class Preprocessing(TypedDict):
 
 @with_config(_READING)
 class Description(Preprocessing):
-    """model.json. scores: the best evaluation's row of metrics.jsonl, with the counts `correct` and `count`."""
+    """model.json. scores: the best evaluation's row of metrics.jsonl, with the counts `correct` and `count`, of photos
+    with their mirror images where test_flips says so."""
 
     format: int
     arch: Arch
     classes: Annotated[list[str], Field(min_length=2), AfterValidator(_differ)]
+    test_flips: bool
     scores: Annotated[dict[str, Number | str], AfterValidator(_check_scores)]
     data: str
     dataset_fingerprint: str

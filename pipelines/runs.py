@@ -427,6 +427,7 @@ def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) 
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "transparency": config.transparency,
+        "test_flips": config.test_flips,
         "scores": dict(scores),
         "data": str(dataset.data),
         "dataset_fingerprint": dataset.fingerprint,

@@ -97,9 +97,8 @@ class TrainedRun:
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory, random_weights) -> TrainedRun:
+def trained_run(tmp_path_factory, random_weights, answers_of_evaluate) -> TrainedRun:
     """A short run on ants and bees where DALITUNE_DATA and DALITUNE_WEIGHTS name them, else on plain colours."""
-    import evaluate
     import train
 
     runs = tmp_path_factory.mktemp("runs")
@@ -109,18 +108,35 @@ def trained_run(tmp_path_factory, random_weights) -> TrainedRun:
         _draw_colours(data)
         flags += [f"--data={data}", f"--weights={random_weights}", "--image-size=64", "--resize=72"]
         flags += ["--lr=0.1", "--batch-size=6"]
-    records = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(train.__file__).parent)
         run = runs / "ants-and-bees"
         assert processes.run_script(train.main, [*flags, f"--run={run.name}"]) == 0
-        patch.setattr(evaluate, "predict", lambda *given: records.append((given[1], predict(*given))) or records[-1][1])
-        assert processes.run_script(evaluate.main, [str(run)]) == 0
-    (loader, rows), classes = records[0], read_description(run, "run")["classes"]
-    answers = {
-        loader.split.path(int(row["index"])): (classes[row["predicted"]], float(row["confidence"])) for row in rows
-    }
-    return TrainedRun(run, answers)
+    return TrainedRun(run, answers_of_evaluate(run))
+
+
+@pytest.fixture(scope="session")
+def answers_of_evaluate() -> Callable[[Path], Mapping[str, tuple[str, float]]]:
+    """Class and confidence by path, of a run's validation photos."""
+    import evaluate
+
+    def answers(run: Path) -> dict[str, tuple[str, float]]:
+        records = []
+
+        def listen(model, loader, accelerator):
+            records.append((loader, predict(model, loader, accelerator)))
+            return records[-1][1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(Path(evaluate.__file__).parent)
+            patch.setattr(evaluate, "predict", listen)
+            assert processes.run_script(evaluate.main, [str(run)]) == 0
+        (loader, rows), classes = records[0], read_description(run, "run")["classes"]
+        named = [classes[label] for label in rows["predicted"]]
+        paths = [loader.split.path(int(index)) for index in rows["index"]]
+        return dict(zip(paths, zip(named, rows["confidence"].tolist(), strict=True), strict=True))
+
+    return answers
 
 
 def _draw_colours(root: Path) -> None:

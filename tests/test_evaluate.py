@@ -13,6 +13,7 @@ from pipelines.config import Config, dump_yaml
 from pipelines.dataset import load_dataset, scan_dataset
 from pipelines.inference import open_run
 from pipelines.runs import describe_model
+from tests.test_train import run_script
 
 import numpy as np
 import pytest
@@ -212,3 +213,39 @@ def test_a_training_whose_every_picture_fails_and_whose_best_is_balanced(
     assert "always answering ant, the commonest class of val: top1 0.7500, balanced 0.5000" in done.stdout
     assert [line.count("not drawn (no font)") for line in done.stderr.splitlines()] == [1] * 4
     assert read(tmp_path / "r" / "model.json")["scores"]["val/balanced_top1"] == 0.8
+
+
+@pytest.mark.slow
+def test_a_run_with_test_flips_is_evaluated_with_them(photos, random_weights, run_here, tmp_path: Path) -> None:
+    command = ["--data", photos, "--weights", random_weights, "--freeze=layer3", *BARE, "--batch-size=4"]
+    command += ["--tracker=none", "--runs", tmp_path, "--run=r"]
+    assert run_here(train, *command, "--epochs=2", "--test-flips", "--max-steps=5").returncode == 0
+    refused = run_here(train, *command, "--epochs=3")
+    assert refused.returncode == 2
+    assert "other settings (test_flips): it goes on with test_flips true" in refused.stderr
+    done = run_here(train, *command, "--epochs=2", "--test-flips")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 5" in done.stdout
+    run = tmp_path / "r"
+    best = read(run / "model.json")["scores"]
+    assert read(run / "model.json")["test_flips"] is True
+    assert (run / "metrics.jsonl").read_text().count("val/loss") == 2
+
+    found = []
+    for processes, more in ((1, []), (2, []), (1, ["--test-flips=false"])):
+        arguments = [run, "--json", tmp_path / "scores.json", "--figures", tmp_path / "figures", *more]
+        done = run_here(evaluate, *arguments) if processes == 1 else run_script("evaluate.py", *arguments, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert ("test_flips: an answer is the mean" in done.stdout) == (not more)
+        found.append(read(tmp_path / "scores.json"))
+    mirrored, on_two, plain = found
+    assert [scores["test_flips"] for scores in found] == [True, True, False]
+    assert [scores["count"] for scores in found] == [11, 11, 11]
+    assert mirrored["loss"] == pytest.approx(best["val/loss"], rel=1e-5)
+    assert mirrored["correct"] == best["correct"]
+    assert on_two["confusion_matrix"] == mirrored["confusion_matrix"]
+    assert on_two["loss"] == pytest.approx(mirrored["loss"], rel=1e-5)
+    assert plain["loss"] != pytest.approx(mirrored["loss"], rel=1e-5)
+    refused = run_here(evaluate, run, "--test-flips", "perhaps")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "cannot be 'perhaps'; possible: true or false" in refused.stderr

@@ -81,7 +81,9 @@ def open_loader(split: Split, **settings) -> Loader:
 # Records
 
 
-def test_each_photo_has_one_record_and_it_is_the_networks_answer(photos, network, accelerator):
+@pytest.mark.parametrize("test_flips", [False, True])
+def test_each_photo_has_one_record_and_it_is_the_networks_answer(photos, network, accelerator, test_flips):
+    network = TransferModel(network.network, frozen_stages=4, batchnorm="frozen", test_flips=test_flips)
     split = open_split(photos)
     loader = open_loader(split)
     network.train()
@@ -95,14 +97,30 @@ def test_each_photo_has_one_record_and_it_is_the_networks_answer(photos, network
     assert [len(batch) for batch in batches] == [4, 4, 3]
     with torch.no_grad():
         logits = torch.cat([network.network(batch.images) for batch in batches])
+        if test_flips:
+            logits = (logits + torch.cat([network.network(batch.images.flip(3)) for batch in batches])) / 2
     labels = torch.from_numpy(records["label"])
     probabilities = logits.softmax(1)
     np.testing.assert_array_equal(records["predicted"], logits.argmax(1))
     np.testing.assert_array_equal(
         records["rank"], (logits.argsort(1, descending=True) == labels[:, None]).nonzero()[:, 1]
     )
-    np.testing.assert_allclose(records["confidence"], probabilities.max(1).values, rtol=1e-5)
+    np.testing.assert_allclose(records["confidence"], probabilities.max(1).values, rtol=1e-4)
     np.testing.assert_allclose(records["loss"], functional.cross_entropy(logits, labels, reduction="none"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("frozen_stages", [0, 4, 5])
+def test_a_photo_and_its_mirror_image_have_one_answer(network, frozen_stages):
+    model = TransferModel(network.network, frozen_stages=frozen_stages, batchnorm="frozen", test_flips=True).eval()
+    images = torch.randn(3, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        logits, mirrored = (model.mean_logits(model.view_features(each)) for each in (images, images.flip(3)))
+        assert torch.equal(logits, mirrored)
+        model.test_flips = False
+        alone, other = (model.mean_logits(model.view_features(each)) for each in (images, images.flip(3)))
+    torch.testing.assert_close(logits, (alone + other) / 2)
+    assert not torch.allclose(alone, other, rtol=1e-3)
+    assert model.mean_logits(model.view_features(images[:0])).shape == (0, 3)
 
 
 def test_one_photo_and_batches_larger_than_the_split(photos, network, accelerator):
@@ -154,9 +172,9 @@ def test_a_photo_that_is_missing_or_counted_twice_is_an_error(photos, network, a
 # The cache of what a fixed frozen part makes of the photos
 
 
-@pytest.mark.parametrize("frozen_stages", [1, 4, 5])
-def test_the_frozen_part_sees_each_photo_once_a_run(photos, network, accelerator, frozen_stages):
-    network = TransferModel(network.network, frozen_stages=frozen_stages, batchnorm="frozen")
+@pytest.mark.parametrize(("frozen_stages", "test_flips"), [(1, False), (4, True), (5, False), (5, True)])
+def test_the_frozen_part_sees_each_photo_once_a_run(photos, network, accelerator, frozen_stages, test_flips):
+    network = TransferModel(network.network, frozen_stages=frozen_stages, batchnorm="frozen", test_flips=test_flips)
     loader = open_loader(open_split(photos))
     cache = FeatureCache()
     without = predict(network, loader, accelerator)
@@ -175,10 +193,12 @@ def test_the_frozen_part_sees_each_photo_once_a_run(photos, network, accelerator
     assert set(moved["predicted"]) == {1}
 
 
-def test_features_that_would_fill_the_memory_are_not_kept(photos, network, accelerator):
+@pytest.mark.parametrize("test_flips", [False, True])
+def test_features_that_would_fill_the_memory_are_not_kept(photos, network, accelerator, test_flips):
+    network = TransferModel(network.network, frozen_stages=5, batchnorm="frozen", test_flips=test_flips)
     loader = open_loader(open_split(photos))
     without = predict(network, loader, accelerator)
-    bytes_of_all = 11 * 512 * 4
+    bytes_of_all = 11 * 512 * 4 * (1 + test_flips)
     for limit, kept in ((bytes_of_all - 1, False), (bytes_of_all, True)):
         cache = FeatureCache(limit=limit)
         for _ in range(2):

@@ -4,14 +4,15 @@ import ast
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from deploy import export
+from deploy import export, predict, serve
 from pipelines.errors import UserError
 from pipelines.headers import exif_orientation
-from pipelines.inference import Answer, PictureClassifier, ViewClassifier, open_onnx, open_run
+from pipelines.inference import Answer, PictureClassifier, ViewClassifier, answer_of, open_onnx, open_run
 from pipelines.model import read_description, read_run_weights
-from pipelines.pixels import _UPRIGHT, Preprocess, view_of_file
+from pipelines.pixels import _UPRIGHT, Preprocess, pixels_of_file, view_of_file
 from tests.corpus import encoded, exif, picture
 
 import numpy as np
@@ -98,9 +99,10 @@ def test_the_cards_own_code_runs(exported_run, tmp_path, monkeypatch, capsys):
 def test_any_class_name_survives_the_cards_code():
     names = ["👩‍🌾", 'a "bee\'s"', "back\\slash", "{brace}", "Käfer", "蚂蚁"]
     description = {"arch": "resnet18", "classes": names, "scores": {}, "data": None, "versions": {}}
-    description["dataset_fingerprint"] = "0"
+    description |= {"dataset_fingerprint": "0", "test_flips": False}
     preprocess = Preprocess(resize=256, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
-    facts = export._facts(Path("run"), description, None, None, preprocess)
+    model = PictureClassifier(tuple(names), preprocess, lambda pictures: pictures)
+    facts = export._facts(Path("run"), description, None, None, model)
     assert ast.literal_eval(facts["class_list"]) == names
 
 
@@ -262,3 +264,59 @@ def test_a_strip_that_would_fill_the_memory_is_refused(exported_run, tmp_path):
     strip.write_bytes(encoded("PNG", photo=picture(1, 20_000)))
     (answer,) = open_onnx(exported_run.folder / "export" / "model.onnx").classify([str(strip)])
     assert (answer.logits, answer.error) == (None, "too long and narrow for the ONNX graph")
+
+
+@pytest.fixture(scope="module")
+def mirrored_run(trained_run, answers_of_evaluate, tmp_path_factory):
+    """The same weights of a run with test_flips."""
+    folder = tmp_path_factory.mktemp("runs") / "mirrored"
+    shutil.copytree(trained_run.folder, folder, ignore=shutil.ignore_patterns("export", "figures"))
+    description = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(description | {"test_flips": True}))
+    return replace(trained_run, folder=folder, evaluated=answers_of_evaluate(folder))
+
+
+def test_with_test_flips_each_way_gives_evaluates_answer(mirrored_run, trained_run, run_here, tmp_path, monkeypatch):
+    photos, file = list(mirrored_run.evaluated)[:10], tmp_path / "answers.jsonl"
+    classes, confidences = zip(*(mirrored_run.evaluated[photo] for photo in photos), strict=True)
+    plain = [trained_run.evaluated[photo][1] for photo in photos]
+    for flags, expected in (([], confidences), (["--test-flips", "False"], plain)):
+        done = run_here(predict, mirrored_run.folder, *photos, "--cpu", "--json", file, *flags)
+        assert done.returncode == 0, done.stderr
+        assert ("each with its mirror image" in done.stderr) == (not flags)
+        found = [json.loads(line)["confidence"] for line in file.read_text().splitlines()]
+        assert found == pytest.approx(expected, abs=2e-6)
+    page = open_run(mirrored_run.folder, CPU)
+    answers = [answer_of(page, path, pixels_of_file(path, page.preprocess, whole=False)) for path in photos]
+    own = [answer.logits for answer in open_run(trained_run.folder, CPU).classify(photos)]
+    assert not np.allclose([answer.logits for answer in answers], own, atol=0.01)
+    rankings = [answer.ranking(page.classes)[0] for answer in answers]
+    assert tuple(name for name, _ in rankings) == classes
+    assert [confidence for _, confidence in rankings] == pytest.approx(confidences, abs=2e-6)
+
+    exported = mirrored_run.folder / "export"
+    for graph in ("normalised", "pictures"):
+        done = run_here(export, mirrored_run.folder, "--graph", graph, "--photos", *photos)
+        assert done.returncode == 0, done.stderr
+        assert "10 of 10 photos, each with its mirror image, largest difference of a logit" in done.stdout
+        model = open_onnx(exported / "model.onnx")
+        assert model.test_flips
+        for ours, theirs in zip(answers, model.classify(photos), strict=True):
+            np.testing.assert_allclose(ours.logits, theirs.logits, rtol=0, atol=1e-3 if graph == "normalised" else 0.1)
+    card = (exported / "README.md").read_text()
+    assert "An answer was the mean of the logits of a photo and of its mirror image." in card
+    assert "Its logits are the mean of a picture's and its mirror image's" in card
+    shutil.copy(photos[0], exported / "photo.jpg")
+    monkeypatch.chdir(exported)
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict = {}
+    exec("\n".join(code[:2]), names)
+    np.testing.assert_allclose(names["logits"][0], answers[0].logits, rtol=0, atol=0.1)
+    with torch.inference_mode():
+        view, model = names["view"], names["model"]
+        assert torch.equal(names["logits"], (model(view) + model(view.flip(3))) / 2)
+
+    for flag, told in (("false", "the graph was made otherwise: export.py --test-flips false"), ("true", "port 99999")):
+        done = run_here(serve, mirrored_run.folder, "--weights", "onnx", "--test-flips", flag, "--port", "99999")
+        assert done.returncode == 2
+        assert told in done.stderr

@@ -115,7 +115,7 @@ def main(arguments):
 
     split = dataset.splits["val"]
     loader = eval_loader(config, split, split.labels.astype(np.int64), state, "torch")
-    model = TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen")
+    model = TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen", test_flips=True)
     model.network.load_state_dict(main_first(state, lambda: None) or network.network.state_dict())
     cache = FeatureCache()
     records = predict(model, loader, accelerator, cache)
@@ -192,7 +192,7 @@ def test_two_processes_agree_share_and_count_each_photo_once(tmp_path, photo_fol
     assert first["gradient"] == second["gradient"]
     assert first["gradient"][0] > 0
     assert first["gradient"][1] == [1.0, 1.0, 1.0]  # 2 photos on one process of two
-    assert (first["mine"], second["mine"]) == (4, 3)
+    assert (first["mine"], second["mine"]) == (2 * 4, 2 * 3)  # the photos and their mirror images
     records = [np.load(tmp_path / f"records{rank}.npy") for rank in (0, 1)]
     assert (records[0] == records[1]).all()
     assert records[0]["index"].tolist() == list(range(7))

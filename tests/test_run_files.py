@@ -35,6 +35,7 @@ DESCRIPTION: dict[str, Any] = {
     "image_size": 64,
     "resize": 72,
     "transparency": "white",
+    "test_flips": False,
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
     "scores": {"epoch": 3, "global_step": 9, "val/loss": 0.5, "val/top1": 0.75, "correct": 3, "count": 4},
@@ -94,9 +95,10 @@ def test_whole_files_are_read(tmp_path):
 
 
 def test_what_an_older_version_did_not_write_is_filled_in(tmp_path):
-    for key in ("format", "scores", "data", "dataset_fingerprint", "versions"):
+    for key in ("format", "scores", "data", "dataset_fingerprint", "versions", "test_flips"):
         (tmp_path / "model.json").write_text(json.dumps(without(DESCRIPTION, key)))
         assert read_description(tmp_path, "run").keys() == DESCRIPTION.keys()
+    assert read_description(tmp_path, "run")["test_flips"] is False
     (tmp_path / "progress.json").write_text(json.dumps(without(PROGRESS, "format")))
     assert read_progress(tmp_path) == PROGRESS
 
@@ -116,6 +118,7 @@ def test_what_a_reader_of_the_weights_needs_must_be_there(key, tmp_path):
         ("classes", ["ant"]),
         ("classes", ["ant", "ant"]),
         ("classes", ["ant", 5]),
+        ("test_flips", "yes"),
         ("image_size", 10**9),
         ("image_size", float("inf")),
         ("image_size", float("nan")),

@@ -494,6 +494,7 @@ def test_model_json_says_what_a_reader_needs(photo_folder, run):
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "transparency": "white",
+        "test_flips": False,
         "scores": {"epoch": 4, "val/top1": 0.75},
         "data": str(photos),
         "dataset_fingerprint": dataset.fingerprint,

@@ -215,6 +215,7 @@ def test_model_tells_classes_scores_and_limits(one_server, exported_run):
     assert facts["top1"] == pytest.approx(description["scores"]["val/top1"])
     assert facts["interval"][0] < facts["top1"] <= facts["interval"][1]
     assert facts["max_bytes"] == 32 * 2**20
+    assert facts["test_flips"] is False
 
 
 @pytest.mark.parametrize(
