@@ -28,7 +28,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
 from pipelines.files import begins_with, check_replaceable
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, agree_on_engine, eval_loader
-from pipelines.model import Weights, read_run_weights, read_state_dict, restore_model
+from pipelines.model import Weights, count_classes, read_run_weights, read_state_dict, restore_model
 from pipelines.pixels import central_views
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.run_files import Description, read_description, read_run_config, to_json
@@ -160,7 +160,8 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
         given = {key: own[key] for key in of_the_model if own[key] != ""} | given
     flags = [f"--{key}={value}" for key, value in given.items()]
     has_config = (options.model / "config.yaml").exists()
-    return read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
+    # The default recipe freezes a stage that not every network has.
+    return read_run_config(options.model, *flags) if has_config else parse_config([*flags, "--freeze=none"])[0]
 
 
 def _check_writable(figures_folder: Path, json_file: Path | None) -> None:
@@ -207,9 +208,9 @@ def _read_weights(options: argparse.Namespace, arch: str, dataset: Dataset, spli
         return read_run_weights(model, arch, "model"), []
     state = read_state_dict(model, arch, "model")
     classes = dataset.splits.get("train", split).classes
-    if len(state["fc.bias"]) != len(classes):
+    if (found := count_classes(state, arch)) != len(classes):
         raise UserError(
-            f"{model} tells {len(state['fc.bias'])} classes apart, and the data has {len(classes)}: "
+            f"{model} tells {found} classes apart, and the data has {len(classes)}: "
             "give the run folder instead, whose model.json names its classes"
         )
     are_numbers = all(name.isdecimal() for name in classes)

@@ -364,6 +364,8 @@ def _setup_report(
         f"processes: {processes} on {accelerator.device.type}, precision {facts['precision']}",
         *launcher_hints(accelerator, config, facts["train_photos"]),
     ]
+    if network.dropout_is_left_out:
+        lines.append(f"dropout: what {config.arch} has of it is left out, as nothing here depends on how it is drawn")
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
         lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
     return lines

@@ -242,7 +242,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _statistics(network: TransferModel) -> dict[str, torch.Tensor]:
-    """BatchNorm's running statistics, on the CPU: a ResNet has no other buffers."""
+    """BatchNorm's running statistics, on the CPU: networks that have any have no other buffers."""
     return {name: buffer.detach().cpu() for name, buffer in network.named_buffers()}
 
 

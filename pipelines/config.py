@@ -39,7 +39,25 @@ def _without_nul(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
-Arch = Literal["resnet18", "resnet34", "resnet50"]
+# Torchvision's networks whose last layer is linear and whose weights want ImageNet's mean and deviation.
+Arch = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+    "alexnet", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large",
+    "densenet121", "densenet161", "densenet169", "densenet201",
+    "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "efficientnet_b4", "efficientnet_b5",
+    "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_s", "efficientnet_v2_m",
+    "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
+    "regnet_x_400mf", "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf", "regnet_x_8gf", "regnet_x_16gf",
+    "regnet_x_32gf", "regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf", "regnet_y_8gf",
+    "regnet_y_16gf", "regnet_y_32gf",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0",
+    "swin_t", "swin_s", "swin_b", "swin_v2_t", "swin_v2_s", "swin_v2_b",
+    "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
+    "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32",
+]  # fmt: skip
+_STAGED = ("resnet", "resnext", "wide_resnet")  # how those begin whose stages can be told
+_MOST_NAMED = 12  # of a setting's values
 ImageSize = Annotated[int, Field(ge=64, le=1024)]
 Resize = Annotated[int, Field(ge=64, le=4096)]
 Transparency = Literal["white", "black", "ignored"]
@@ -110,14 +128,14 @@ class Config:
     """micro-batches kept ready"""
 
     arch: Arch = "resnet18"
-    """torchvision's network"""
+    """torchvision's network; of a ResNet, ResNeXt or Wide ResNet each stage can be frozen, of others the whole body"""
     weights: Literal["imagenet", "none"] | Text | None = None
     """first weights: `imagenet` through torchvision, `none` (random), a state_dict's file or a finished run's folder;
     null: DALITUNE_WEIGHTS, or else imagenet"""
     mode: Literal["finetune", "feature_extract"] = "finetune"
     """finetune trains body and head, feature_extract only the head"""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3"] = "none"
-    """freeze the body up to and including this stage"""
+    """freeze the body of a ResNet up to and including this stage"""
     batchnorm: Literal["auto", "frozen", "train", "sync"] = "auto"
     """BatchNorm's statistics; auto: frozen with pretrained weights, train from scratch"""
     head_init: Literal["uniform", "zeros"] = "uniform"
@@ -192,6 +210,12 @@ class Config:
             raise Contradiction("resize must be at least image_size", "resize", "image_size")
         if self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
+        if self.arch.startswith("vit_") and self.image_size != 224:
+            raise Contradiction("a vision transformer's weights are for 224 pixels", "arch", "image_size")
+        if self.mode == "finetune" and self.freeze != "none" and not self.arch.startswith(_STAGED):
+            raise Contradiction(
+                "only a ResNet's stages can be told: give freeze none, or mode feature_extract", "arch", "freeze"
+            )
         frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze != "none")]
         for key, is_frozen in [*frozen, ("batchnorm", self.batchnorm == "frozen")]:
             if is_frozen and self.weights == "none":
@@ -433,7 +457,9 @@ def _check_fields(values: dict[str, Any], origins: dict[str, str]) -> None:
         key = next((str(fault["loc"][0]) for fault in error.errors() if fault["loc"]), None)
         if key is not None:
             shown = _shown(values[key])
-            raise UserError(f"{origins[key]}: {key} cannot be {shown}; possible: {_possible(key)}") from None
+            raise UserError(
+                f"{origins[key]}: {key} cannot be {shown}; possible: {_possible(key, str(values[key]))}"
+            ) from None
 
 
 def _nearest(name: str, dashes: str = "") -> str:
@@ -447,14 +473,16 @@ def _meaning(key: str) -> str:
     return f"{SCHEMA[key]['description']} [{_possible(key)}]".replace("\n", " ")
 
 
-def _possible(key: str) -> str:
-    """The values that a key may have, in words."""
+def _possible(key: str, wrong: str = "") -> str:
+    """The values that a key may have, in words; of many those most like the `wrong` one."""
     kinds = {"integer": "an integer", "number": "a finite number", "boolean": "true or false", "string": "text"}
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     words = []
     for part in SCHEMA[key].get("anyOf", [SCHEMA[key]]):
         limits = [f"{sign} {part[limit]:.10g}" for limit, sign in signs.items() if limit in part]
-        if "enum" in part:
+        if "enum" in part and len(part["enum"]) > _MOST_NAMED:
+            words += [*difflib.get_close_matches(wrong, part["enum"]), f"one of {len(part['enum'])} (README)"]
+        elif "enum" in part:
             words += part["enum"]
         elif "pattern" in part:
             words.append("a name of letters, digits, '.', '_' and '-', 100 at most, the first no '.' and no '-'")

@@ -1,5 +1,6 @@
-"""The model: a torchvision ResNet with a head for the data's classes, cut into a frozen and a trained part."""
+"""The model: a torchvision network with a head for the data's classes, cut into a frozen and a trained part."""
 
+import functools
 import hashlib
 import os
 import pickle
@@ -22,18 +23,19 @@ from pipelines.text import composed
 import numpy as np
 import torch
 from torch import nn
-from torchvision import models
+from torchvision import models, ops
 
 _WANTED = "give imagenet, none, a state_dict file or a run folder"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _MOST_REPEATED = 1 << 28  # bytes of a tensor that repeats its values by strides of 0, which could be terabytes
-STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")  # of a ResNet; another network's body is one stage
 
 
 @dataclass(frozen=True)
 class Weights:
     """Where a network starts from.
 
-    state: a torchvision ResNet's state_dict on the CPU, None for random weights, or {} where a checkpoint has all of
+    state: a torchvision network's state_dict on the CPU, None for random weights, or {} where a checkpoint has all of
     a run that did not begin with random ones.
     source: what to call it. classes: of its head, in order, where a run folder tells them.
     """
@@ -52,28 +54,42 @@ class Weights:
 
 
 class TransferModel(nn.Module):
-    """A ResNet whose first stages may be frozen: `frozen_part` runs them without autograd, `forward` the rest.
+    """A network whose first stages may be frozen: `frozen_part` runs them without autograd, `forward` the rest.
 
-    network: the torchvision ResNet; its state_dict is what is saved. frozen_stages: how many of STAGES are frozen.
+    network: torchvision's; its state_dict is what is saved. head: its last layer, which is linear; head_name: what the
+    network calls it. frozen_stages: how many of STAGES are frozen; of a network that is no ResNet all or none.
     batchnorm: "frozen" (statistics stay as they are, everywhere), or "train" or "sync" (they follow the batches, in
-    the frozen part too). test_flips: whether `view_features` and `mean_logits`, which an evaluation asks, look at each
-    photo's mirror image too.
+    the frozen part too); "none" where the network has none. Dropout and stochastic depth are left out. test_flips:
+    whether `view_features` and `mean_logits`, which an evaluation asks, look at each photo's mirror image too.
     """
 
-    def __init__(self, network: models.ResNet, *, frozen_stages: int, batchnorm: str, test_flips: bool = False) -> None:
+    def __init__(self, network: nn.Module, *, frozen_stages: int, batchnorm: str, test_flips: bool = False) -> None:
         super().__init__()
-        self.network = network
-        self.batchnorm = batchnorm
+        self.network: Any = network
+        self.head_name = head_name(network)
+        self.batchnorm = batchnorm if batchnorms(network) else "none"
         self.test_flips = test_flips
         self._frozen_stages = frozen_stages
-        for stage in STAGES[:frozen_stages]:
-            for part in self._modules_of(stage):
+        # It would be drawn otherwise on another number of processes, and after a stop.
+        dropout = [each for each in network.modules() if isinstance(each, (nn.Dropout, ops.StochasticDepth)) and each.p]
+        for module in dropout:
+            module.p = 0.0
+        self.dropout_is_left_out = bool(dropout)
+        if frozen_stages == len(STAGES):
+            network.requires_grad_(False)
+            self.head.requires_grad_(True)
+        elif frozen_stages:
+            for part in self._layers(STAGES[:frozen_stages]):
                 part.requires_grad_(False)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.network.get_submodule(self.head_name)
 
     @property
     def frozen_part_is_fixed(self) -> bool:
         """Whether `frozen_part` does something that is always the same for a view, so that once is enough."""
-        return self._frozen_stages > 0 and self.batchnorm == "frozen"
+        return self._frozen_stages > 0 and self.batchnorm in ("frozen", "none")
 
     def train(self, mode: bool = True) -> "TransferModel":
         super().train(mode)
@@ -87,15 +103,18 @@ class TransferModel(nn.Module):
         if not self._frozen_stages:
             return images
         with torch.no_grad(), _WithoutStatisticsOfNothing(self, images):
-            hidden = self._run(STAGES[: self._frozen_stages], images)
-            return self._pool(hidden) if self._frozen_stages == len(STAGES) else hidden
+            if self._frozen_stages == len(STAGES):
+                return self._features(images)
+            return self._run(STAGES[: self._frozen_stages], images)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output of `frozen_part` -> logits float [n, classes]."""
         with _WithoutStatisticsOfNothing(self, hidden):
+            if not self._frozen_stages:
+                return self.network(hidden)
             if self._frozen_stages < len(STAGES):
-                hidden = self._pool(self._run(STAGES[self._frozen_stages :], hidden))
-            return self.network.fc(hidden)
+                hidden = self.network.avgpool(self._run(STAGES[self._frozen_stages :], hidden)).flatten(1)
+            return self.head(hidden)
 
     def view_features(self, images: torch.Tensor) -> torch.Tensor:
         """float [n, 3, H, W] -> what `mean_logits` takes: the output of `frozen_part`, with `test_flips` [2n, ...]."""
@@ -111,18 +130,24 @@ class TransferModel(nn.Module):
         views = features.chunk(1 + self.test_flips)
         return torch.stack([self(view).float() for view in views]).mean(dim=0)
 
-    def _modules_of(self, stage: str) -> list[nn.Module]:
+    def _layers(self, stages: Sequence[str]) -> list[nn.Module]:
         net = self.network
-        return [net.conv1, net.bn1, net.relu, net.maxpool] if stage == "stem" else [getattr(net, stage)]
+        parts = {"stem": [net.conv1, net.bn1, net.relu, net.maxpool]}
+        return [module for stage in stages for module in parts.get(stage) or [getattr(net, stage)]]
 
     def _run(self, stages: Sequence[str], hidden: torch.Tensor) -> torch.Tensor:
-        for stage in stages:
-            for module in self._modules_of(stage):
-                hidden = module(hidden)
+        for module in self._layers(stages):
+            hidden = module(hidden)
         return hidden
 
-    def _pool(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.flatten(self.network.avgpool(hidden), 1)
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        try:
+            self.network(images)
+        finally:
+            hook.remove()
+        return found[0]
 
 
 class _WithoutStatisticsOfNothing:
@@ -142,6 +167,11 @@ class _WithoutStatisticsOfNothing:
     def __exit__(self, *_: object) -> None:
         for module in self._paused:
             module.train()
+
+
+def head_name(network: nn.Module) -> str:
+    """What a network calls its head, its last linear layer: fc, classifier.3, heads.head."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
 def batchnorms(model: nn.Module) -> list[Any]:
@@ -188,8 +218,7 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
         raise UserError(
             f"{named}: {path} is cut off, or not a file that holds tensors and nothing else{detail}: {_WANTED}"
         ) from None
-    with torch.device("meta"):
-        expected = models.get_model(arch, weights=None).state_dict()
+    expected, head = _expected(arch)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
@@ -197,9 +226,9 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
     # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
     state = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")} | state
     shapes = {name: value.shape for name, value in expected.items()}
-    if "fc.bias" in state:  # as many classes as the file has
-        shapes["fc.bias"] = torch.Size([state["fc.bias"].numel()])
-        shapes["fc.weight"] = torch.Size([state["fc.bias"].numel(), expected["fc.weight"].shape[1]])
+    if f"{head}.bias" in state:  # as many classes as the file has
+        shapes[f"{head}.bias"] = torch.Size([state[f"{head}.bias"].numel()])
+        shapes[f"{head}.weight"] = torch.Size([state[f"{head}.bias"].numel(), expected[f"{head}.weight"].shape[1]])
     found = {name: value.shape for name, value in state.items()}
     wrong = [name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)]
     if wrong:
@@ -207,7 +236,7 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
             f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {min(wrong)}): {_WANTED}"
         )
     for name, value in state.items():
-        is_count = name.endswith("num_batches_tracked")
+        is_count = not expected[name].is_floating_point()
         is_real = value.is_floating_point() or (is_count and not value.is_complex())
         if value.layout != torch.strided or not is_real:
             raise UserError(f"{named}: {path} holds {name} as {value.dtype}, {value.layout}: floats are needed")
@@ -216,6 +245,19 @@ def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, 
         if not is_count and not value.float().isfinite().all():
             raise UserError(f"{named}: {path} holds {name} with values that are not finite: it comes of a failed run")
     return state
+
+
+@functools.cache
+def _expected(arch: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The state_dict of torchvision's network, of which only shapes and kinds count, and the name of its head."""
+    with torch.device("cpu" if arch.startswith("regnet") else "meta"):  # a RegNet computes its widths with tensors
+        network = models.get_model(arch, weights=None)
+    return network.state_dict(), head_name(network)
+
+
+def count_classes(state: Mapping[str, torch.Tensor], arch: str) -> int:
+    """How many classes the head in a state_dict of `arch` tells apart."""
+    return len(state[f"{_expected(arch)[1]}.bias"])
 
 
 def _grows(path: Path) -> bool:
@@ -234,13 +276,14 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # for random weights; pretrained ones overwrite what is drawn here
         network = models.get_model(config.arch, weights=None, num_classes=len(classes))
+    head = head_name(network)
     same_classes = [*map(composed, weights.classes or ())] == [*map(composed, classes)]
     if weights.state:
         # Strict, so that no layer stays random: of the network as it was drawn only a new head is kept.
-        new_head = {} if same_classes else network.fc.state_dict(prefix="fc.")
-        network.load_state_dict({**weights.state, **new_head})
+        new_head = {} if same_classes else network.get_submodule(head).state_dict(prefix=f"{head}.")
+        _load(network, {**weights.state, **new_head})
     if not same_classes:
-        _draw_head(network.fc, config.seed if config.head_init == "uniform" else None)
+        _draw_head(network.get_submodule(head), config.seed if config.head_init == "uniform" else None)
     batchnorm = resolve_batchnorm(config, weights)
     if batchnorm == "sync" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -253,9 +296,15 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
 def restore_model(arch: str, weights: Weights, *, test_flips: bool = False) -> TransferModel:
     """A trained model as it was saved, head and all, for evaluation only; `weights` has state and classes."""
     network = models.get_model(arch, weights=None, num_classes=len(weights.classes or ()))
-    network.load_state_dict(weights.state or {})
+    _load(network, weights.state or {})
     model = TransferModel(network, frozen_stages=0, batchnorm="frozen", test_flips=test_flips)
     return model.to(memory_format=torch.channels_last)
+
+
+def _load(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Strictly; buffers that are no statistics, as a Swin's table of positions, are the network's own in any file."""
+    own = {name: value for name, value in network.named_buffers() if not name.endswith(_STATISTICS)}
+    network.load_state_dict({**state, **own})
 
 
 def resolve_batchnorm(config: Config, weights: Weights) -> str:
@@ -348,6 +397,6 @@ def read_run_weights(run: Path, arch: str, named: str) -> Weights:
     if found != arch:
         raise UserError(f"{named}: {run} holds a {found}, not a {arch}: add --arch {found}")
     state = read_state_dict(best, arch, named)
-    if len(state["fc.bias"]) != len(classes):
-        raise UserError(f"{named}: {best} has {len(state['fc.bias'])} classes and {description} {len(classes)}")
+    if (found_classes := count_classes(state, arch)) != len(classes):
+        raise UserError(f"{named}: {best} has {found_classes} classes and {description} {len(classes)}")
     return Weights(state, str(run), classes)

@@ -11,9 +11,8 @@ import torch
 
 def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimizer:
     """SGD or AdamW over the trained parameters, in the groups "head" and (where the body is trained) "body"."""
-    head = list(model.network.fc.parameters())
-    body = [parameter for name, parameter in model.network.named_parameters() if not name.startswith("fc.")]
-    body = [parameter for parameter in body if parameter.requires_grad]
+    head = list(model.head.parameters())
+    body = [each for each in model.parameters() if each.requires_grad and not any(each is own for own in head)]
     groups = [{"params": head, "name": "head", "base_lr": config.lr}]
     if body:
         groups.append(

@@ -387,7 +387,7 @@ class RunFolder:
         return read_rows(self.metrics)
 
     def save_best(self, network: torch.nn.Module, description: Mapping[str, Any]) -> None:
-        """best.pt, a plain state_dict on the CPU that torchvision's ResNet loads, and model.json beside it.
+        """best.pt, a plain state_dict on the CPU that torchvision's network loads, and model.json beside it.
 
         MachineError where the disk is full; the best weights before stay as they are.
         """

@@ -8,11 +8,13 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from pipelines import model
-from pipelines.config import Config
+from pipelines.config import Arch, Config
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
+from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.model import (
     STAGES,
     TransferModel,
@@ -20,6 +22,7 @@ from pipelines.model import (
     average_batchnorm_statistics,
     batchnorms,
     build_model,
+    head_name,
     parameter_counts,
     read_run_weights,
     read_state_dict,
@@ -27,13 +30,14 @@ from pipelines.model import (
     resolve_batchnorm,
     restore_model,
 )
+from pipelines.optimizer import make_optimizer
 from pipelines.runs import RunFolder
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torchvision.models import resnet18
+from torchvision.models import get_model, get_model_weights, resnet18
 
 CLASSES = ("ant", "bee", "wasp")
 FREEZES = {
@@ -137,6 +141,61 @@ def test_both_parts_together_are_torchvisions_network(pretrained, frozen_stages)
     model = build_model(Config(**FREEZES[frozen_stages]), pretrained, CLASSES).eval()
     with torch.no_grad():
         assert torch.equal(model(model.frozen_part(images(2))), model.network(images(2)))
+
+
+OTHERS = {"mobilenet_v3_small": 64, "regnet_y_400mf": 64, "swin_t": 64, "vit_b_32": 224}  # -> pixels
+
+
+@pytest.mark.parametrize(
+    ("arch", "mode"),
+    [
+        ("mobilenet_v3_small", "finetune"),
+        ("mobilenet_v3_small", "feature_extract"),
+        ("regnet_y_400mf", "feature_extract"),
+        ("swin_t", "finetune"),
+        ("vit_b_32", "feature_extract"),
+    ],
+)
+def test_a_network_without_stages_is_frozen_as_a_whole_or_not_at_all(arch, mode):
+    config = Config(arch=arch, mode=mode, image_size=OTHERS[arch])
+    state = get_model(arch, weights=None).state_dict()
+    model = build_model(config, Weights(state, ""), CLASSES).train()
+    has_batchnorm = bool(batchnorms(model))
+    assert model.batchnorm == ("frozen" if has_batchnorm else "none")
+    assert model.frozen_part_is_fixed == (mode == "feature_extract")
+    assert model.dropout_is_left_out == (arch in ("mobilenet_v3_small", "swin_t"))
+    head = {f"{model.head_name}.weight", f"{model.head_name}.bias"}
+    parameters = {name for name, _ in model.network.named_parameters()}
+    trained = {name for name, value in model.network.named_parameters() if value.requires_grad}
+    assert trained == (parameters if mode == "finetune" else head)
+    groups = [group["name"] for group in make_optimizer(model, config).param_groups]
+    assert groups == (["head", "body"] if mode == "finetune" else ["head"])
+    before, batch = snapshot(model), images(3, OTHERS[arch])
+    assert all(torch.equal(before[name], state[name]) for name in state.keys() - head)
+    hidden = model.frozen_part(batch)
+    assert hidden.shape == ((3, model.head.in_features) if mode == "feature_extract" else batch.shape)
+    logits = model(hidden)
+    torch.testing.assert_close(logits, model.eval().network(batch))  # training drops nothing
+    functional.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+    torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1).step()
+    moved = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
+    assert head <= moved <= trained
+    model.zero_grad()
+    model.train()(model.frozen_part(images(0, OTHERS[arch]))).sum().backward()
+    assert all(not value.grad.any() for value in model.parameters() if value.requires_grad)
+    restored = restore_model(arch, Weights(model.network.state_dict(), "", CLASSES)).eval()
+    torch.testing.assert_close(restored(batch), model.eval().network(batch))
+
+
+def test_networks_by_name_are_torchvisions_with_imagenets_mean_and_a_linear_head():
+    smallest = {arch[:4]: arch for arch in reversed(get_args(Arch))}.values()  # of each family
+    for arch in get_args(Arch):
+        transforms = get_model_weights(arch).DEFAULT.transforms()
+        assert (transforms.mean, transforms.std) == ([*IMAGENET_MEAN], [*IMAGENET_STD])
+        if arch in smallest:
+            network = get_model(arch, weights=None, num_classes=3)
+            head = network.get_submodule(head_name(network))
+            assert (head.out_features, len(head.bias)) == (3, 3)
 
 
 def test_train_mode_leaves_frozen_batchnorm_in_eval(pretrained):
