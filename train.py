@@ -29,7 +29,6 @@ if __name__ == "__main__":
 from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
 from pipelines.config import Config, dump_yaml, parse_config
-from pipelines.copies import room_on
 from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
 from pipelines.evaluation import (
@@ -42,7 +41,8 @@ from pipelines.evaluation import (
     validation_row,
     wilson_interval,
 )
-from pipelines.features import FeatureCache, TrainingFeatures
+from pipelines.feature_store import FeatureStore
+from pipelines.features import MEMORY_LIMIT, FrozenFeatures, store_report
 from pipelines.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -57,6 +57,7 @@ from pipelines.loader import (
 from pipelines.memory import micro_batch_of
 from pipelines.model import TransferModel, Weights, average_batchnorm_statistics, build_model, read_weights
 from pipelines.optimizer import learning_rates, lr_factor, make_optimizer, rate_jump, set_learning_rates
+from pipelines.photos import cache_folder
 from pipelines.processes import (
     ending_of,
     launcher_hints,
@@ -137,9 +138,15 @@ def main(arguments: list[str]) -> None:
     micro_batch = micro_batch_of(config, model, network, accelerator, engine, sizes)
     training = train_loader(config, photos["train"], labels["train"], state, engine, micro_batch)
     validation = eval_loader(config, photos["val"], labels["val"], state, engine)
-    views = config.views_per_photo
-    features = TrainingFeatures(network, training, accelerator, views_per_photo=views, epochs=epochs)
-    validation_features = FeatureCache(room=room_on(accelerator.device)) if network.frozen_part_is_fixed else None
+    store = _feature_store(config) if state.is_main_process else None
+    kept: dict[str, Any] = {"micro_batch": config.eval_batch_per_device, "store": store}
+    validation_features = FrozenFeatures(
+        network, validation, accelerator, views_per_photo=1, epochs=epochs, mirrored=config.test_flips, **kept
+    )
+    kept["limit"] = MEMORY_LIMIT - validation_features.bytes * validation_features.are_kept
+    features = FrozenFeatures(
+        network, training, accelerator, views_per_photo=config.views_per_photo, epochs=epochs, **kept
+    )
 
     # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
     at = Progress()
@@ -175,6 +182,7 @@ def main(arguments: list[str]) -> None:
                 *dataset.report(),
                 *_setup_report(config, weights, network, accelerator, facts),
                 *features.report(),
+                *store_report(features, validation_features),
                 f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
                 f"{micro_batch} photos at a time on a process",
                 f"run: {run.folder}",
@@ -306,9 +314,13 @@ def main(arguments: list[str]) -> None:
         run.close()
 
 
+def _feature_store(config: Config) -> FeatureStore | None:
+    return FeatureStore(cache_folder() / "features", int(config.cache_gb * 1e9)) if config.cache_gb else None
+
+
 def update(
     model: Any,
-    features: TrainingFeatures,
+    features: FrozenFeatures,
     optimizer: torch.optim.Optimizer,
     step: Step,
     wishes: tuple[bool, bool],

@@ -36,7 +36,7 @@ from typing import Any
 import train
 from pipelines.config import parse_config
 from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.features import TrainingFeatures
+from pipelines.features import FrozenFeatures
 from pipelines.loader import IMAGENET_STD, Loader, Step, make_engine, train_loader
 from pipelines.model import build_model, read_weights
 from pipelines.optimizer import make_optimizer
@@ -383,7 +383,7 @@ class Training:
 
     def train(self, loader: Loader, steps: Iterator[Step], number: int, watched: Any = nullcontext) -> float:
         """Seconds for so many steps, all of the GPU's work included. watched: a context for the steps alone."""
-        features = TrainingFeatures(self.network, loader, self.accelerator, views_per_photo=None, epochs=1)
+        features = FrozenFeatures(self.network, loader, self.accelerator, views_per_photo=None, epochs=1, micro_batch=1)
         self._wait()
         started = time.perf_counter()
         with watched():

@@ -105,6 +105,9 @@ class Config:
     each one that has photos"""
     skip_bad_files: bool = False
     """leave out files that cannot be read, instead of stopping"""
+    cache_gb: Annotated[float, Field(ge=0)] = 4
+    """most gigabytes of what frozen stages made of photos that are kept in the cache folder, for later runs of any head
+    on the same views; the longest unused go first; 0: none are kept or looked for"""
 
     image_size: ImageSize = 224
     """side of the square that the model sees, in pixels"""
@@ -229,7 +232,7 @@ SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["propertie
 
 GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
-    "Data": ["data", "val_fraction", "class_names", "skip_bad_files"],
+    "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": ["image_size", "resize", "transparency", "crop_scale_min", "flip_probability", "views_per_photo"],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],

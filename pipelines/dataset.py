@@ -47,6 +47,8 @@ class Split:
     faults: uint8 [N], positions in FAULTS; 0 is a sound file.
     path_blob: uint8, path_offsets: uint64 [N + 1]: the path of photo i below `root`, in the file system's own bytes,
     is path_blob[path_offsets[i]:path_offsets[i + 1]].
+    signatures: uint64 [N], of byte size and edges, 0 for a faulty file; mtimes: int64 [N], nanoseconds. The two tell
+    whether a photo is the same as in an earlier run.
     kinds: uint8 [N], `headers.Judgement.kind`. transparency: what transparent pixels are composed on, "white" or
     "black", or "ignored".
     """
@@ -59,6 +61,8 @@ class Split:
     root: bytes
     path_blob: np.ndarray
     path_offsets: np.ndarray
+    signatures: np.ndarray
+    mtimes: np.ndarray
     kinds: np.ndarray
     transparency: str = "white"
 
@@ -115,7 +119,7 @@ class Dataset:
         if self.val_fraction is None or len(self.splits) > 2:
             return self
         train, val = self.splits["train"], self.splits["val"]
-        names = ("labels", "sizes", "faults", "kinds")
+        names = ("labels", "sizes", "faults", "signatures", "mtimes", "kinds")
         columns: dict[str, Any] = {each: np.concatenate([getattr(train, each), getattr(val, each)]) for each in names}
         offsets = np.concatenate([train.path_offsets, val.path_offsets[1:]])
         whole = replace(train, name="all", path_offsets=offsets, **columns)
@@ -217,11 +221,15 @@ def load_dataset(index_file: Path, transparency: str = "white") -> Dataset:
     blob, offsets = table["path_blob"], table["path_offsets"]
     splits, start = {}, 0
     for name, classes, count in header["splits"]:
-        names = ("labels", "sizes", "faults", "kinds")
-        labels, sizes, faults, kinds = (table[column][start : start + count] for column in names)
-        bounds, root = offsets[start : start + count + 1], os.fsencode(header["root"])
+        names = ("labels", "sizes", "faults", "signatures", "mtimes", "kinds")
         splits[name] = Split(
-            name, tuple(classes), labels, sizes, faults, root, blob, bounds, kinds, transparency=transparency
+            name,
+            tuple(classes),
+            root=os.fsencode(header["root"]),
+            path_blob=blob,
+            path_offsets=offsets[start : start + count + 1],
+            transparency=transparency,
+            **{column: table[column][start : start + count] for column in names},
         )
         start += count
     split_names = [name for name, *_ in header["splits"]]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from pipelines.copies import to_device
 from pipelines.errors import PassStopped
-from pipelines.features import FeatureCache
+from pipelines.features import FrozenFeatures
 from pipelines.loader import Loader, share_bad_photos
 from pipelines.model import TransferModel
 
@@ -64,20 +63,22 @@ def predict(
     model: TransferModel,
     loader: Loader,
     accelerator: Accelerator,
-    cache: FeatureCache | None = None,
+    features: FrozenFeatures | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Records (see _RECORD) of every readable photo of the loader's split, by index; the same array on all processes.
 
     model: unwrapped; it is left in eval mode. With its `test_flips` a record is of the mean of a photo's two views.
-    cache: given where `frozen_part_is_fixed`, filled on the first call.
+    features: of the same model and loader, `mirrored` with test_flips; computed on the first call.
     stop: asked before each batch. Where it says yes on any process, PassStopped is raised on all.
     """
     model.eval()
+    if features is not None:
+        features.prepare(0, stop)
     columns: list[tuple[torch.Tensor, ...]] = []
     stopped = False
     with torch.inference_mode():
-        for hidden, labels, indices in _hidden(model, loader, accelerator, cache):
+        for hidden, labels, indices in _hidden(model, loader, accelerator, features):
             if stopped := stop():
                 break
             with accelerator.autocast():
@@ -225,34 +226,22 @@ def wilson_interval(correct: int, count: int, level: float = 0.95) -> tuple[floa
 
 
 def _hidden(
-    model: TransferModel, loader: Loader, accelerator: Accelerator, cache: FeatureCache | None
+    model: TransferModel, loader: Loader, accelerator: Accelerator, features: FrozenFeatures | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    if cache is not None and cache.complete:
-        for hidden, labels, indices in cache.features:
-            yield to_device(hidden, accelerator.device), labels, indices
-        return
-    if cache is not None and cache.size > cache.limit:
-        cache = None  # it did not fit before: nothing is copied for it again
-    if cache is not None:
-        cache.clear()  # what an evaluation left that was broken off
+    are_known = features is not None and features.are_kept
     steps = tqdm(
-        loader.epoch(0),
+        loader.epoch(0, images=not are_known),
         total=loader.steps_per_epoch,
         desc="evaluation",
         leave=False,
-        disable=not accelerator.is_main_process or not sys.stderr.isatty(),
+        disable=are_known or not accelerator.is_main_process or not sys.stderr.isatty(),
     )
     for step in steps:
         for batch in step.batches:
-            if not len(batch):
-                continue
-            with accelerator.autocast():
-                hidden = model.view_features(batch.images)
-            if cache is not None:
-                cache.add(hidden, batch.labels, batch.indices)
-            yield hidden, batch.labels, batch.indices
-    if cache is not None:
-        cache.complete = cache.size <= cache.limit
+            if len(batch):
+                with accelerator.autocast():
+                    hidden = features.of(batch) if features else model.view_features(batch.images)
+                yield hidden, batch.labels, batch.indices
 
 
 def _outcomes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -147,14 +147,16 @@ class Loader:
             count, rounds = (-(-photos // self._micro_batch) for photos in (len(mine), largest_share))
             yield Step(places, rounds, (next_batch(ahead, pending) for _ in range(count)))
 
-    def in_order(self) -> "Loader":
-        """Of a training's loader: the same photos in the dataset's order, as each epoch shows them.
+    def in_order(self, micro_batch: int) -> "Loader":
+        """The same photos in the dataset's order, as each epoch shows them, `micro_batch` at a time on each process.
 
-        The two share an engine: an epoch of one ends what the other has begun. Only with `views_per_photo`.
+        The two share an engine, which must have been made for so many at a time: an epoch of one ends what the other
+        has begun. Of a training's loader only with `views_per_photo`.
         """
-        assert isinstance(self.plan, TrainPlan)
         other = copy.copy(self)
-        other.plan = ViewsInOrder(self.plan)
+        other.plan = ViewsInOrder(self.plan) if isinstance(self.plan, TrainPlan) else self.plan
+        other._micro_batch, other.batch_size = micro_batch, micro_batch * self._world_size
+        other.steps_per_epoch = -(-self.plan.length // other.batch_size)
         return other
 
     def empty_batch(self) -> Batch:
@@ -288,7 +290,7 @@ def train_loader(
 ) -> Loader:
     """Planned random crops and flips of `split`, `config.batch_size` places a step over all processes.
 
-    micro_batch: the most photos of one batch on one process.
+    micro_batch: the most photos of one batch on one process; `in_order` may ask for `config.eval_batch_per_device`.
     """
     plan = TrainPlan(
         split.sizes,
@@ -298,7 +300,8 @@ def train_loader(
         flip_probability=config.flip_probability,
         views_per_photo=config.views_per_photo,
     )
-    return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch)
+    largest = max(micro_batch, config.eval_batch_per_device) if config.views_per_photo else micro_batch
+    return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
 
 
 def eval_loader(
@@ -315,7 +318,7 @@ def eval_loader(
     plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize)
     micro_batch = config.eval_batch_per_device
     batch_size = micro_batch * state.num_processes
-    return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, mean, std)
+    return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, micro_batch, mean, std)
 
 
 def _loader(
@@ -327,6 +330,7 @@ def _loader(
     engine: str,
     batch_size: int,
     micro_batch: int,
+    largest: int,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Loader:
@@ -339,7 +343,7 @@ def _loader(
             engine,
             split,
             image_size=plan.image_size,
-            micro_batch=micro_batch,
+            micro_batch=largest,
             device=state.device,
             threads=threads,
             mean=mean,

@@ -63,7 +63,8 @@ def decoded_bytes(config: Config, sizes: Mapping[str, np.ndarray], micro_batch: 
     serves training and validation.
     """
     largest = 0
-    for split, photos in (("train", micro_batch), ("val", config.eval_batch_per_device)):
+    in_order = config.eval_batch_per_device if config.views_per_photo else 0
+    for split, photos in (("train", max(micro_batch, in_order)), ("val", config.eval_batch_per_device)):
         pixels = np.sort(sizes[split].prod(axis=1, dtype=np.int64))[-photos:].sum()
         largest = max(largest, 3 * int(pixels) * (config.prefetch + 1))
     return min(largest, most)

@@ -81,6 +81,7 @@ class TransferModel(nn.Module):
         elif frozen_stages:
             for part in self._layers(STAGES[:frozen_stages]):
                 part.requires_grad_(False)
+        self.train(network.training)  # a frozen BatchNorm is so from the start
 
     @property
     def head(self) -> nn.Linear:
@@ -90,6 +91,21 @@ class TransferModel(nn.Module):
     def frozen_part_is_fixed(self) -> bool:
         """Whether `frozen_part` does something that is always the same for a view, so that once is enough."""
         return self._frozen_stages > 0 and self.batchnorm in ("frozen", "none")
+
+    def frozen_digest(self) -> str:
+        """Hex, of the frozen layers and their values: what `frozen_part` makes of a photo depends on no others."""
+        is_whole = self._frozen_stages == len(STAGES)
+        digest = hashlib.blake2b(type(self.network).__name__.encode(), digest_size=16)
+        for part in [self.network] if is_whole else self._layers(STAGES[: self._frozen_stages]):
+            for name, module in part.named_modules():
+                if not list(module.children()) and module is not self.head:
+                    digest.update(f"{name} {module}".encode())
+            state = {name: value.cpu() for name, value in part.state_dict().items() if "num_batches" not in name}
+            if is_whole:
+                state = {name: value for name, value in state.items() if name.rpartition(".")[0] != self.head_name}
+            digest.update(str([value.stride() for value in state.values()]).encode())
+            digest.update(Weights(state, "").digest().encode())
+        return digest.hexdigest()
 
     def train(self, mode: bool = True) -> "TransferModel":
         super().train(mode)

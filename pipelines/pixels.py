@@ -166,6 +166,8 @@ def split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
         root=b"",
         path_blob=np.frombuffer(b"".join(names), np.uint8),
         path_offsets=np.cumsum([0, *map(len, names)]).astype(np.uint64),
+        signatures=np.zeros(count, np.uint64),
+        mtimes=np.zeros(count, np.int64),
         kinds=np.zeros(count, np.uint8),
         transparency=preprocess.transparency,
     )

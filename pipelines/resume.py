@@ -26,7 +26,7 @@ LOOKED_INTO = {
     "weights",
 }  # the photos themselves and the first weights' digest decide
 OF_NO_ACCOUNT = {
-    *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "loader_threads", "prefetch"),
+    *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "loader_threads", "prefetch", "cache_gb"),
     *("tracker", "project", "tags", "group", "alerts", "log_model"),
 }
 

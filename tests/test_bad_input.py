@@ -594,7 +594,7 @@ def test_a_damaged_photo_has_one_verdict_and_stops_neither_scan_nor_engine(
     blob, sizes = np.frombuffer(path.name.encode(), np.uint8), np.array([size], np.int32)
     zero = np.zeros(1, np.int32)
     ends, kinds = np.array([0, len(blob)]), np.array([kind])
-    split = Split("val", ("a",), zero, sizes, zero, os.fsencode(path.parent), blob, ends, kinds)
+    split = Split("val", ("a",), zero, sizes, zero, os.fsencode(path.parent), blob, ends, zero, zero, kinds)
     engine = TorchEngine(split, 64, torch.device("cpu"), 1, (0.5,) * 3, (0.5,) * 3)
     engine.submit(EvalPlan(sizes, image_size=64, resize=72).views(0, np.array([0])))
     pixels = engine.fetch()

@@ -8,7 +8,6 @@ from pipelines.dataset import Split, load_dataset, scan_dataset
 from pipelines.errors import UserError
 from pipelines.evaluation import (
     _RECORD,
-    FeatureCache,
     _outcomes,
     confusion_matrix,
     confusion_pairs,
@@ -18,6 +17,7 @@ from pipelines.evaluation import (
     validation_row,
     wilson_interval,
 )
+from pipelines.features import FrozenFeatures
 from pipelines.loader import Loader, eval_loader, make_engine
 from pipelines.model import TransferModel
 from pipelines.plan import EvalPlan, Views
@@ -172,11 +172,16 @@ def test_a_photo_that_is_missing_or_counted_twice_is_an_error(photos, network, a
 # The cache of what a fixed frozen part makes of the photos
 
 
+def features_of(network: TransferModel, loader: Loader, accelerator: Accelerator, **settings) -> FrozenFeatures:
+    settings |= {"mirrored": network.test_flips}
+    return FrozenFeatures(network, loader, accelerator, views_per_photo=1, epochs=2, micro_batch=4, **settings)
+
+
 @pytest.mark.parametrize(("frozen_stages", "test_flips"), [(1, False), (4, True), (5, False), (5, True)])
 def test_the_frozen_part_sees_each_photo_once_a_run(photos, network, accelerator, frozen_stages, test_flips):
     network = TransferModel(network.network, frozen_stages=frozen_stages, batchnorm="frozen", test_flips=test_flips)
     loader = open_loader(open_split(photos))
-    cache = FeatureCache()
+    cache = features_of(network, loader, accelerator)
     without = predict(network, loader, accelerator)
     first = predict(network, loader, accelerator, cache)
     loader.close()  # no photo can be decoded any more
@@ -200,14 +205,15 @@ def test_features_that_would_fill_the_memory_are_not_kept(photos, network, accel
     without = predict(network, loader, accelerator)
     bytes_of_all = 11 * 512 * 4 * (1 + test_flips)
     for limit, kept in ((bytes_of_all - 1, False), (bytes_of_all, True)):
-        cache = FeatureCache(limit=limit)
+        cache = features_of(network, loader, accelerator, limit=limit)
         for _ in range(2):
             assert (predict(network, loader, accelerator, cache) == without).all()
-            assert bool(cache.features) == cache.complete == kept
+            assert cache.are_kept == kept
 
 
 def test_an_evaluation_that_broke_off_leaves_nothing_in_the_cache(photos, network, accelerator):
-    loader, cache = open_loader(open_split(photos)), FeatureCache()
+    loader = open_loader(open_split(photos))
+    cache = features_of(network, loader, accelerator)
     last = photos / "val" / "wasp" / "03.jpg"
     content = last.read_bytes()
     last.unlink()

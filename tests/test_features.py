@@ -1,13 +1,17 @@
 """What the frozen part made of a view is what it would make of it again, and is computed once."""
 
+import copy
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import train
 from pipelines.config import Config
 from pipelines.dataset import Split, load_dataset, scan_dataset
 from pipelines.errors import PassStopped, UserError
-from pipelines.features import TrainingFeatures
-from pipelines.loader import Loader, train_loader
+from pipelines.feature_store import FeatureStore
+from pipelines.features import FrozenFeatures
+from pipelines.loader import Loader, eval_loader, train_loader
 from pipelines.model import TransferModel
 
 import numpy as np
@@ -41,9 +45,9 @@ def open_loader(split: Split, **settings) -> Loader:
     return train_loader(config, split, split.labels.astype(np.int64), PartialState(cpu=True), "torch", 4)
 
 
-def open_features(network: TransferModel, training: Loader, views: int | None = 2, **settings) -> TrainingFeatures:
-    settings = {"epochs": 3, **settings}
-    return TrainingFeatures(network, training, Accelerator(cpu=True), views_per_photo=views, **settings)
+def open_features(network: TransferModel, training: Loader, views: int | None = 2, **settings) -> FrozenFeatures:
+    settings = {"epochs": 3, "micro_batch": 4, **settings}
+    return FrozenFeatures(network, training, Accelerator(cpu=True), views_per_photo=views, **settings)
 
 
 def never() -> bool:
@@ -90,7 +94,7 @@ def test_views_that_would_fill_the_memory_or_change_are_computed_each_time(resne
         features.prepare(0, never)
         batch = next(next(training.epoch(0)).batches)
         torch.testing.assert_close(features.of(batch), network.frozen_part(batch.images), rtol=1e-4, atol=1e-5)
-    assert not open_features(fixed, training, epochs=2).are_kept, "no epoch shows a view again"
+    assert open_features(fixed, training, epochs=1, limit=19 * MAPS).are_kept, "no more than one view is shown"
     assert open_features(fixed, training, None).report() == []
     assert "once for each of 2 views" in open_features(fixed, training).report()[0]
     assert "every time" in open_features(fixed, training, limit=1).report()[0]
@@ -115,12 +119,134 @@ def test_a_pass_that_broke_off_is_begun_again(resnet, split):
     training.close()
 
 
+# Across runs
+
+
+def counted(network: TransferModel, monkeypatch) -> list[int]:
+    """Photos of each batch that the frozen part computes from here on."""
+    seen, compute = list[int](), network.frozen_part
+    monkeypatch.setattr(network, "frozen_part", lambda images: seen.append(len(images)) or compute(images))
+    return seen
+
+
+def a_view(split: Split, network: TransferModel, store: FeatureStore, **settings) -> tuple[torch.Tensor, str]:
+    """The features of the second of two views, and what is said of the store before."""
+    training = open_loader(split, **settings)
+    features = open_features(network, training, store=store)
+    said = features.in_store()
+    features.prepare(1, never)
+    training.close()
+    return features.rows, said
+
+
+def test_a_later_run_finds_the_same_bits_whatever_its_head_and_batch(resnet, split, tmp_path, monkeypatch):
+    network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path, 10**9)
+    rows, said = a_view(split, network, store)
+    assert said == ""
+    other = copy.deepcopy(resnet)
+    other.fc = torch.nn.Linear(512, 7)
+    network = TransferModel(other, frozen_stages=5, batchnorm="frozen")
+    seen = counted(network, monkeypatch)
+    again, said = a_view(split, network, store, batch_size=7, seed=0)
+    assert said == "1 view of 19 train photos"
+    assert torch.equal(rows, again)
+    assert set(seen) == {0}
+
+
+@pytest.mark.parametrize("change", ["weights", "seed", "image_size", "transparency", "stages", "layout", "photo"])
+def test_what_the_features_depend_on_tells_them_apart(resnet, split, photos, tmp_path, change):
+    network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path, 10**9)
+    a_view(split, network, store)
+    settings = {"seed": {"seed": 1}, "image_size": {"image_size": 72}}.get(change, {})
+    if change in ("weights", "layout"):
+        network = copy.deepcopy(network)
+        network.network.layer1[0].bn1.bias.data[0] += 1e-3 * (change == "weights")
+        network.to(memory_format=torch.channels_last if change == "layout" else torch.contiguous_format)
+    if change == "stages":
+        network = TransferModel(resnet, frozen_stages=4, batchnorm="frozen")
+    if change == "transparency":
+        split = replace(split, transparency="black")
+    if change == "photo":  # as long as before, with the same edges
+        photo = Path(split.path(3))
+        content = photo.read_bytes()
+        photo.write_bytes(content[:-1] + bytes([content[-1]]))
+        os.utime(photo, ns=(0, int(split.mtimes[3]) + 1))
+        split = load_dataset(scan_dataset(photos, photos / "cache", 0.2)).splits["train"]
+    assert a_view(split, network, store, **settings)[1] == ""
+
+
+def test_a_photo_that_is_bad_or_not_what_was_scanned_is_met_by_each_run(resnet, split, tmp_path, capfd):
+    network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path, 10**9)
+    photo = Path(split.path(3))
+    content, state = photo.read_bytes(), photo.stat()
+    photo.write_bytes(content[: len(content) // 2])
+    os.utime(photo, ns=(state.st_atime_ns, state.st_mtime_ns))
+    for _ in range(2):
+        assert a_view(split, network, store, skip_bad_files=True)[1] == ""
+        assert "left out" in capfd.readouterr().err
+    with pytest.raises(UserError, match="cannot be decoded"):
+        a_view(split, network, store)
+    photo.write_bytes(content)  # sound, but of another time than the scan has seen
+    for _ in range(2):
+        assert a_view(split, network, store)[1] == ""
+    os.utime(photo, ns=(state.st_atime_ns, state.st_mtime_ns))
+    a_view(split, network, store)
+    assert a_view(split, network, store)[1] != ""
+
+
+def test_a_fold_finds_its_photos_among_those_of_other_splits(resnet, photos, tmp_path):
+    network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path, 10**9)
+    file = photos / "fold.csv"
+    paths = sorted(str(path.relative_to(photos)) for path in photos.glob("train/*/*.jpg"))
+    found, first = [], torch.empty(0)
+    for fold in range(3):
+        lines = [
+            f"{path},{Path(path).parent.name},{'val' if i % 3 == fold else 'train'}" for i, path in enumerate(paths)
+        ]
+        file.write_text("\n".join(["path,label,split", *lines]))
+        rows = {}
+        for split in load_dataset(scan_dataset(file, photos / "cache", 0.2)).splits.values():
+            loader = eval_loader(CONFIG, split, split.labels.astype(np.int64), PartialState(cpu=True), "torch")
+            features = open_features(network, loader, 1, store=store)
+            found.append(features.in_store() != "")
+            features.prepare(0, never)
+            rows |= {split.path(index): row for index, row in enumerate(features.rows)}
+            loader.close()
+        table = torch.stack([rows[path] for path in sorted(rows)])
+        first = first if fold else table
+        torch.testing.assert_close(table, first, rtol=1e-4, atol=1e-5)
+    assert found == [False, False, True, True, True, True]
+
+
 # Whole runs
+
+
+@pytest.mark.slow
+def test_a_second_run_with_another_head_starts_at_the_head(photos, random_weights, tmp_path, run_here, monkeypatch):
+    monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
+    command = ["--data", photos, "--weights", random_weights, *VIEWS, "--epochs", "3", "--runs", tmp_path]
+    command = [*command, "--mode", "feature_extract"]
+    first = succeeded(run_here(train, *command, "--run", "first"))
+    assert "from the cache" not in first
+    second = succeeded(run_here(train, *command, "--run", "second"))
+    assert "frozen part: 2 views of 19 train photos and 1 view of 11 val photos from the cache" in second
+    assert rows(tmp_path / "first") == rows(tmp_path / "second")
+    assert same_bits(tmp_path / "first/best.pt", tmp_path / "second/best.pt")
+    assert "from the cache" in succeeded(run_here(train, *command, "--run", "rate", "--lr", "0.1", "--batch-size", "6"))
+    none = succeeded(run_here(train, *command, "--run", "without", "--cache-gb", "0"))
+    assert "from the cache" not in none
+    assert same_bits(tmp_path / "first/best.pt", tmp_path / "without/best.pt")
+
+    for run, found in (("two", False), ("two-again", True)):
+        said = succeeded(run_script("train.py", *command, "--run", run, processes=2))
+        assert ("from the cache" in said) == found
+    assert same_bits(tmp_path / "two/best.pt", tmp_path / "two-again/best.pt")
 
 
 @pytest.mark.slow
 def test_few_views_stopped_anywhere_and_on_two_processes(photos, random_weights, tmp_path, run_here, monkeypatch):
     command = ["--data", photos, "--weights", random_weights, *VIEWS, "--epochs", "5", "--batch-size", "4"]
+    command += ["--cache-gb", "0", "--eval-batch-per-device", "4"]
     command += ["--lr", "0.01", "--log-every", "1", "--runs", tmp_path]
     said = succeeded(run_here(train, *command, "--run", "whole"))
     assert "frozen part: computed once for each of 2 views of a photo, 1 MiB in memory" in said
@@ -136,7 +262,7 @@ def test_few_views_stopped_anywhere_and_on_two_processes(photos, random_weights,
         assert same_bits(newest(run) / "state.pt", newest(tmp_path / "whole") / "state.pt")
 
     with monkeypatch.context() as patch:  # within the pass before the second epoch
-        patch.setattr("pipelines.features.TrainingFeatures.prepare", stop_in_the_second(train.TrainingFeatures.prepare))
+        patch.setattr("pipelines.features.FrozenFeatures.prepare", stop_in_the_second(train.FrozenFeatures.prepare))
         stopped = run_here(train, *command, "--run", "pass")
     assert stopped.returncode == 75
     assert "stopped at step 5" in stopped.stderr
@@ -160,7 +286,19 @@ def stop_in_the_second(prepare):
 
 @pytest.mark.slow
 def test_a_bad_photo_met_in_a_pass_leaves_its_places_empty(dirty, tmp_path, random_weights, run_here):  # noqa: F811
-    command = ["--data", dirty, "--weights", random_weights, *VIEWS, "--epochs", "3", "--batch-size", "5"]
+    command = [
+        "--data",
+        dirty,
+        "--weights",
+        random_weights,
+        *VIEWS,
+        "--cache-gb",
+        "0",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "5",
+    ]
     command += ["--skip-bad-files", "--runs", tmp_path / "runs"]
     succeeded(run_here(train, *command, "--run", "sound", "--max-steps", 1))
     bad = dirty / "train/b/05.jpg"

@@ -40,7 +40,9 @@ from pathlib import Path
 import numpy as np
 from pipelines.config import Config
 from pipelines.dataset import load_dataset
-from pipelines.evaluation import FeatureCache, predict
+from pipelines.evaluation import predict
+from pipelines.feature_store import FeatureStore
+from pipelines.features import FrozenFeatures
 from pipelines.loader import eval_loader
 from pipelines.model import TransferModel, average_batchnorm_statistics, batchnorms
 from pipelines.processes import main_first, open_dataset, run_script, share_file, start_accelerator, start_processes
@@ -117,10 +119,14 @@ def main(arguments):
     loader = eval_loader(config, split, split.labels.astype(np.int64), state, "torch")
     model = TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen", test_flips=True)
     model.network.load_state_dict(main_first(state, lambda: None) or network.network.state_dict())
-    cache = FeatureCache()
-    records = predict(model, loader, accelerator, cache)
-    found["cached_is_same"] = bool((predict(model, loader, accelerator, cache) == records).all())
-    found["mine"] = sum(len(features) for features, *_ in cache.features)
+    store = FeatureStore(folder / "features", 10**9) if state.is_main_process else None
+    kept = {"views_per_photo": 1, "epochs": 2, "micro_batch": 2, "mirrored": True, "store": store}
+    records = predict(model, loader, accelerator)
+    caches = [FrozenFeatures(model, loader, accelerator, **kept) for _ in range(2)]  # the second finds the first one's
+    found["in_store"], found["cached_is_same"] = [], True
+    for cache in caches:
+        found["in_store"].append(cache.in_store())
+        found["cached_is_same"] &= all((predict(model, loader, accelerator, cache) == records).all() for _ in range(2))
     np.save(folder / f"records{rank}.npy", records)
     loader.close()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
@@ -192,7 +198,7 @@ def test_two_processes_agree_share_and_count_each_photo_once(tmp_path, photo_fol
     assert first["gradient"] == second["gradient"]
     assert first["gradient"][0] > 0
     assert first["gradient"][1] == [1.0, 1.0, 1.0]  # 2 photos on one process of two
-    assert (first["mine"], second["mine"]) == (2 * 4, 2 * 3)  # the photos and their mirror images
+    assert (first["in_store"], second["in_store"]) == (["", "1 view of 7 val photos"], ["", ""])
     records = [np.load(tmp_path / f"records{rank}.npy") for rank in (0, 1)]
     assert (records[0] == records[1]).all()
     assert records[0]["index"].tolist() == list(range(7))

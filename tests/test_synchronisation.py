@@ -7,7 +7,7 @@ import train
 from pipelines.config import Config
 from pipelines.copies import to_device
 from pipelines.evaluation import _outcomes
-from pipelines.features import TrainingFeatures
+from pipelines.features import FrozenFeatures
 from pipelines.loader import Batch, Step
 from pipelines.model import TransferModel
 from pipelines.optimizer import make_optimizer
@@ -98,7 +98,7 @@ def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, f
         images = torch.zeros(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     optimizer = make_optimizer(network, config)
     training: Any = SimpleNamespace(plan=SimpleNamespace(length=9), empty_batch=lambda: batch(images[:0]))
-    features = TrainingFeatures(network, training, accelerator, views_per_photo=2, epochs=3)
+    features = FrozenFeatures(network, training, accelerator, views_per_photo=2, epochs=3, micro_batch=4)
     assert features.are_kept == (frozen_stages > 0)
     for home in ("cpu", "meta"):  # where features are kept
         if features.are_kept:
