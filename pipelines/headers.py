@@ -8,6 +8,7 @@ import stat
 from hashlib import blake2b
 from typing import BinaryIO, NamedTuple
 
+from pipelines.boxes import fault_of_boxes
 from pipelines.structure import EXIF, TOO_COSTLY, fault_of_structure, jpeg_scans, tags_are_bounded
 
 import numpy as np
@@ -118,7 +119,10 @@ def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> 
         return Judgement(_NO_HEIF)
     if kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 > byte_size:
         return Judgement("truncated")
-    if fault := fault_of_structure(file, kind, head, byte_size):
+    fault = fault_of_structure(file, kind, head, byte_size)
+    if not fault and kind in ("AVIF", "HEIF"):
+        fault = fault_of_boxes(file, byte_size)
+    if fault:
         return Judgement(fault)
     file.seek(0)
     # Image.open would go on to the further pictures in a phone's JPEG.
@@ -130,7 +134,7 @@ def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> 
         return Judgement("too many pixels")
     if max(width, height) > MAX_SIDE:
         return Judgement(_LONG_SIDE)
-    if kind != "JPEG" and not _is_whole(file, kind, photo, tail, byte_size):
+    if kind not in ("JPEG", "AVIF", "HEIF") and not _is_whole(file, kind, photo, tail, byte_size):
         return Judgement("truncated")
     if not _is_affordable(file, photo, byte_size):
         return Judgement(TOO_COSTLY)
@@ -173,11 +177,9 @@ def _is_affordable(file: BinaryIO, photo: ImageFile.ImageFile, byte_size: int) -
 
 
 def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes, byte_size: int) -> bool:
-    """Whether a file that is no JPEG reaches the end of its picture."""
+    """Whether a file that is no JPEG and has no boxes reaches the end of its picture."""
     tile = photo.tile[0] if photo.tile else None
     end = 0
-    if kind in ("AVIF", "HEIF"):
-        return _end_of_boxes(file, byte_size) <= byte_size
     if kind == "PNG":
         return _holds(file, b"IEND\xaeB`\x82", tail, byte_size)
     if isinstance(photo, TiffImageFile):
@@ -189,19 +191,6 @@ def _is_whole(file: BinaryIO, kind: str, photo: ImageFile.ImageFile, tail: bytes
         bits = {"1": 1, "RGB": 24}.get(photo.mode, 8)
         end = tile[2] + photo.height * (stride or (photo.width * bits + 7) // 8)
     return end <= byte_size
-
-
-def _end_of_boxes(file: BinaryIO, byte_size: int) -> int:
-    """Where the last of a file's boxes ends (ISO/IEC 14496-12, 4.2)."""
-    at = 0
-    for _ in range(1000):
-        file.seek(at)
-        head = file.read(16)
-        size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
-        if at >= byte_size or size < 8:  # 0: to the end; less: bytes behind the picture
-            break
-        at += size
-    return at
 
 
 def _holds(file: BinaryIO, marker: bytes, tail: bytes, byte_size: int) -> bool:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.headers import HAS_AVIF, judge
+from pipelines.headers import HAS_AVIF, HAS_HEIF, judge
 from pipelines.model import read_state_dict
 from pipelines.pixels import Preprocess, view_of_file
 from pipelines.structure import TOO_COSTLY
-from tests.corpus import encoded
+from tests.corpus import encoded, picture
 
 import pytest
 import torch
@@ -87,6 +87,47 @@ def solid(kind: str, side: int, mode: str = "RGB", **options: object) -> bytes:
     return file.getvalue()
 
 
+def with_size(kind: str, coded: int, promised: int, **options: object) -> bytes:
+    """An AVIF or a HEIC whose boxes tell of a smaller picture than the decoder gets."""
+    content, size = solid(kind, coded, **options), struct.pack(">II", coded, coded)
+    assert size in content
+    return content.replace(b"ispe" + bytes(4) + size, b"ispe" + bytes(4) + struct.pack(">II", promised, promised))
+
+
+def box(kind: bytes, content: bytes, version: int | None = None) -> bytes:
+    start = b"" if version is None else bytes([version, 0, 0, 0])
+    return struct.pack(">I", 8 + len(start) + len(content)) + kind + start + content
+
+
+def grid(columns: int, rows: int, width: int, height: int, tile: int = 128, parts: int = 1) -> bytes:
+    """A HEIC in which one tile stands everywhere, put together from so many copies of its bytes."""
+    content = solid("HEIF", tile)
+    start, configuration = content.index(b"mdat") + 4, content.index(b"hvcC") - 4
+    length = int.from_bytes(content[configuration : configuration + 4], "big")
+    data, configuration_box = content[start:], content[configuration : configuration + length]
+    sizes = [box(b"ispe", struct.pack(">II", *size), 0) for size in ((width, height), (tile, tile))]
+    entries = [
+        box(b"infe", struct.pack(">HH4sx", number + 1, 0, kind), 2) for number, kind in enumerate((b"grid", b"hvc1"))
+    ]
+    layout = struct.pack(">BBBBII", 0, 1, rows - 1, columns - 1, width, height)
+    tiles = columns * rows
+
+    def meta(offset: int) -> bytes:
+        places = struct.pack(">HHHHHHII", 0x4400, 2, 1, 1, 0, 1, 0, len(layout))
+        places += struct.pack(">HHHH", 2, 0, 0, parts) + struct.pack(">II", offset, len(data)) * parts
+        inner = box(b"pitm", struct.pack(">H", 1), 0) + box(b"iloc", places, 1)
+        inner += box(b"hdlr", struct.pack(">I4s13x", 0, b"pict"), 0)
+        inner += box(b"iinf", struct.pack(">H", 2) + b"".join(entries), 0) + box(b"idat", layout)
+        reference = struct.pack(">HH", 1, tiles) + struct.pack(">H", 2) * tiles
+        inner += box(b"iref", box(b"dimg", reference), 0)
+        associations = struct.pack(">I", 2) + struct.pack(">HBB", 1, 1, 1) + struct.pack(">HBBB", 2, 2, 2, 0x83)
+        properties = box(b"ipco", b"".join(sizes) + configuration_box) + box(b"ipma", associations, 0)
+        return box(b"meta", inner + box(b"iprp", properties), 0)
+
+    before = box(b"ftyp", b"heic" + bytes(4) + b"mif1heic")
+    return before + meta(len(before) + len(meta(0)) + 8) + box(b"mdat", data)
+
+
 JPEG = encoded()
 FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "1,800 scans": (lambda: many_scans(1800), TOO_COSTLY),
@@ -117,6 +158,27 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a WebP of one colour": (lambda: solid("WEBP", 8_000, lossless=True), TOO_COSTLY),
     "a small WebP of one colour": (lambda: solid("WEBP", 1_000, lossless=True), ""),
     "a BMP with run lengths": (run_length_bmp, TOO_COSTLY),
+    **{
+        f"{kind}: {name}": case
+        for kind, is_read in (("AVIF", HAS_AVIF), ("HEIF", HAS_HEIF))
+        for name, case in {
+            "25 megapixels, 1 in its box": (lambda kind=kind: with_size(kind, 5000, 1000), TOO_COSTLY),
+            "the same with transparency": (lambda kind=kind: with_size(kind, 5000, 1000, mode="RGBA"), TOO_COSTLY),
+            "as large as its box": (lambda kind=kind: with_size(kind, 1000, 1000), ""),
+            "such EXIF data": (lambda kind=kind: encoded(kind, exif=b"Exif\0\0" + many_tags("<")), TOO_COSTLY),
+        }.items()
+        if is_read
+    },
+    **{
+        name: case
+        for name, case in {
+            "HEIF: 12 tiles": (lambda: grid(4, 3, 500, 380), ""),
+            "HEIF: 65,280 tiles for a small picture": (lambda: grid(256, 255, 500, 380), TOO_COSTLY),
+            "HEIF: a grid of gigapixels": (lambda: grid(256, 255, 32_768, 32_640), "broken header"),
+            "HEIF: a tile of 65,535 parts": (lambda: grid(1, 1, 128, 128, parts=65_535), TOO_COSTLY),
+        }.items()
+        if HAS_HEIF
+    },
     "a PPM with a long comment": (
         lambda: b"P6 #" + b"x" * MEGABYTES_32 + b"\n30 20 255\n" + bytes(1800),
         "broken header",
@@ -141,7 +203,7 @@ def cost(work: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - start, memory("VmHWM") - before
 
 
-@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.filterwarnings("ignore:Image size", "ignore:Tag data")
 @pytest.mark.parametrize("name", FILES)
 def test_it_is_judged_within_a_second_and_64_megabytes(tmp_path: Path, name: str) -> None:
     make, expected = FILES[name]
@@ -153,6 +215,21 @@ def test_it_is_judged_within_a_second_and_64_megabytes(tmp_path: Path, name: str
     assert found == [expected]
     assert seconds < 1
     assert megabytes < 64
+
+
+@pytest.mark.skipif(not HAS_AVIF, reason="Pillow reads no AVIF here")
+def test_a_frame_of_av1_with_a_size_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Only a sequence's frames may have one: the bit that says so is among the first of the frame's header."""
+    content = bytearray(encoded("AVIF", save_all=True, append_images=[picture(seed=1)]))
+    path, verdicts = tmp_path / "photo", []
+    start = content.index(b"\x12\0\n")  # a temporal delimiter and a sequence header, each with its length
+    frame = start + 4 + content[start + 3] + 3
+    for bit in range(16):
+        content[frame + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        verdicts.append(judge(os.fsencode(path)).fault)
+        content[frame + bit // 8] ^= 1 << bit % 8
+    assert TOO_COSTLY in verdicts
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ("WEBP", "AVIF") if kind != "AVIF" or HAS_AVIF])
@@ -193,6 +270,12 @@ ACCEPTED: dict[str, Callable[[], bytes]] = {
     "tiff": lambda: solid("TIFF", SIDE, compression="tiff_lzw"),
     "bmp": lambda: solid("BMP", SIDE),
     "ppm": lambda: solid("PPM", SIDE),
+    **{
+        f"{kind} {mode}": lambda kind=kind, mode=mode: encoded(kind, mode, picture(362, 362).resize((SIDE, SIDE)))
+        for kind, is_read in (("AVIF", HAS_AVIF), ("HEIF", HAS_HEIF))
+        for mode in ("RGB", "RGBA")
+        if is_read
+    },
 }
 
 
