@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,27 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 MISSING = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 PATIENCE = 600  # seconds for any one thing: a start takes half a minute, and more where others work beside it
 STEPS = 12  # of an epoch
+IN_EPOCH_2 = str(STEPS + 1 + 3)  # rows: an epoch's steps, its evaluation, three steps more
 SMALL = [*("--image-size", "64", "--resize", "72", "--batch-size", "8", "--epochs", "2", "--log-every", "1")]
 SMALL += ["--tracker", "none", "--deterministic", "--lr", "0.005", "--batchnorm", "frozen"]
+
+# Loaded by every Python of a job: its main process stops itself when it is about to write one row more than HOLD_AFTER
+# says, a number for each life of the job. So a test finds the training where it wants it, however fast the machine is.
+HOLD = """
+import os, signal, sys
+
+rows = os.environ.get("HOLD_AFTER", "").split()[int(os.environ.get("SLURM_RESTART_COUNT", "0")):][:1]
+
+
+def count_down(event, arguments, left=[int(rows[0]) if rows else -1]):
+    if event == "open" and arguments[1] == "a" and str(arguments[0]).endswith("metrics.jsonl"):
+        left[0] -= 1
+        if left[0] == -1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+sys.addaudithook(count_down)
+"""
 
 pytestmark = [
     pytest.mark.slurm,
@@ -70,7 +90,8 @@ class Job:
             if time.monotonic() > looked + 1:  # not more often: each look at Slurm takes time from the training
                 looked = time.monotonic()
                 assert looked < give_up, f"no sign of {what}\n{self.facts()}\n{self.text()[-3000:]}"
-                assert what == "its end" or not self.has_ended(), f"ended before {what}\n{self.facts()}\n{self.text()}"
+                may_have_ended = what in ("its end", "SIGTERM")
+                assert may_have_ended or not self.has_ended(), f"ended before {what}\n{self.facts()}\n{self.text()}"
             time.sleep(pause)
 
     def has_ended(self) -> bool:
@@ -80,10 +101,20 @@ class Job:
         self.wait("its end", self.has_ended)
         return self.facts()["JobState"]
 
-    def reaches(self, global_step: int) -> None:
-        self.wait(
-            f"step {global_step}", lambda: any(row["global_step"] >= global_step for row in self.rows()), pause=0.05
-        )
+    def is_held(self) -> None:
+        """Waits until the main process has stopped itself, by HOLD."""
+        self.wait("the hold", lambda: any(_state(rank)["State"][0] == "T" for rank in self.ranks()))
+
+    def wakes_when_told(self) -> None:
+        """Goes on once a SIGTERM has reached the process that is held, or a SIGCONT that Slurm sends with it."""
+        bit = 1 << (signal.SIGTERM - 1)
+
+        def is_told() -> bool:
+            held = [state for rank in self.ranks() if (state := _state(rank))["State"][0] == "T"]
+            return all((int(state["SigPnd"], 16) | int(state["ShdPnd"], 16)) & bit for state in held)
+
+        self.wait("SIGTERM", is_told, pause=0.1)
+        self.hold(signal.SIGCONT)
 
     def ranks(self) -> list[int]:
         """The process ids of the training processes, on both nodes."""
@@ -100,9 +131,19 @@ class Job:
         return found
 
     def hold(self, sign: signal.Signals) -> None:
-        """SIGSTOP makes a short training a long one, until SIGCONT."""
+        """SIGSTOP for all processes, until SIGCONT."""
         for rank in self.ranks():
-            os.kill(rank, sign)
+            with suppress(ProcessLookupError):
+                os.kill(rank, sign)
+
+
+def _state(process: int) -> dict[str, str]:
+    """/proc/PID/status; as of one that is stopped by nobody where it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {"State": "X"}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 class Lab:
@@ -114,6 +155,9 @@ class Lab:
         # The nodes have no GPU: where one is asked for, it is a name, and the training is to use the CPU.
         self.environment = {**kept, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE", **variables}
         self.environment.pop("DALITUNE_DATA", None)
+        (folder / "hold").mkdir()
+        (folder / "hold" / "sitecustomize.py").write_text(HOLD)
+        self.environment["PYTHONPATH"] = str(folder / "hold")
         for name in ("train.py", "pipelines", "slurm", "configs", "accelerate_config.yaml"):
             (folder / name).symlink_to(ROOT / name)
 
@@ -202,8 +246,8 @@ def test_a_second_training_in_a_job_gets_a_name_of_its_own(lab, training):
 
 
 def test_two_nodes_of_which_one_dies_in_mid_epoch(lab, training, undisturbed):
-    job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], training)
-    job.reaches(STEPS + 3)
+    job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], training, HOLD_AFTER=IN_EPOCH_2)
+    job.is_held()
     job.hold(signal.SIGSTOP)
     assert len(job.ranks()) == 2
     other = "node2" if job.facts()["BatchHost"] == "node1" else "node1"
@@ -224,9 +268,9 @@ def test_two_nodes_of_which_one_dies_in_mid_epoch(lab, training, undisturbed):
 
 def test_the_time_limit_comes_near(lab, training, undisturbed):
     """Slurm's warning comes up to a minute early, and is sent every half minute."""
-    job = lab.submit("train.sbatch", ["--gpus-per-node=0", "--signal=B:USR1@60", "--time=20"], training)
-    job.reaches(STEPS + 3)
-    job.hold(signal.SIGSTOP)
+    limit = ["--gpus-per-node=0", "--signal=B:USR1@60", "--time=20"]
+    job = lab.submit("train.sbatch", limit, training, HOLD_AFTER=IN_EPOCH_2)
+    job.is_held()
     hours, minutes, seconds = map(int, job.facts()["RunTime"].split(":"))
     lab.slurm("scontrol", "update", f"jobid={job.number}", f"timelimit={hours * 60 + minutes + 1 + (seconds > 30)}")
     job.wait("the warning", (job.run / "STOP").exists)
@@ -243,15 +287,17 @@ def test_the_time_limit_comes_near(lab, training, undisturbed):
 
 def test_sent_back_by_hand_and_then_cancelled(lab, training):
     """Two nodes. Slurm decides both times, and the script does not bring a cancelled job back."""
-    job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], training)
-    job.reaches(3)
+    job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], training, HOLD_AFTER="3 1")
+    job.is_held()
     assert len(job.ranks()) == 2
     lab.slurm("scontrol", "requeue", job.number)
+    job.wakes_when_told()
     job.wait("the second life", lambda: "resumed at step" in job.text())
     stopped_at = int(re.search(r"resumed at step (\d+)", job.text())[1])
     assert stopped_at >= 3, "saved on the way out, in mid-epoch"
-    job.reaches(stopped_at + 1)
+    job.is_held()
     lab.slurm("scancel", job.number)
+    job.wakes_when_told()
     assert job.ends() == "CANCELLED"
     job.wait("its end", lambda: not job.ranks())
     assert job.status()["state"] == "stopped"
@@ -263,10 +309,11 @@ def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
     photos = Path(str(training[1]))
     with tarfile.open(f"{photos}.tar", "w") as tar:
         tar.add(photos, arcname=".")
-    staged = {"STAGE": "1", "LOCAL_DISK": str(tmp_path), "DALITUNE_DATA": str(photos)}
+    staged = {"STAGE": "1", "LOCAL_DISK": str(tmp_path), "DALITUNE_DATA": str(photos), "HOLD_AFTER": IN_EPOCH_2}
     job = lab.submit("train.sbatch", ["--gpus-per-node=2", "--nodelist=node1"], training[2:], **staged)
-    job.reaches(STEPS + 3)
+    job.is_held()
     lab.slurm("sbatch", "-p", "urgent", "--nodelist=node1", "--gpus-per-node=2", "-o", "urgent.out", "--wrap", "date")
+    job.wakes_when_told()
     job.wait("the requeue", lambda: job.facts()["Restarts"] == "1")
     assert job.ends() == "COMPLETED", job.text()
     assert re.search(r"resumed at step 1[5-9]|resumed at step 2\d", job.text()), "not at the end of an epoch: saved"
