@@ -464,7 +464,7 @@ def _facts(
         "image_size": preprocess.image_size,
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
-        "mirrored": "Its logits are the mean of a picture's and its mirror image's (`test_flips`). "
+        "mirrored": "Its logits are the mean of a picture's and its mirror image's (`test_flips`).\n"
         if reference.test_flips
         else "",
         "logits": "view = preprocess(photo)[None]\n    logits = (model(view) + model(view.flip(-1))) / 2"
