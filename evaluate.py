@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from pipelines.errors import UserError
 from pipelines.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
 from pipelines.files import begins_with, check_replaceable
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, agree_on_engine, eval_loader
-from pipelines.model import Weights, count_classes, read_run_weights, read_state_dict, restore_model
+from pipelines.model import restore_model
 from pipelines.pixels import central_views
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.runs import refuse_links, replacing
 from pipelines.text import check_printed, listed, printable
 from pipelines.wandb_tracker import add_to_summary, check_tracked
+from pipelines.weights import Weights, count_classes, read_run_weights, read_weights_file
 
 import numpy as np
 
@@ -206,9 +207,11 @@ def _read_weights(options: argparse.Namespace, arch: str, dataset: Dataset, spli
     model: Path = options.model
     if model.is_dir():
         return read_run_weights(model, arch, "model"), []
-    state = read_state_dict(model, arch, "model")
+    weights = read_weights_file(model, arch, "model")
     classes = dataset.splits.get("train", split).classes
-    if (found := count_classes(state, arch)) != len(classes):
+    if not (found := count_classes(weights, arch)):
+        raise UserError(f"{model} has no head that tells classes apart: train.py --weights {model} gives it one")
+    if found != len(classes):
         raise UserError(
             f"{model} tells {found} classes apart, and the data has {len(classes)}: "
             "give the run folder instead, whose model.json names its classes"
@@ -222,7 +225,7 @@ def _read_weights(options: argparse.Namespace, arch: str, dataset: Dataset, spli
     note = f"classes: those of the data, in {order} order: {listed(chosen)}"
     if numeric != classes:  # 10 before 9, or after it
         note += " (ImageFolder's order, and a training's here, is text: --class-order chooses)"
-    return Weights(state, str(model), chosen), [note]
+    return replace(weights, classes=chosen), [*weights.notes, note]
 
 
 def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list[str], config: Config) -> None:

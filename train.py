@@ -55,7 +55,7 @@ from pipelines.loader import (
     train_loader,
 )
 from pipelines.memory import micro_batch_of
-from pipelines.model import TransferModel, Weights, average_batchnorm_statistics, build_model, read_weights
+from pipelines.model import TransferModel, average_batchnorm_statistics, build_model
 from pipelines.optimizer import learning_rates, lr_factor, make_optimizer, rate_jump, set_learning_rates
 from pipelines.photos import cache_folder
 from pipelines.processes import (
@@ -75,6 +75,7 @@ from pipelines.stopping import StopRequest
 from pipelines.text import printable
 from pipelines.tracker_settings import check_tracker
 from pipelines.tracking import Tracking, describe_run
+from pipelines.weights import Weights, read_weights
 
 import numpy as np
 import torch
@@ -115,7 +116,9 @@ def main(arguments: list[str]) -> None:
     else:
         weights = main_then_others(state, partial(read_weights, config))
     if config.prepare:
-        main_first(state, lambda: print(*dataset.report(), f"weights: {weights.source}", "prepared", sep="\n"))
+        main_first(
+            state, lambda: print(*dataset.report(), f"weights: {weights.source}", *weights.notes, "prepared", sep="\n")
+        )
         return
     if config.batchnorm == "sync" and state.device.type != "cuda":
         advice = "this run goes on on those only" if saved else "give train or frozen"
@@ -373,6 +376,7 @@ def _setup_report(
     lines = [
         f"weights: {weights.source}; {facts['parameters']:,} parameters, "
         f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
+        *weights.notes,
         f"processes: {processes} on {accelerator.device.type}, precision {facts['precision']}",
         *launcher_hints(accelerator, config, facts["train_photos"]),
     ]

@@ -38,12 +38,13 @@ from pipelines.config import parse_config
 from pipelines.dataset import Split, load_dataset, scan_dataset
 from pipelines.features import FrozenFeatures
 from pipelines.loader import IMAGENET_STD, Loader, Step, make_engine, train_loader
-from pipelines.model import build_model, read_weights
+from pipelines.model import build_model
 from pipelines.optimizer import make_optimizer
 from pipelines.plan import EvalPlan, Plan, TrainPlan
 from pipelines.processes import open_dataset, start_accelerator, start_processes
 from pipelines.progress import Interval, StepWatch
 from pipelines.runs import versions
+from pipelines.weights import read_weights
 
 import numpy as np
 import torch

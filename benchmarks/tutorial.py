@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pipelines.config import Config
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.model import read_weights
 from pipelines.photos import cache_folder, locate
+from pipelines.weights import read_weights
 
 import torch
 from torch import nn

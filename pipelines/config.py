@@ -133,8 +133,8 @@ class Config:
     arch: Arch = "resnet18"
     """torchvision's network; of a ResNet, ResNeXt or Wide ResNet each stage can be frozen, of others the whole body"""
     weights: Literal["imagenet", "none"] | Text | None = None
-    """first weights: `imagenet` through torchvision, `none` (random), a state_dict's file or a finished run's folder;
-    null: DALITUNE_WEIGHTS, or else imagenet"""
+    """first weights: `imagenet` through torchvision, `none` (random), a file with a state_dict or a finished run's
+    folder; null: DALITUNE_WEIGHTS, or else imagenet"""
     mode: Literal["finetune", "feature_extract"] = "finetune"
     """finetune trains body and head, feature_extract only the head"""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3"] = "none"

@@ -21,13 +21,14 @@ from pipelines.files import file_digest
 from pipelines.headers import FAULTS
 from pipelines.layout import Findings, photos_below
 from pipelines.loader import Engine, make_engine
-from pipelines.model import read_run_weights, restore_model
+from pipelines.model import restore_model
 from pipelines.pixels import Preprocess, judge_place, pixels_of_file, split_of, undecodable, views_of_sound
 from pipelines.plan import Views
 from pipelines.processes import cpu_cores
 from pipelines.run_files import check_preprocessing, read_description
 from pipelines.text import printable
 from pipelines.torch_engine import normalised, scale_and_shift
+from pipelines.weights import read_run_weights
 
 import numpy as np
 import torch

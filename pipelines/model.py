@@ -1,56 +1,21 @@
 """The model: a torchvision network with a head for the data's classes, cut into a frozen and a trained part."""
 
-import functools
 import hashlib
-import os
-import pickle
-import re
-import sys
-import urllib.error
-import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config
-from pipelines.errors import MachineError, UserError
-from pipelines.files import file_digest
 from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
-from pipelines.run_files import read_description
 from pipelines.text import composed
+from pipelines.weights import Weights, head_name
 
 import numpy as np
 import torch
 from torch import nn
 from torchvision import models, ops
 
-_WANTED = "give imagenet, none, a state_dict file or a run folder"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_MOST_REPEATED = 1 << 28  # bytes of a tensor that repeats its values by strides of 0, which could be terabytes
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")  # of a ResNet; another network's body is one stage
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where a network starts from.
-
-    state: a torchvision network's state_dict on the CPU, None for random weights, or {} where a checkpoint has all of
-    a run that did not begin with random ones.
-    source: what to call it. classes: of its head, in order, where a run folder tells them.
-    """
-
-    state: Mapping[str, torch.Tensor] | None
-    source: str
-    classes: tuple[str, ...] | None = None
-
-    def digest(self) -> str:
-        """Hex, of the names and values; the file's name and format do not matter."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in sorted((self.state or {}).items()):
-            digest.update(name.encode())
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
 
 class TransferModel(nn.Module):
@@ -185,103 +150,9 @@ class _WithoutStatisticsOfNothing:
             module.train()
 
 
-def head_name(network: nn.Module) -> str:
-    """What a network calls its head, its last linear layer: fc, classifier.3, heads.head."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-
-
 def batchnorms(model: nn.Module) -> list[Any]:
     """The model's BatchNorm layers, synchronised ones included."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def read_weights(config: Config) -> Weights:
-    """What the setting `weights` means: ImageNet's through torchvision, none, a state_dict file, or a run folder.
-
-    Without the setting, the file DALITUNE_WEIGHTS stands in for torchvision's download of a ResNet-18.
-    """
-    wanted, named = config.weights, "weights"
-    if wanted is None and config.arch == "resnet18" and os.environ.get("DALITUNE_WEIGHTS"):
-        wanted, named = os.environ["DALITUNE_WEIGHTS"], "DALITUNE_WEIGHTS"
-    if wanted == "none":
-        return Weights(None, "random")
-    if wanted in (None, "imagenet"):
-        return _imagenet_weights(config.arch)
-    path = Path(os.path.expanduser(str(wanted)))
-    if os.path.isdir(path):
-        return read_run_weights(path, config.arch, named)
-    return Weights(read_state_dict(path, config.arch, named), str(path))
-
-
-def read_state_dict(path: Path, arch: str, named: str = "weights") -> dict[str, torch.Tensor]:
-    """The tensors of a plain state_dict file for `arch`, on the CPU. UserError where it is not one.
-
-    Read with weights_only=True: a file that would run code is refused, not run. Names, shapes and kinds of number are
-    checked, so that nothing of the network stays as it was drawn.
-    """
-    if not os.path.exists(path):  # unlike Path's, it raises nothing where a folder may not be read
-        raise UserError(f"{named}: {path} does not exist: {_WANTED}")
-    if not os.path.isfile(path):  # a pipe would keep its reader waiting, and a device never end
-        raise UserError(f"{named}: {path} is no regular file: {_WANTED}")
-    try:
-        if _grows(path):
-            raise ValueError("its content is packed, as PyTorch does not do")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({str(error)[:160] or type(error).__name__})"
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            detail = f" (it asks for {code[1]}: code, which is never run)"
-        raise UserError(
-            f"{named}: {path} is cut off, or not a file that holds tensors and nothing else{detail}: {_WANTED}"
-        ) from None
-    expected, head = _expected(arch)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"{named}: {path} does not hold a plain state_dict (names -> tensors) of a {arch}: {_WANTED}")
-    # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
-    state = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")} | state
-    shapes = {name: value.shape for name, value in expected.items()}
-    if f"{head}.bias" in state:  # as many classes as the file has
-        shapes[f"{head}.bias"] = torch.Size([state[f"{head}.bias"].numel()])
-        shapes[f"{head}.weight"] = torch.Size([state[f"{head}.bias"].numel(), expected[f"{head}.weight"].shape[1]])
-    found = {name: value.shape for name, value in state.items()}
-    wrong = [name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)]
-    if wrong:
-        raise UserError(
-            f"{named}: {path} is not a {arch} in torchvision's layout (first difference: {min(wrong)}): {_WANTED}"
-        )
-    for name, value in state.items():
-        is_count = not expected[name].is_floating_point()
-        is_real = value.is_floating_point() or (is_count and not value.is_complex())
-        if value.layout != torch.strided or not is_real:
-            raise UserError(f"{named}: {path} holds {name} as {value.dtype}, {value.layout}: floats are needed")
-        if value.is_meta or value.nbytes > max(value.untyped_storage().nbytes(), _MOST_REPEATED):
-            raise UserError(f"{named}: {path} holds {name} without all of its values: {_WANTED}")
-        if not is_count and not value.float().isfinite().all():
-            raise UserError(f"{named}: {path} holds {name} with values that are not finite: it comes of a failed run")
-    return state
-
-
-@functools.cache
-def _expected(arch: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The state_dict of torchvision's network, of which only shapes and kinds count, and the name of its head."""
-    with torch.device("cpu" if arch.startswith("regnet") else "meta"):  # a RegNet computes its widths with tensors
-        network = models.get_model(arch, weights=None)
-    return network.state_dict(), head_name(network)
-
-
-def count_classes(state: Mapping[str, torch.Tensor], arch: str) -> int:
-    """How many classes the head in a state_dict of `arch` tells apart."""
-    return len(state[f"{_expected(arch)[1]}.bias"])
-
-
-def _grows(path: Path) -> bool:
-    """Whether a file of PyTorch's format would take more memory than it has bytes; torch.save packs nothing."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as packed:
-        return sum(entry.file_size for entry in packed.infolist()) > os.path.getsize(path)
 
 
 def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> TransferModel:
@@ -373,46 +244,3 @@ def _draw_head(head: nn.Linear, seed: int | None) -> None:
     with torch.no_grad():
         head.weight.copy_(drawn[: head.weight.numel()].view_as(head.weight))
         head.bias.copy_(drawn[head.weight.numel() :])
-
-
-def _imagenet_weights(arch: str) -> Weights:
-    """torchvision's own file, through the folder where torch.hub keeps it; MachineError where it cannot be fetched.
-
-    torch.hub would believe a file that lies there already, and unpickle whatever is in it.
-    """
-    default = models.get_model_weights(arch).DEFAULT
-    name = default.url.rsplit("/", 1)[-1]
-    prefix = name.rpartition("-")[2].partition(".")[0]  # of the file's SHA-256, by torch.hub's convention
-    file = Path(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(default.url, str(file), prefix, progress=sys.stderr.isatty())
-        digest = file_digest(file, "sha256")
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise MachineError(
-            f"weights: cannot fetch the ImageNet weights of {arch} from {default.url} ({reason}): "
-            "give a state_dict file with --weights FILE or the variable DALITUNE_WEIGHTS, or --weights none"
-        ) from None
-    if not digest.startswith(prefix):
-        raise UserError(
-            f"weights: {file} is cut off or not torchvision's (its SHA-256 begins with {digest[:8]}): delete it, and "
-            "it is fetched again"
-        )
-    return Weights(read_state_dict(file, arch), f"imagenet ({name})")
-
-
-def read_run_weights(run: Path, arch: str, named: str) -> Weights:
-    """The best weights of a run folder, with its classes. UserError where it holds none, or another architecture."""
-    best, description = run / "best.pt", run / "model.json"
-    if not os.path.exists(best) or not os.path.exists(description):
-        raise UserError(f"{named}: {run} is not a run folder with best.pt and model.json: {_WANTED}")
-    model = read_description(run, named)
-    found, classes = model["arch"], tuple(model["classes"])
-    if found != arch:
-        raise UserError(f"{named}: {run} holds a {found}, not a {arch}: add --arch {found}")
-    state = read_state_dict(best, arch, named)
-    if (found_classes := count_classes(state, arch)) != len(classes):
-        raise UserError(f"{named}: {best} has {found_classes} classes and {description} {len(classes)}")
-    return Weights(state, str(run), classes)

@@ -20,7 +20,6 @@ from pipelines.dataset import Dataset, Split, load_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.known_photos import in_known_places, keep_photos
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.model import read_weights
 from pipelines.resume import ask_for_the_same_photos, is_longer, other_result, spelled
 from pipelines.run_files import (
     MEANT_BEFORE,
@@ -33,6 +32,7 @@ from pipelines.run_files import (
     to_json,
 )
 from pipelines.text import listed, printable
+from pipelines.weights import read_weights
 
 import numpy as np
 import torch

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from pipelines import processes
 from pipelines.evaluation import predict
-from pipelines.model import read_description
+from pipelines.run_files import read_description
 
 import numpy as np
 import pytest

@@ -11,8 +11,9 @@ from deploy import export, predict, serve
 from pipelines.errors import UserError
 from pipelines.headers import exif_orientation
 from pipelines.inference import Answer, PictureClassifier, ViewClassifier, answer_of, open_onnx, open_run
-from pipelines.model import read_description, read_run_weights
 from pipelines.pixels import _UPRIGHT, Preprocess, pixels_of_file, view_of_file
+from pipelines.run_files import read_description
+from pipelines.weights import read_run_weights
 from tests.corpus import encoded, exif, picture
 
 import numpy as np

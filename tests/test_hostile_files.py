@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pipelines.errors import UserError
 from pipelines.headers import HAS_AVIF, HAS_HEIF, judge
-from pipelines.model import read_state_dict
 from pipelines.pixels import Preprocess, view_of_file
 from pipelines.structure import TOO_COSTLY
+from pipelines.weights import read_weights_file
 from tests.corpus import encoded, picture
 
 import pytest
@@ -248,7 +248,7 @@ def test_weights_are_read_from_regular_files_only(tmp_path: Path, kind: str) -> 
     elif kind == "link to a device":
         path.symlink_to("/dev/zero")
     with pytest.raises(UserError, match="is no regular file"):
-        read_state_dict(Path("/dev/zero") if kind == "device" else path, "resnet18")
+        read_weights_file(Path("/dev/zero") if kind == "device" else path, "resnet18")
 
 
 @pytest.mark.parametrize("head", [torch.zeros(1).expand(10**9, 512), torch.zeros(1000, 512, device="meta")])
@@ -256,7 +256,7 @@ def test_weights_without_all_of_their_values_are_refused(tmp_path: Path, head: t
     state = resnet18().state_dict() | {"fc.weight": head, "fc.bias": torch.zeros(1).expand(len(head))}
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="without all of its values"):
-        read_state_dict(tmp_path / "weights.pth", "resnet18")
+        read_weights_file(tmp_path / "weights.pth", "resnet18")
 
 
 SIDE = 2_896  # pixels: as large as a photo may be whose bytes are hardly any

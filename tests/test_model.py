@@ -1,37 +1,22 @@
-"""What trains and what moves under every setting, which weights are taken, and which files are refused."""
+"""What trains and what moves under every setting, and the head that a new model gets."""
 
-import json
-import os
-import pickle
-import shutil
-import urllib.request
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import get_args
 
-from pipelines import model
 from pipelines.config import Arch, Config
-from pipelines.errors import MachineError, UserError
-from pipelines.files import file_digest
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.model import (
     STAGES,
     TransferModel,
-    Weights,
     average_batchnorm_statistics,
     batchnorms,
     build_model,
-    head_name,
     parameter_counts,
-    read_run_weights,
-    read_state_dict,
-    read_weights,
     resolve_batchnorm,
     restore_model,
 )
 from pipelines.optimizer import make_optimizer
 from pipelines.runs import RunFolder
+from pipelines.weights import Weights, head_name
 
 import pytest
 import torch
@@ -61,28 +46,9 @@ def plain_state(classes: int = 1000, seed: int = 0) -> dict[str, torch.Tensor]:
     return network.state_dict()
 
 
-def light_state(classes: int = 1000) -> dict[str, torch.Tensor]:
-    """A resnet18's state_dict that is a small file: one value in each tensor, another one in each."""
-    with torch.device("meta"):
-        state = resnet18(num_classes=classes).state_dict()
-    values = torch.linspace(0.5, 1, len(state))
-    return {
-        name: value.to(like.dtype).expand(like.shape) for (name, like), value in zip(state.items(), values, strict=True)
-    }
-
-
 @pytest.fixture(scope="module")
 def pretrained() -> Weights:
     return Weights(plain_state(), "pretrained")
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path) -> None:
-    """No network, whatever this machine has, and no weights from earlier downloads."""
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first use
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv("DALITUNE_WEIGHTS", raising=False)
 
 
 def images(count: int, size: int = 64) -> torch.Tensor:
@@ -289,7 +255,7 @@ def test_random_weights_come_from_the_seed(pretrained):
 
 
 def test_the_head_of_a_run_is_kept_where_its_classes_are_the_same(pretrained):
-    weights = Weights(light_state(3), "run", CLASSES)
+    weights = Weights(plain_state(3), "run", CLASSES)
     kept = build_model(Config(), weights, CLASSES).network
     assert torch.equal(kept.fc.weight, weights.state["fc.weight"])
     assert torch.equal(kept.conv1.weight, weights.state["conv1.weight"])
@@ -325,218 +291,3 @@ def test_best_weights_load_with_the_tutorials_three_lines(pretrained, tmp_path, 
     with torch.no_grad():
         expected = model.eval()(model.frozen_part(images(2)))
         torch.testing.assert_close(m.eval()(images(2)), expected, rtol=1e-4, atol=1e-4)
-
-
-class Opens:
-    """Makes a folder as soon as it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def _truncated(path: Path, state: dict) -> None:
-    torch.save(state, path)
-    path.write_bytes(path.read_bytes()[:10_000])
-
-
-def _without(*names: str):
-    return lambda path, state: torch.save({name: state[name] for name in state if name not in names}, path)
-
-
-def _with(**values: object):
-    return lambda path, state: torch.save(state | values, path)
-
-
-BAD_FILES = {
-    "missing": (lambda path, state: None, "does not exist"),
-    "directory": (lambda path, state: path.mkdir(), "is no regular file"),
-    "empty": (lambda path, state: path.touch(), "EOF|Ran out of input"),
-    "text": (lambda path, state: path.write_text("ants and bees"), "holds tensors and nothing else"),
-    "truncated": (_truncated, "holds tensors and nothing else"),
-    "runs code": (lambda path, state: torch.save(Opens(path.with_name("mark")), path), "tensors and nothing else"),
-    "runs code, plain pickle": (
-        lambda path, state: path.write_bytes(pickle.dumps(Opens(path.with_name("mark")))),
-        "tensors and nothing else",
-    ),
-    "a list": (lambda path, state: torch.save([1, 2], path), "plain state_dict"),
-    "a checkpoint": (lambda path, state: torch.save({"model": state, "epoch": 3}, path), "plain state_dict"),
-    "numbers for names": (lambda path, state: torch.save({1: torch.ones(1)}, path), "plain state_dict"),
-    "no head": (_without("fc.weight", "fc.bias"), "first difference: fc.bias"),
-    "no first layer": (_without("conv1.weight"), "first difference: conv1.weight"),
-    "more": (_with(extra=torch.ones(1)), "first difference: extra"),
-    "a head that does not fit": (_with(**{"fc.weight": torch.ones(4, 512)}), "first difference: fc.weight"),
-    "prefixes": (
-        lambda path, state: torch.save({f"module.{name}": state[name] for name in state}, path),
-        "not a resnet18 in torchvision's layout",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_that_is_no_state_dict_is_refused_in_one_line(tmp_path, kind):
-    write, message = BAD_FILES[kind]
-    write(tmp_path / "weights.pt", light_state())
-    with pytest.raises(UserError, match=message) as caught:
-        read_state_dict(tmp_path / "weights.pt", "resnet18")
-    line = str(caught.value)
-    assert line.startswith(f"weights: {tmp_path / 'weights.pt'} ")
-    assert "\n" not in line
-    assert len(line) < 500
-    assert not (tmp_path / "mark").exists()
-
-
-def test_another_architecture_is_refused(tmp_path):
-    torch.save(light_state(), tmp_path / "weights.pt")
-    with pytest.raises(UserError, match="is not a resnet50 in torchvision's layout"):
-        read_state_dict(tmp_path / "weights.pt", "resnet50")
-
-
-@pytest.mark.parametrize("kind", ["new", "old format", "no batch counts"])
-def test_state_dicts_of_every_age_are_read(tmp_path, kind):
-    state = light_state(5)
-    if kind == "no batch counts":
-        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    torch.save(state, tmp_path / "weights.pt", _use_new_zipfile_serialization=kind != "old format")
-    read = read_state_dict(tmp_path / "weights.pt", "resnet18")
-    assert all(torch.equal(read[name], state[name]) for name in state)
-    model = restore_model("resnet18", Weights(read, "", tuple("abcde")))
-    assert torch.equal(model.network.fc.bias, state["fc.bias"])
-
-
-def write_run(folder: Path, classes: int = 3, **description: object) -> Path:
-    folder.mkdir()
-    torch.save(light_state(classes), folder / "best.pt")
-    preprocessing = {"image_size": 64, "resize": 72, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    known = {"arch": "resnet18", "classes": list(CLASSES), **preprocessing, **description}
-    (folder / "model.json").write_text(json.dumps(known))
-    return folder
-
-
-def test_weights_of_a_run_come_with_its_classes(tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run")
-    for weights in (read_run_weights(run, "resnet18", "weights"), read_weights(Config(weights=str(run)))):
-        assert weights.classes == CLASSES
-        assert weights.source == str(run)
-        assert torch.equal(weights.state["fc.weight"], light_state(3)["fc.weight"])
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert read_weights(Config(weights="~/run")).classes == CLASSES
-    assert read_weights(Config(weights="~/run/best.pt")).classes is None
-
-
-def test_a_folder_that_is_no_whole_run_is_refused(tmp_path):
-    def refused(match: str, arch: str = "resnet18") -> None:
-        with pytest.raises(UserError, match=match):
-            read_run_weights(tmp_path / "run", arch, "weights")
-
-    run = write_run(tmp_path / "run")
-    refused("run holds a resnet18, not a resnet50: add --arch resnet18", "resnet50")
-    for text in ("{", "[]", "{}", '{"arch": "resnet18", "classes": 3}'):
-        (run / "model.json").write_text(text)
-        refused("model.json is damaged")
-    shutil.rmtree(run)
-    (write_run(run) / "model.json").write_text((run / "model.json").read_text().replace(', "wasp"', ""))
-    refused("best.pt has 3 classes and .*model.json 2")
-    (run / "model.json").unlink()
-    refused("not a run folder with best.pt and model.json")
-
-
-# The setting `weights`
-
-
-def test_the_variable_stands_in_for_the_default_of_resnet18_only(tmp_path, monkeypatch, offline):
-    for name in ("variable.pt", "flag.pt"):
-        torch.save(light_state(), tmp_path / name)
-    monkeypatch.setenv("DALITUNE_WEIGHTS", str(tmp_path / "variable.pt"))
-    assert read_weights(Config()).source == str(tmp_path / "variable.pt")
-    assert read_weights(Config(weights=str(tmp_path / "flag.pt"))).source == str(tmp_path / "flag.pt")
-    assert read_weights(Config(weights="none")) == Weights(None, "random")
-    for settings in ({"arch": "resnet34"}, {"weights": "imagenet"}):
-        with pytest.raises(MachineError, match="cannot fetch the ImageNet weights"):
-            read_weights(Config(**settings))
-    monkeypatch.setenv("DALITUNE_WEIGHTS", str(tmp_path / "gone.pt"))
-    with pytest.raises(UserError, match=r"^DALITUNE_WEIGHTS: .*gone.pt does not exist"):
-        read_weights(Config())
-
-
-def test_without_a_network_one_line_names_the_url_and_what_does_without(offline):
-    with pytest.raises(MachineError) as caught:
-        read_weights(Config())
-    line = str(caught.value)
-    for part in (
-        "https://download.pytorch.org/models/resnet18",
-        "--weights FILE",
-        "DALITUNE_WEIGHTS",
-        "--weights none",
-    ):
-        assert part in line
-    assert "\n" not in line
-    assert caught.value.exit_code == 3
-
-
-@pytest.fixture
-def downloaded(tmp_path, offline, monkeypatch) -> Callable[[object], Path]:
-    """downloaded(content): where torch.hub keeps its files lies a resnet18-f37072fd.pth, and its digest is right."""
-
-    def put(content: object) -> Path:
-        file = tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, file)
-        monkeypatch.setattr(model, "file_digest", lambda *_: "f37072fd" + "0" * 56)
-        return file
-
-    return put
-
-
-def test_weights_that_torchvision_has_downloaded_need_no_network(downloaded):
-    downloaded(light_state())
-    weights = read_weights(Config())
-    assert weights.source == "imagenet (resnet18-f37072fd.pth)"
-    assert torch.equal(weights.state["conv1.weight"], light_state()["conv1.weight"])
-    assert weights.classes is None
-
-
-def test_a_file_under_the_name_of_torchvisions_is_read_like_any_other(tmp_path, downloaded, monkeypatch):
-    downloaded(Opens(tmp_path / "mark"))
-    with pytest.raises(UserError, match=r"resnet18-f37072fd.pth .* code, which is never run"):
-        read_weights(Config())
-    assert not (tmp_path / "mark").exists()
-    downloaded({f"backbone.{name}": value for name, value in light_state().items()})
-    with pytest.raises(UserError, match=r"is not a resnet18 in torchvision's layout"):
-        read_weights(Config())
-    monkeypatch.setattr(model, "file_digest", file_digest)
-    with pytest.raises(UserError, match=r"cut off or not torchvision's \(its SHA-256 .*delete it"):
-        read_weights(Config())
-
-
-def test_weights_that_could_not_be_trained_from_are_refused(tmp_path):
-    whole, file = light_state(), tmp_path / "weights.pt"
-    for value, reason in (
-        (torch.full((64,), torch.nan), "bn1.weight with values that are not finite"),
-        (torch.ones(64, dtype=torch.int32), "bn1.weight as torch.int32"),
-        (torch.ones(64).to_sparse(), "bn1.weight as torch.float32, torch.sparse_coo"),
-    ):
-        torch.save(whole | {"bn1.weight": value}, file)
-        with pytest.raises(UserError, match=reason):
-            read_state_dict(file, "resnet18")
-
-
-def test_a_file_that_would_take_far_more_memory_than_it_has_bytes_is_not_opened(tmp_path):
-    torch.save({"conv1.weight": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
-        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for entry in plain.namelist():
-            packed.writestr(entry, plain.read(entry))
-    with pytest.raises(UserError, match="its content is packed"):
-        read_state_dict(tmp_path / "packed.pt", "resnet18")
-
-
-def test_a_pipe_has_no_digest(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a regular file"):
-        file_digest(tmp_path / "pipe")

@@ -13,7 +13,8 @@ import train
 from pipelines.config import parse_config
 from pipelines.dataset import load_dataset, scan_dataset
 from pipelines.loader import train_loader
-from pipelines.model import build_model, read_weights
+from pipelines.model import build_model
+from pipelines.weights import read_weights
 
 import pytest
 import torch
