@@ -158,7 +158,7 @@ def _tensors(content: Any) -> dict[str, torch.Tensor]:
         seen.add(id(part))
         for key, value in part.items():
             name = f"{front}{key}" if isinstance(key, str) and len(front) + len(key) < _LONGEST else ""
-            if isinstance(value, torch.Tensor) and name:
+            if isinstance(value, torch.Tensor) and name and not value.is_nested:
                 for old, new in _OLD_NAMES:
                     name = re.sub(old, new, name)
                 found.setdefault(name, value.detach())
