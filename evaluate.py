@@ -33,7 +33,7 @@ from pipelines.pixels import central_views
 from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.runs import refuse_links, replacing
-from pipelines.text import check_printed, listed, printable
+from pipelines.text import check_printed, counted, listed, printable
 from pipelines.wandb_tracker import add_to_summary, check_tracked
 from pipelines.weights import Weights, count_classes, read_run_weights, read_weights_file
 
@@ -77,7 +77,8 @@ def main(arguments: list[str]) -> None:
             print(note)
         if config.test_flips:
             print("test_flips: an answer is the mean of a photo's logits and its mirror image's")
-        print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}; loader: {engine} ({reason})")
+        processes = counted(accelerator.num_processes, "process")
+        print(f"{processes} on {accelerator.device.type}; loader: {engine} ({reason})")
     mean, std = (description["mean"], description["std"]) if description else (IMAGENET_MEAN, IMAGENET_STD)
     loader = eval_loader(config, split, labels, state, engine, mean=mean, std=std)
     try:
@@ -195,9 +196,10 @@ def _what_is_scored(dataset: Dataset, split: Split) -> str:
     """The split, and how many photos of how many."""
     count, total = len(split), sum(map(len, dataset.splits.values()))
     if dataset.val_fraction is None or split.name not in ("train", "val"):
-        return f"split {printable(split.name)}: {count} of {total} photos"
+        return f"split {printable(split.name)}: {count} of {counted(total, 'photo')}"
     part = "set aside from training" if split.name == "val" else "not set aside"
-    return f"split {split.name}: the {count} of {total} photos that are {part} (--split all: all of them)"
+    are = "is" if count == 1 else "are"
+    return f"split {split.name}: the {count} of {counted(total, 'photo')} that {are} {part} (--split all: all of them)"
 
 
 def _read_weights(options: argparse.Namespace, arch: str, dataset: Dataset, split: Split) -> tuple[Weights, list[str]]:
@@ -271,7 +273,7 @@ def _print_scores(scores: Scores, names: list[str]) -> None:
         cells = [f"{'n/a' if row[key] is None else f'{row[key]:.4f}':>6}" for key in ("precision", "recall", "f1")]
         print(f"{name:<{width}}     {'  '.join(cells)}  {row['count']:7}")
     if len(rows) > _SHOWN_CLASSES:
-        print(f"... and {len(rows) - _SHOWN_CLASSES} more classes: --json FILE has them all")
+        print(f"... and {counted(len(rows) - _SHOWN_CLASSES, 'more class', 'more classes')}: --json FILE has them all")
     print()
 
 

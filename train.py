@@ -72,7 +72,7 @@ from pipelines.progress import EpochTable, Interval, StepWatch
 from pipelines.resume import changed_settings
 from pipelines.runs import RunFolder, describe_model, new_run_name, versions
 from pipelines.stopping import StopRequest
-from pipelines.text import printable
+from pipelines.text import counted, printable
 from pipelines.tracker_settings import check_tracker
 from pipelines.tracking import Tracking, describe_run
 from pipelines.weights import Weights, read_weights
@@ -186,8 +186,8 @@ def main(arguments: list[str]) -> None:
                 *_setup_report(config, weights, network, accelerator, facts),
                 *features.report(),
                 *store_report(features, validation_features),
-                f"loader: {engine} ({reason}); {steps_per_epoch} steps an epoch, {last_step} in all, "
-                f"{micro_batch} photos at a time on a process",
+                f"loader: {engine} ({reason}); {counted(steps_per_epoch, 'step')} an epoch, {last_step} in all, "
+                f"{counted(micro_batch, 'photo')} at a time on a process",
                 f"run: {run.folder}",
                 *_how_it_goes_on(config, before, saved, accelerator),
                 *rate_jump(config, steps_per_epoch, at.global_step, last_rates),
@@ -401,7 +401,9 @@ def _end_report(
         f"{best['count']}, 95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
     ]
     if known + met:
-        lines.append(f"left out: {known + met} photos, {known} of them found by the scan and {met} met in the run")
+        lines.append(
+            f"left out: {counted(known + met, 'photo')}, {known} of them found by the scan and {met} met in the run"
+        )
     return [
         *lines,
         f"best weights: {run.best}",

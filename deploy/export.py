@@ -38,7 +38,7 @@ from pipelines.pixels import Preprocess
 from pipelines.processes import cpu_cores, run_script
 from pipelines.run_files import read_description, read_run_config
 from pipelines.runs import refuse_links
-from pipelines.text import printable
+from pipelines.text import counted, printable
 from pipelines.weights import Weights, read_run_weights
 
 import numpy as np
@@ -226,7 +226,7 @@ def _export_checked(
         check = compare(reference, open_onnx(file, threads=cpu_cores()), paths)
         print(
             f"model.onnx, from {graph}: the same top-1 as PyTorch on {check.count - len(check.differing)} of "
-            f"{check.count} photos{', each with its mirror image' if reference.test_flips else ''}, largest difference "
+            f"{counted(check.count, 'photo')}{', each with its mirror image' if reference.test_flips else ''}, largest difference "
             f"of a logit {check.largest:.2g}",
             flush=True,
         )
@@ -242,8 +242,8 @@ def _export_checked(
         if share <= options.tolerance:
             return graph, check
     raise MachineError(
-        f"onnxruntime does not find PyTorch's class in {len(check.differing)} photos ({named}, ...): where these are "
-        f"close ties, --tolerance {_rounded_up(share):g} takes the graph from {graph} all the same"
+        f"onnxruntime does not find PyTorch's class in {counted(len(check.differing), 'photo')} ({named}, ...): where "
+        f"these are close ties, --tolerance {_rounded_up(share):g} takes the graph from {graph} all the same"
     )
 
 
@@ -413,7 +413,7 @@ print(classes[logits.argmax()])
 ```
 
 `model.onnx`, opset {opset}, {graph}
-{mirrored}Checked with onnxruntime on the CPU: the same top-1 as PyTorch on {agreed} of {checked} photos, largest
+{mirrored}Checked with onnxruntime on the CPU: the same top-1 as PyTorch on {agreed} of {checked}, largest
 difference of a logit {largest:.2g}. `classes`, `preprocess` and `test_flips` stand in its metadata, as JSON.
 
 From 1.29 on onnxruntime sends events to its makers unless `ORT_DISABLE_TELEMETRY=1` is set before it is loaded.
@@ -486,7 +486,7 @@ def _model_card(facts: Mapping[str, Any], graph: str, check: Check, opset: int, 
         graph=graph_text,
         feed=feed,
         agreed=check.count - len(check.differing),
-        checked=check.count,
+        checked=counted(check.count, "photo"),
         largest=check.largest,
     )
 
@@ -512,7 +512,7 @@ def _data(description: Mapping[str, Any], dataset: Dataset | None) -> list[str]:
     for split in dataset.splits.values() if dataset else ():
         counts = sorted(split.class_counts().items())
         each = ", ".join(f"{printable(label)} {count}" for label, count in counts[:20])
-        lines.append(f"- {printable(split.name)}: {sum(count for _, count in counts)} photos ({each})")
+        lines.append(f"- {printable(split.name)}: {counted(sum(count for _, count in counts), 'photo')} ({each})")
     return lines
 
 

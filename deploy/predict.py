@@ -38,7 +38,7 @@ from pipelines.inference import Answer, find_photos, open_run
 from pipelines.loader import choose_engine
 from pipelines.pixels import Preprocess, view_of_file
 from pipelines.processes import cpu_cores, run_script, start_processes
-from pipelines.text import check_printed, printable
+from pipelines.text import check_printed, counted, printable
 
 import numpy as np
 import torch
@@ -60,7 +60,9 @@ def main(arguments: list[str]) -> None:
     settings = {"batch_size": options.eval_batch_per_device, "test_flips": options.test_flips}
     run = open_run(options.run, device, engine=engine, threads=cpu_cores(), **settings)
     mirrored = ", each with its mirror image" if run.test_flips else ""
-    _say(f"{printable(options.run)} on {len(paths)} files{mirrored}, {device.type}; loader: {engine} ({reason})")
+    _say(
+        f"{printable(options.run)} on {counted(len(paths), 'file')}{mirrored}, {device.type}; loader: {engine} ({reason})"
+    )
 
     counts: Counter[str] = Counter()
     doubtful: list[tuple[float, int, str]] = []  # a heap of -confidence, number, class: the surest answer comes out
@@ -90,10 +92,12 @@ def main(arguments: list[str]) -> None:
 
     read = sum(counts.values())
     each = ", ".join(f"{printable(name)} {count}" for name, count in counts.most_common(5)) or "none"
-    more = f" and {len(counts) - 5} classes more" if len(counts) > 5 else ""
+    more = f" and {counted(len(counts) - 5, 'class')} more" if len(counts) > 5 else ""
     _say(f"{read} photo{'' if read == 1 else 's'} in {time.perf_counter() - started:.1f} s: {each}{more}")
     if read < len(paths):
-        raise UserError(f"{len(paths) - read} of {len(paths)} files are no readable photos; each is named above")
+        raise UserError(
+            f"{len(paths) - read} of {counted(len(paths), 'file')} cannot be read as a photo; each is named above"
+        )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -196,7 +196,7 @@ def newest_checkpoint(run: RunFolder, dataset: Dataset) -> dict[str, Any] | None
         return progress
     if folders:
         raise UserError(
-            f"run: none of the {len(folders)} checkpoints in {run.folder / _FOLDER} is whole: put a whole one back, "
+            f"run: no whole checkpoint among {len(folders)} in {run.folder / _FOLDER}: put a whole one back, "
             "or start the run anew with --overwrite"
         )
     return None

@@ -24,7 +24,7 @@ from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
 from pipelines.headers import EDGE, FAULTS, judge
 from pipelines.layout import WANTED, Findings, Photo, list_csv, list_folder
-from pipelines.text import composed, listed, printable
+from pipelines.text import composed, counted, listed, printable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -132,8 +132,9 @@ class Dataset:
             counts = split.class_counts()
             each = ", ".join(f"{printable(name)} {count}" for name, count in counts.items())
             if len(counts) > 10:
-                each = f"{min(counts.values())} to {max(counts.values())} photos in a class"
-            lines.append(f"{printable(split.name)}: {sum(counts.values())} photos, {len(counts)} classes: {each}")
+                each = f"{min(counts.values())} to {counted(max(counts.values()), 'photo')} in a class"
+            number = f"{counted(sum(counts.values()), 'photo')}, {counted(len(counts), 'class')}"
+            lines.append(f"{printable(split.name)}: {number}: {each}")
         if self.val_fraction is not None:
             lines.append(f"val was taken from train: {self.val_fraction:g} of each class, chosen by a hash of the path")
         known = {composed(name): name for split in self.splits.values() for name in split.classes}
@@ -151,13 +152,16 @@ class Dataset:
         if "val" in self.splits:
             lines += majority_notes(self.splits["val"])
         for (earlier, later), pairs in self.duplicates.items():
-            lines += _pair_lines(f"{len(pairs)} photos of {printable(later)} are in {printable(earlier)} too:", pairs)
+            stand = "is" if len(pairs) == 1 else "are"
+            title = f"{counted(len(pairs), 'photo')} of {printable(later)} {stand} in {printable(earlier)} too:"
+            lines += _pair_lines(title, pairs)
         if self.contradictions:
-            title = f"{len(self.contradictions)} photos stand under another class too, with the same bytes:"
+            stand = counted(len(self.contradictions), "photo stands", "photos stand")
+            title = f"{stand} under another class too, with the same bytes:"
             lines += _pair_lines(title, self.contradictions)
         faulty = [line for split in self.splits.values() for line in split.faulty_files()]
         if faulty:  # each is named: it is left out
-            lines += [f"{len(faulty)} files cannot be used:", *(f"  {file}" for file in faulty)]
+            lines += [f"{counted(len(faulty), 'file')} cannot be used:", *(f"  {file}" for file in faulty)]
         return lines
 
 
@@ -323,7 +327,7 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
     if bad and not skip_bad_files:
         first = "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else "")
         advice = "Mend them, or add --skip-bad-files, which names each and leaves it out"
-        raise UserError(f"{root}: {len(bad)} files cannot be used: {first}. {advice}")
+        raise UserError(f"{root}: {counted(len(bad), 'file')} cannot be used: {first}. {advice}")
     counts = {name: dataset.splits[name].class_counts() for name in splits}
     present = {name: {label for label, count in counts[name].items() if count} for name in splits}
     train = present.get("train")
@@ -438,7 +442,7 @@ def _in_threads(look: Callable[[int], None], total: int, title: str) -> None:
                 bar.update(done)
                 if bar.disable and not announced and time.monotonic() - start > 2:
                     announced = True
-                    print(f"{title}: {total} photos ...", file=sys.stderr, flush=True)
+                    print(f"{title}: {counted(total, 'photo')} ...", file=sys.stderr, flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     if announced:

@@ -87,9 +87,10 @@ class FrozenFeatures:
         """For the start of a run: whether the views are kept, where there are few; at most one line."""
         if not self.bytes:
             return []
+        views = "the one view" if self._views_per_photo == 1 else f"each of {self._views_per_photo} views"
         size, whose = f"{self.bytes / 2**20:,.0f} MiB", "" if self._home.type == "cpu" else "the GPU's "
         return [
-            f"frozen part: computed once for each of {self._views_per_photo} views of a photo, {size} in {whose}memory"
+            f"frozen part: computed once for {views} of a photo, {size} in {whose}memory"
             if self.are_kept
             else f"frozen part: computed every time, as all views would take {size} of memory"
         ]

@@ -25,7 +25,7 @@ from pipelines.headers import FORMATS, TRANSPARENT
 from pipelines.photos import cache_folder, locate
 from pipelines.pixels import central_views
 from pipelines.processes import run_script
-from pipelines.text import check_printed, printable
+from pipelines.text import check_printed, counted, printable
 
 import numpy as np
 
@@ -136,24 +136,26 @@ def _lines(dataset: Dataset, facts: dict[str, Any]) -> list[str]:
     lines = dataset.report()
     lines += [f"formats: {', '.join(f'{name} {count}' for name, count in formats.items())}"] if formats else []
     if facts["transparent"]:
-        lines.append(f"{facts['transparent']} photos may have transparent pixels: composed on --transparency white")
+        photos = counted(facts["transparent"], "photo")
+        lines.append(f"{photos} may have transparent pixels: composed on --transparency white")
     lines.append(f"shorter side: {sides['min']} to {sides['max']} pixels, median {sides['median']}")
     if small := facts["smaller_than_the_model_sees"]:
-        lines.append(f"{small} photos are smaller than the {_IMAGE_SIZE} pixels that the model sees, and are enlarged")
+        are = counted(small, "photo is", "photos are")
+        lines.append(f"{are} smaller than the {_IMAGE_SIZE} pixels that the model sees, and enlarged")
     if large := facts["much_larger_than_needed"]:
         lines.append(
-            f"{large} photos have a shorter side above {_LARGE} pixels, {_LARGE // _RESIZE} times the {_RESIZE} that "
-            "an evaluation makes of it: smaller copies would be read faster"
+            f"{counted(large, 'photo has', 'photos have')} a shorter side above {_LARGE} pixels, "
+            f"{_LARGE // _RESIZE} times the {_RESIZE} that an evaluation makes of it: smaller copies would be read "
+            "faster"
         )
     commonest, rarest = facts["commonest"], facts["rarest"]
     if commonest["photos"] >= _IMBALANCED * max(rarest["photos"], 1):
-        lines.append(
-            f"imbalance: {commonest['photos']} photos of {commonest['class']}, {rarest['photos']} of {rarest['class']}"
-        )
+        photos = counted(commonest["photos"], "photo")
+        lines.append(f"imbalance: {photos} of {commonest['class']}, {rarest['photos']} of {rarest['class']}")
     if facts["refused"]:
         return [*lines, f"a training would be refused: {facts['refused']}"]
     if (few := sum(facts["splits"]["train"].values())) < _FEW:
-        lines.append(f"{few} photos to train on: --config configs/feature_extract.yaml takes less time")
+        lines.append(f"{counted(few, 'photo')} to train on: --config configs/feature_extract.yaml takes less time")
     return [*lines, f"fits: {facts['command']}"]
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from pipelines.dataset import _FACTS, _PAIRS, Table, _path_at, _path_hashes, _read_index, _write_index
 from pipelines.errors import UserError
 from pipelines.headers import FAULTS
-from pipelines.text import listed, printable
+from pipelines.text import counted, listed, printable
 
 import numpy as np
 
@@ -147,8 +147,8 @@ def _meanings(splits: list[list[Any]], labels: np.ndarray) -> tuple[np.ndarray, 
 
 def _told(table: Table, rows: np.ndarray, what: str) -> str:
     paths = [os.fsdecode(_path_at(table["path_blob"], table["path_offsets"], row)) for row in rows[:5].tolist()]
-    more = f" and {len(rows) - 5} others" if len(rows) > 5 else ""
-    return f"{len(rows)} photo{'s' if len(rows) > 1 else ''} {what} ({listed(paths)}{more})"
+    more = f" and {counted(len(rows) - 5, 'other')}" if len(rows) > 5 else ""
+    return f"{counted(len(rows), 'photo')} {what} ({listed(paths)}{more})"
 
 
 def _hash(text: str) -> int:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from pipelines.errors import UserError
 from pipelines.headers import ENDINGS, UNREAD_ENDINGS
-from pipelines.text import composed, listed, name_of_folder, path_on_disk, printable
+from pipelines.text import composed, counted, listed, name_of_folder, path_on_disk, printable
 
 WANTED = "give a folder with train/CLASS/* or CLASS/* in it, or a CSV file path,label[,split]"
 Photo = tuple[str, str, bytes]  # split, class, path below the root
@@ -67,16 +67,18 @@ class Findings:
         unread = {ending: count for ending, count in self.endings.items() if ending in UNREAD_ENDINGS}
         others = {ending: count for ending, count in self.endings.items() if ending not in UNREAD_ENDINGS}
         parts = [
-            f"{self.hidden} hidden or system files and folders" if self.hidden else "",
-            f"{self.tools} folders of runs or tools" if self.tools else "",
-            f"{sum(others.values())} other files ({_counted(others)})" if others else "",
+            counted(self.hidden, "hidden or system file or folder", "hidden or system files and folders")
+            if self.hidden
+            else "",
+            counted(self.tools, "folder of a run or tool", "folders of runs or tools") if self.tools else "",
+            f"{counted(sum(others.values()), 'other file')} ({_counted(others)})" if others else "",
         ]
         passed = [f"passed over: {', '.join(filter(None, parts))}"] if any(parts) else []
         if unread:
             advice = next((UNREAD_ENDINGS[ending] for ending in unread if UNREAD_ENDINGS[ending]), "")
             passed.append(
-                f"{sum(unread.values())} pictures are not used, of formats that are not read here: {_counted(unread)}"
-                + (f"; {advice}" if advice else "")
+                f"{counted(sum(unread.values()), 'picture is', 'pictures are')} not used, of formats that are not read "
+                f"here: {_counted(unread)}" + (f"; {advice}" if advice else "")
             )
         return [*self.notes, *passed]
 
@@ -143,7 +145,8 @@ def _list_split(
     if not classes and split in ("train", "val"):
         raise _no_classes(top)
     if loose:
-        findings.notes.append(f"{printable(top)}: {loose} photos in no class folder are not used")
+        are = counted(loose, "photo in no class folder is", "photos in no class folder are")
+        findings.notes.append(f"{printable(top)}: {are} not used")
     below_root, below_top = len(os.path.join(root, "")), len(os.path.join(top, ""))
     split_name, tops, paths, example = name_of_folder(split), 0, 0, ""
     inside: dict[str, set[str]] = {}  # class folder -> folders in it with photos at some depth
@@ -163,7 +166,10 @@ def _list_split(
             for file in names:
                 yield split_name, label, os.fsencode(before + file)
     if example and not is_noted:
-        readings = {"top": f"{tops} classes by their first folder", "path": f"{paths} by their path, as {example!r}"}
+        readings = {
+            "top": f"{counted(tops, 'class')} by their first folder",
+            "path": f"{paths} by their path, as {example!r}",
+        }
         other = "path" if class_names == "top" else "top"
         findings.notes.append(
             f"class folders are nested: {printable(split)} has {printable(readings[class_names])} (class_names: "
@@ -455,7 +461,9 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
         raise UserError(f"{where}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
     _check_spellings(printable(file), list(meant.values()))
     if mended:
-        findings.notes.append(f"{mended} paths were put right, with / for \\ or without blanks around them")
+        findings.notes.append(
+            f"{counted(mended, 'path was', 'paths were')} put right, with / for \\ or without blanks around them"
+        )
 
 
 def _encoding(file: Path) -> str:

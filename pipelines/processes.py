@@ -24,7 +24,7 @@ from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.files import file_digest
 from pipelines.hardware import bf16_gain, has_bf16, nvidia_hint
 from pipelines.photos import cache_folder, locate
-from pipelines.text import lasting_streams, printable
+from pipelines.text import counted, lasting_streams, printable
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,7 @@ def _check_launcher() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1" and not cpu_is_asked_for() and devices < wanted:
         # Without devices each process would train a run of its own, in silence.
         raise UserError(
-            f"{processes} processes on this machine, and PyTorch sees {devices} GPUs: "
+            f"{counted(processes, 'process')} on this machine, and PyTorch sees {counted(devices, 'GPU')}: "
             + (nvidia_hint() or f"--num_processes {max(1, devices)}, or ACCELERATE_USE_CPU=true in front for the CPU"),
             on_one_process=os.environ.get("LOCAL_RANK", "0") == "0",
         )
@@ -386,10 +386,11 @@ def _batch_hint(config: Config, processes: int) -> list[str]:
     factor = times if config.optimizer == "sgd" else math.sqrt(times)
     rates = {"lr": config.lr, "lr_body": config.lr_body}
     flags = [f"--{name} {rate * factor:.2g}" for name, rate in rates.items() if rate is not None]
+    idle = counted(processes - config.batch_size, "of them has", "of them have")
     return [
-        f"batch_size {config.batch_size} is over all {processes} processes: {processes - config.batch_size} of them "
-        f"have nothing to do; --num_processes {config.batch_size} is as fast, and --batch_size {processes} "
-        f"{' '.join(flags)}, or more, gives each of them photos"
+        f"batch_size {config.batch_size} is over all {processes} processes: {idle} nothing to do; "
+        f"--num_processes {config.batch_size} is as fast, and --batch_size {processes} {' '.join(flags)}, or more, "
+        "gives each of them photos"
     ]
 
 

@@ -56,6 +56,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(printable(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """The number and what it counts: `1 photo`, `2 classes`. many: a plural with more in it, as `photos are`."""
+    return f"{number} {one if number == 1 else many or one + ('es' if one.endswith('s') else 's')}"
+
+
 class LastingStream(io.TextIOWrapper):
     """stdout or stderr whose encoding takes every character, and whose reader or disk may go.
 

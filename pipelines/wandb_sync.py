@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
-from pipelines.text import lasting_streams, printable
+from pipelines.text import counted, lasting_streams, printable
 from pipelines.tracker_settings import wandb_names
 
 from filelock import FileLock, Timeout
@@ -165,7 +165,8 @@ def _is_sent_now(life: Path) -> bool:
             file=sys.stderr,
         )
         return False
-    print(f"{printable(life)}: {f'sent, {rows} rows' if rows is not None else 'nothing to send'}")
+    told = "nothing to send" if rows is None else f"sent, {counted(rows, 'row')}"
+    print(f"{printable(life)}: {told}")
     return True
 
 

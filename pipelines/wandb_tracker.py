@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.pixels import central_views
 from pipelines.run_files import read_description
 from pipelines.runs import RunFolder
-from pipelines.text import printable
+from pipelines.text import counted, printable
 from pipelines.tracker_settings import TrackerNames, is_agents_run, wandb_names
 from pipelines.trackers import Tracker, first_line, say
 from pipelines.wandb_sync import ID_FILE, has_key, is_sent, life_folders, steps_on_disk
@@ -138,7 +138,8 @@ class WandbTracker(Tracker):
             say(f"wandb: the server has not taken everything; send the rest later with: {later}")
             return
         if run.offline and (lost := _missing(sent, folder)):
-            say(f"wandb: {len(lost)} rows are not in {folder}: is the disk full? metrics.jsonl has them")
+            are = counted(len(lost), "row is", "rows are")
+            say(f"wandb: {are} not in {folder}: is the disk full? metrics.jsonl has them")
 
     def abort(self, error: Exception) -> None:
         with suppress(Exception):

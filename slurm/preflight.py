@@ -30,6 +30,7 @@ from pipelines.processes import (
     start_processes,
 )
 from pipelines.runs import new_run_name
+from pipelines.text import counted
 
 import torch
 from accelerate import PartialState
@@ -67,8 +68,8 @@ def _check_gpus() -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         raise SystemExit(MachineError.exit_code)
     raise MachineError(
-        f"{gethostname()}: {wanted} processes, and PyTorch sees {seen} GPUs: its driver, or a build of PyTorch for "
-        "CPUs (nodes without GPUs: sbatch --gpus-per-node=0)",
+        f"{gethostname()}: {counted(wanted, 'process')}, and PyTorch sees {counted(seen, 'GPU')}: its "
+        "driver, or a build of PyTorch for CPUs (nodes without GPUs: sbatch --gpus-per-node=0)",
         on_one_process=True,
     )
 
@@ -87,7 +88,7 @@ def _give_up() -> None:
 def _name_the_nodes(state: PartialState) -> None:
     """A line for every node, and the first all-reduce."""
     cuda = state.device.type == "cuda"
-    device = torch.cuda.get_device_name(state.device) if cuda else f"CPU, {cpu_cores()} cores"
+    device = torch.cuda.get_device_name(state.device) if cuda else f"CPU, {counted(cpu_cores(), 'core')}"
     hint = "".join(cores_hint()) if cuda else ""
     processes: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     started = time.perf_counter()
@@ -102,10 +103,15 @@ def _name_the_nodes(state: PartialState) -> None:
             print(f"preflight: {node}: processes {', '.join(map(str, numbers))}; {its_device}")
             if its_hint:
                 print(f"preflight: {node}: {its_hint}")
-        print(f"preflight: the first all-reduce of {count} processes took {seconds:.2f} s", flush=True)
+        print(
+            f"preflight: the first all-reduce of {counted(count, 'process')} took {seconds:.2f} s",
+            flush=True,
+        )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if not count == state.num_processes == expected:
-        raise MachineError(f"{expected} processes were started, and {count} have met")
+        raise MachineError(
+            f"{counted(expected, 'process was', 'processes were')} started, and {counted(count, 'has', 'have')} met"
+        )
 
 
 def _check_run_folder(state: PartialState, folder: Path) -> None:

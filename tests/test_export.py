@@ -176,7 +176,7 @@ def test_a_photo_near_a_tie_moves_the_preprocessing_out_of_the_graph(
     done = run_here(export, copied_run, "--photos", *photos)
     if ties == 2:
         assert done.returncode == 3
-        assert "onnxruntime does not find PyTorch's class in 1 photos (tie.jpg" in done.stderr
+        assert "onnxruntime does not find PyTorch's class in 1 photo (tie.jpg" in done.stderr
         assert "--tolerance 0.34 takes the graph from normalised all the same" in done.stderr
         assert not (copied_run / "export").exists()
         assert not list(copied_run.glob(".export-*"))

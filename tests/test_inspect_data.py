@@ -38,16 +38,16 @@ def test_the_report_tells_what_matters_before_a_training(messy: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert contents(messy) == before
     for line in (
-        "passed over: 1 hidden or system files and folders, 1 other files (.txt 1)",
-        "1 pictures are not used, of formats that are not read here: .jxl 1; save them as JPEG or PNG",
+        "passed over: 1 hidden or system file or folder, 1 other file (.txt 1)",
+        "1 picture is not used, of formats that are not read here: .jxl 1; save them as JPEG or PNG",
         "train: 12 photos, 2 classes: ant 10, bee 2",
-        "1 photos of val are in train too:",
-        "1 photos stand under another class too, with the same bytes:",
+        "1 photo of val is in train too:",
+        "1 photo stands under another class too, with the same bytes:",
         "  Train/ant/00.jpg = valid/bee/copy.jpg",
         "  Train/ant/cut.jpg (truncated)",
         "formats: JPEG 15, PNG 1",
-        "1 photos may have transparent pixels: composed on --transparency white",
-        "1 photos have a shorter side above 1024 pixels, 4 times the 256 that an evaluation makes of it: smaller "
+        "1 photo may have transparent pixels: composed on --transparency white",
+        "1 photo has a shorter side above 1024 pixels, 4 times the 256 that an evaluation makes of it: smaller "
         "copies would be read faster",
         "imbalance: 10 photos of ant, 2 of bee",
         "12 photos to train on: --config configs/feature_extract.yaml takes less time",

@@ -123,7 +123,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a class more": (
         lambda root: shutil.copytree(root / "train/ant", root / "train/wasp"),
-        r"6 photos more \(train/wasp/00\.jpg, .* and 1 others\); classes ant, bee, wasp for ant, bee",
+        r"6 photos more \(train/wasp/00\.jpg, .* and 1 other\); classes ant, bee, wasp for ant, bee",
     ),
     "a class fewer": (
         lambda root: [shutil.rmtree(root / split / "bee") for split in ("train", "val")],
@@ -210,7 +210,7 @@ def test_after_a_broken_photo_the_run_goes_on_whatever_is_done_about_it(root, ra
         skip = ["--skip-bad-files"] if way == "skipped" else []
         said = succeeded(train_on(photos, runs, 2, *skip))
         assert "resumed at step 3" in said
-        assert ("left out: 1 photos" in said) == (way != "mended")
+        assert ("left out: 1 photo," in said) == (way != "mended")
         newest[way] = checkpoint_folders(runs / "r" / "checkpoints")[-1] / "state.pt"
     assert same_bits(newest["skipped"], newest["removed"])
     assert not same_bits(newest["skipped"], newest["mended"])

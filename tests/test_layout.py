@@ -124,7 +124,7 @@ def test_folders_beside_whole_splits_are_said_and_not_used(tmp_path: Path) -> No
     assert {split for split, _ in found} == {"train", "val"}
     assert findings.notes == [
         f"{root}: not used, as it has photos but no class folders: to predict, test",
-        f"{root / 'train'}: 1 photos in no class folder are not used",
+        f"{root / 'train'}: 1 photo in no class folder is not used",
     ]
 
 
@@ -163,7 +163,7 @@ def test_what_is_passed_over_is_counted_in_the_report(tmp_path: Path) -> None:
     _, findings = read(make(tmp_path, "{a,b}/1.jpg", *(f"a/{name}" for name in names), "wandb/x/1.png"))
     first, second = findings.lines()
     assert first == (
-        "passed over: 2 hidden or system files and folders, 1 folders of runs or tools, 2 other files "
+        "passed over: 2 hidden or system files and folders, 1 folder of a run or tool, 2 other files "
         "(.txt 1, no ending 1)"
     )
     assert second.startswith("3 pictures are not used, of formats that are not read here: .jxl 2, .gif 1; ")

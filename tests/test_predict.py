@@ -86,7 +86,7 @@ def test_bad_files_are_named_and_the_rest_goes_on(trained_run, run_here, tmp_pat
     assert rows[len(ZOO)] == {"path": str(gone), "error": "missing"}
     assert rows[len(ZOO) + 1] == {"path": str(pipe), "error": "not a regular file"}
     bad = 2 * (len(ZOO) - len(SOUND)) + 3
-    assert f"error: {bad} of {len(rows)} files are no readable photos" in done.stderr
+    assert f"error: {bad} of {len(rows)} files cannot be read as a photo" in done.stderr
 
 
 def test_names_that_are_no_text(trained_run, run_here, tmp_path):

@@ -224,7 +224,7 @@ def assert_same_training(job: Job, undisturbed: Job, *, processes: int = 1) -> N
 def test_one_node(undisturbed):
     text = undisturbed.text()
     assert re.search(r"preflight: node\d: processes 0; CPU, \d+ cores", text)
-    assert "the first all-reduce of 1 processes" in text
+    assert "the first all-reduce of 1 process" in text
     assert (undisturbed.folder / "rank-0.log").read_text().strip() in text
     assert undisturbed.run.resolve() == undisturbed.lab.folder / "runs" / f"finetune-{undisturbed.number}"
     assert undisturbed.status()["state"] == "finished"

@@ -11,7 +11,7 @@ from pathlib import Path
 import train
 from deploy import predict
 from pipelines.processes import run_script
-from pipelines.text import LastingStream, lasting_streams, printable
+from pipelines.text import LastingStream, counted, lasting_streams, printable
 
 import pytest
 from tqdm import tqdm
@@ -117,10 +117,18 @@ def test_answers_that_do_not_reach_stdout_are_a_failure(trained_run, monkeypatch
     assert "not all results could be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [((0, "photo"), "0 photos"), ((1, "class"), "1 class"), ((2, "class"), "2 classes"), ((1, "is", "are"), "1 is")],
+)
+def test_one_is_one(words: tuple[int, str], line: str) -> None:
+    assert counted(*words) == line
+
+
 def test_a_locale_without_utf8_changes_no_name() -> None:
     code = """
 import os, sys
-from pipelines.text import name_of_folder, path_on_disk, printable
+from pipelines.text import counted, name_of_folder, path_on_disk, printable
 assert sys.getfilesystemencoding() == "ascii"
 utf8, latin = "\u8682".encode(), b"K\\xe4fer"
 assert name_of_folder(os.fsdecode(utf8)) == "\u8682"
