@@ -125,6 +125,7 @@ def build_index(photos: int, index: Path, answers: "Queue[dict[str, float]]") ->
     rng = np.random.default_rng(0)
     table["sizes"][:] = rng.integers(200, 600, table["sizes"].shape)
     table["byte_sizes"][:] = rng.integers(50_000, 200_000, photos)
+    table["signatures"][:] = rng.integers(0, 2**63, photos)
     table |= {name: np.zeros((0, 2), np.int64) for name in ("duplicates", "contradictions")}
     header = {"layout": INDEX_LAYOUT, "data": "made up", "root": "/photos", "splits": splits, "val_fraction": None}
     _write_index(index, table, {**header, "findings": {}, "fingerprint": _fingerprint(table, splits)})

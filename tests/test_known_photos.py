@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import train
-from pipelines.checkpoint import checkpoint_folders
 from pipelines.config import Config
 from pipelines.dataset import Dataset, check_dataset, load_dataset, scan_dataset
 from pipelines.errors import UserError
+from pipelines.run_files import checkpoint_folders
 from pipelines.runs import RunFolder
 
 import numpy as np
@@ -46,6 +46,12 @@ def begun(run: RunFolder, data: Path, **options: object) -> Dataset:
 
 def resumed(run: RunFolder, data: Path, **options: object) -> Dataset:
     return load_dataset(run.arrange(scanned(data, **options)))
+
+
+def same_size(photo: Path) -> bytes:
+    """The bytes of another photo, as long as those of this one."""
+    content = photo.read_bytes()
+    return content[:-9] + bytes(byte ^ 1 for byte in content[-9:-2]) + content[-2:]
 
 
 def names(dataset: Dataset, split: str = "train") -> list[str]:
@@ -108,10 +114,59 @@ def test_another_order_and_other_splits_do_not_matter(run, root):
         resumed(run, root / "photos.csv")
 
 
+@pytest.mark.parametrize("case", ["split", "both splits", "a folder above", "a CSV above", "no split folder"])
+def test_the_same_photos_under_other_names_of_their_splits_are_the_same(run, root, capsys, case):
+    if case == "no split folder":
+        shutil.rmtree(root / "val")
+        shutil.rmtree(root / "test")
+    before, data = begun(run, root), root
+    if case in ("split", "both splits"):
+        (root / "val").rename(root / "Validation_Set")
+    if case == "both splits":
+        (root / "train").rename(root / "training")
+    if case == "a folder above":
+        (root.parent / "moved").mkdir()
+        data = root.rename(root.parent / "moved" / "photos")
+    if case == "a CSV above":
+        paths = [(f"{root.name}/{name}", split) for split in ("train", "val") for name in names(before, split)]
+        (data := root.parent / "all.csv").write_text(
+            "path,label,split\n" + "\n".join(f"{path},{path.split('/')[2]},{split}" for path, split in paths)
+        )
+    if case == "no split folder":
+        for path in [*(root / "train").iterdir()]:
+            path.rename(root / path.name)
+        (root / "train").rmdir()
+    after = resumed(run, data)
+    assert after.fingerprint == before.fingerprint
+    for split in ("train", "val"):
+        paths = [Path(after.splits[split].path(place)) for place in range(len(after.splits[split]))]
+        assert all(path.is_file() for path in paths)
+        assert [path.parts[-2:] for path in paths] == [Path(name).parts[-2:] for name in names(before, split)]
+        assert not after.splits[split].faults.any()
+    said = capsys.readouterr().out
+    assert said.count("found under another path") == (case != "a folder above")
+    assert ("before it was val/ant/00.jpg" in said) == (case == "split")
+
+
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "added": (
         lambda root: shutil.copy(root / "train/ant/00.jpg", root / "train/ant/99.jpg"),
         r"1 photo more \(train/ant/99\.jpg\)",
+    ),
+    "changed, of the same size": (
+        lambda root: (root / "val/bee/01.jpg").write_bytes(same_size(root / "val/bee/01.jpg")),
+        r"1 photo of other content \(val/bee/01\.jpg\)",
+    ),
+    "renamed class": (
+        lambda root: [(root / split / "bee").rename(root / split / "bees") for split in ("train", "val")],
+        "class bee is called bees now: put them back",
+    ),
+    "renamed class, and a photo added": (
+        lambda root: [
+            *((root / split / "bee").rename(root / split / "bees") for split in ("train", "val")),
+            shutil.copy(root / "train/ant/00.jpg", root / "train/ant/99.jpg"),
+        ],
+        r"1 photo more \(train/ant/99\.jpg\); class bee is called bees now: put them back",
     ),
     "changed": (
         lambda root: shutil.copy(root / "train/ant/00.jpg", root / "train/bee/01.jpg"),
@@ -161,6 +216,22 @@ def test_what_was_bad_may_be_mended(run, root, capsys):
     assert "3 photos mended since the run began (train/ant/00.jpg" in capsys.readouterr().out
     assert not mended.splits["train"].faults.any()
     assert names(mended) == names(before)
+
+
+def test_a_photo_mended_in_its_size_is_used_again_and_runs_of_before_know_sizes_only(run, root, capsys):
+    train = begun(run, root).splits["train"]
+    kept = dict(np.load(run.folder / "photos.npz"))
+    run.note_bad(train, [1])
+    (root / "train/ant/01.jpg").write_bytes(same_size(root / "train/ant/01.jpg"))
+    resumed(run, root)
+    assert "1 photo mended since the run began (train/ant/01.jpg): it is used from here on" in capsys.readouterr().out
+    (root / "train/ant/02.jpg").write_bytes(same_size(root / "train/ant/02.jpg"))
+    with pytest.raises(UserError, match=r"1 photo of other content \(train/ant/02\.jpg\)"):
+        resumed(run, root)
+    del kept["signatures"]
+    kept["about"] = np.frombuffer(kept["about"].tobytes().replace(b', "edge": 4096', b""), np.uint8)
+    np.savez_compressed(run.folder / "photos.npz", **kept)
+    assert run.arrange(scanned(root)) == scanned(root)
 
 
 def test_a_photo_left_out_is_tried_again_once_its_file_has_changed(run, root):
