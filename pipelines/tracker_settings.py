@@ -3,10 +3,13 @@
 A name that a tracker does not take would otherwise cost the whole run its tracking.
 """
 
+import errno
+import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from pipelines.config import Config
 from pipelines.errors import UserError
@@ -22,6 +25,13 @@ _PACKAGES = {
     "mlflow": ("mlflow", "mlflow"),
     "swanlab": ("swanlab", "swanlab"),
     "trackio": ("trackio", "trackio"),
+}
+_WANDB_FOLDERS = {  # by variable: what is made below it
+    "WANDB_DIR": "wandb",
+    "WANDB_DATA_DIR": "",
+    "WANDB_CACHE_DIR": "",
+    "WANDB_CONFIG_DIR": "",
+    "WANDB_ARTIFACT_DIR": "",
 }
 _LONGEST = 128  # characters of a name that W&B takes
 
@@ -42,7 +52,9 @@ def check_tracker(config: Config) -> None:
         raise UserError(f"alerts: they are W&B's: --tracker wandb sends them, {config.tracker} does not")
     if config.tracker in _PACKAGES:
         _check_installed(config.tracker)
-    tracker_names(config)
+    names = tracker_names(config)
+    if config.tracker == "mlflow":
+        _check_mlflow(names.project)
 
 
 def tracker_names(config: Config) -> TrackerNames:
@@ -84,16 +96,67 @@ def _check_variables() -> None:
             del os.environ[name]
         elif name in ("WANDB_RESUME_FROM", "WANDB_FORK_FROM"):
             raise UserError(f"{name}: a run goes on in its folder here, and from no other run's step: unset it")
+        elif name == "WANDB_SERVICE":  # of another process's W&B, which ends with that, or has ended; ours has its own
+            del os.environ[name]
         elif name not in ("WANDB_PROJECT", "WANDB_TAGS"):  # those are understood here
             try:
                 wandb.Settings().update_from_env_vars({name: value})
             except (ValidationError, wandb.errors.UsageError) as error:
                 fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
                 raise UserError(f"{name}: {fault.removeprefix('Value error, ')}") from None
-    if folder := os.environ.get("WANDB_DIR"):
-        nearest = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise UserError(f"WANDB_DIR: {folder} is no folder that can be written to")
+    if os.environ.get("WANDB_MODE") == "shared":
+        raise UserError("WANDB_MODE: shared is for several writers of one run; here is one: give online or offline")
+    for name, below in _WANDB_FOLDERS.items():
+        if (folder := os.environ.get(name)) and not _takes_files(Path(folder) / below):
+            raise UserError(f"{name}: {Path(folder) / below} is no folder that can be written to")
+    if (token := os.environ.get("WANDB_IDENTITY_TOKEN_FILE")) and not os.access(token, os.R_OK):
+        raise UserError(f"WANDB_IDENTITY_TOKEN_FILE: {token} cannot be read")
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether it is a folder to write to, or can be made; that a disk is full is no fault of who named it."""
+    absolute = folder.absolute()
+    nearest = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
+    try:
+        with TemporaryFile(dir=nearest):  # root may write where the system says so, and cannot
+            return True
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _check_mlflow(project: str) -> None:
+    """By the call that Accelerate begins with. A server that does not answer now is the network's affair."""
+    # MLflow's own defaults would hold the training up for minutes, at its start and at each row.
+    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "5"}.items():
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    import mlflow
+    import requests
+
+    tags = os.environ.get("MLFLOW_TAGS", "{}")
+    try:
+        is_mapping = isinstance(json.loads(tags), dict)
+    except ValueError:
+        is_mapping = False
+    if not is_mapping:
+        raise UserError(f"MLFLOW_TAGS: it must be a mapping in JSON, and not {tags[:40]!r}")
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", project)
+    try:
+        mlflow.search_experiments(filter_string=f"name = '{experiment}'")
+        known = mlflow.get_experiment_by_name(experiment)
+        if run_id := os.environ.get("MLFLOW_RUN_ID"):
+            mlflow.get_run(run_id)
+    except Exception as error:
+        if isinstance(error.__context__, requests.ConnectionError | requests.Timeout):
+            return
+        told = str(error).strip().partition("\n")[0][:200]
+        raise UserError(
+            f"tracker: mlflow cannot file the run in {experiment!r} of {mlflow.get_tracking_uri()} ({told}): set "
+            "MLFLOW_TRACKING_URI to a server or a store that this MLflow can use, or give --tracker none"
+        ) from None
+    if known and known.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracker: MLflow's experiment {experiment!r} is deleted: restore it, or give another --project"
+        )
 
 
 def wandb_names(config: Config) -> TrackerNames:

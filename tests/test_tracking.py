@@ -780,7 +780,11 @@ def test_names_are_made_whole(monkeypatch):
         ({}, {"BASE_URL": "nowhere"}, "WANDB_BASE_URL: Input should be a valid URL"),
         ({}, {"RUN_ID": "a/b"}, "WANDB_RUN_ID: Run ID cannot contain the characters"),
         ({}, {"FORK_FROM": "a?_step=3"}, "WANDB_FORK_FROM: a run goes on in its folder here"),
-        ({}, {"DIR": "/dev/null/x"}, "WANDB_DIR: /dev/null/x is no folder that can be written to"),
+        ({}, {"DIR": "/dev/null/x"}, "WANDB_DIR: /dev/null/x/wandb is no folder that can be written to"),
+        ({}, {"DIR": "/proc/x"}, "WANDB_DIR: /proc/x/wandb is no folder that can be written to"),
+        ({}, {"CACHE_DIR": "/proc/x"}, "WANDB_CACHE_DIR: /proc/x is no folder that can be written to"),
+        ({}, {"IDENTITY_TOKEN_FILE": "/nowhere"}, "WANDB_IDENTITY_TOKEN_FILE: /nowhere cannot be read"),
+        ({}, {"MODE": "shared"}, "WANDB_MODE: shared is for several writers of one run"),
         ({"tracker": "none", "alerts": True}, {}, "alerts: they are W&B's"),
         ({"tracker": "clearml"}, {}, "tracker: clearml is not installed: pip install clearml, or --tracker none"),
     ],
@@ -789,6 +793,42 @@ def test_what_wandb_would_not_take_is_refused_at_the_start(monkeypatch, settings
     for name, value in variables.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     assert refusal(**settings).startswith(line)
+
+
+def test_the_service_of_a_shell_that_is_gone_is_not_asked(folder, dataset, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere/socket")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_tracker(Config())
+    Life(folder, dataset).steps(4).finish()
+    assert one_line(capfd).startswith("wandb: offline (WANDB_MODE=offline)")
+    assert history_of(folder) == rows_until(4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"TRACKING_URI": "foo://x"}, "tracker: mlflow cannot file the run in 'p' of foo://x ("),
+        ({"TRACKING_URI": "file:///proc/x"}, "tracker: mlflow cannot file the run in 'p' of file:///proc/x ("),
+        ({"TAGS": "a=b"}, "MLFLOW_TAGS: it must be a mapping in JSON, and not 'a=b'"),
+        ({"TAGS": "[]"}, "MLFLOW_TAGS: it must be a mapping"),
+        ({"RUN_ID": "0" * 32}, "tracker: mlflow cannot file the run in 'p'"),
+        ({"EXPERIMENT_NAME": "it's"}, 'tracker: mlflow cannot file the run in "it\'s"'),
+        ({"EXPERIMENT_NAME": "gone"}, "tracker: MLflow's experiment 'gone' is deleted"),
+        ({"TRACKING_URI": "http://127.0.0.1:1"}, ""),  # no server now: not the settings' fault
+    ],
+)
+def test_what_mlflow_cannot_use_is_refused_at_the_start(monkeypatch, tmp_path, variables, line):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny, of the dev group, is not installed")
+    for name, value in {"ALLOW_FILE_STORE": "true", "TRACKING_URI": str(tmp_path / "mlruns"), **variables}.items():
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
+    for name in ("MAX_RETRIES", "TIMEOUT"):  # which the check sets
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "1")
+    if variables.get("EXPERIMENT_NAME") == "gone":
+        mlflow.delete_experiment(mlflow.create_experiment("gone"))
+    if line:
+        assert refusal(tracker="mlflow", project="p").startswith(line)
+    else:
+        check_tracker(Config(tracker="mlflow", project="p"))
 
 
 def test_a_training_ends_with_that_line_before_anything_is_made(photos, tmp_path, run_here, monkeypatch):
