@@ -12,6 +12,7 @@ number are left in runs/<name>/.
 
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ if __name__ == "__main__":
 
 from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
-from pipelines.config import Config, dump_yaml, parse_config
+from pipelines.config import Config, dump_yaml, parse_config, recipe_given
 from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
 from pipelines.evaluation import (
@@ -70,6 +71,7 @@ from pipelines.processes import (
 )
 from pipelines.progress import EpochTable, Interval, StepWatch
 from pipelines.resume import changed_settings
+from pipelines.run_files import is_run_config
 from pipelines.runs import RunFolder, describe_model, new_run_name, versions
 from pipelines.stopping import StopRequest
 from pipelines.text import counted, printable
@@ -93,12 +95,15 @@ def main(arguments: list[str]) -> None:
     state = start_processes()
     main_first(state, partial(check_tracker, config))
     name = config.run or main_first(state, lambda: new_run_name(recipe, config.runs))
+    config = replace(config, run=name)  # with which its config.yaml goes on with it
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
     beginning = "new" if config.prepare else main_first(state, partial(run.beginning, config))
     nothing_to_do = f"{run.folder} is finished: nothing to do (--overwrite starts it anew)"
     if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
         main_first(state, partial(print, nothing_to_do))
         return
+    if beginning == "new" and not config.prepare:
+        main_first(state, partial(_say_whose_recipe, recipe_given(arguments), run))
     if beginning != "new":
         config = replace(config, **main_first(state, partial(run.meant_before, config)))
     dataset = open_dataset(state, config, run.arrange) if beginning != "new" else open_dataset(state, config)
@@ -160,7 +165,7 @@ def main(arguments: list[str]) -> None:
     best_by = BEST_BY[config.best_by]
     tracking: Tracking | None = None
     records: Any = None  # of the last evaluation in this life of the run
-    before = run.config_before() if beginning == "resumed" else None
+    before = run.settings_before() if beginning == "resumed" else None
     main_first(state, partial(run.create, config, resumed=beginning == "resumed"))
     try:
         main_first(state, partial(run.keep_photos, dataset, anew=saved is None))
@@ -189,8 +194,8 @@ def main(arguments: list[str]) -> None:
                 f"loader: {engine} ({reason}); {counted(steps_per_epoch, 'step')} an epoch, {last_step} in all, "
                 f"{counted(micro_batch, 'photo')} at a time on a process",
                 f"run: {run.folder}",
-                *_how_it_goes_on(config, before, saved, accelerator),
-                *rate_jump(config, steps_per_epoch, at.global_step, last_rates),
+                *_how_it_goes_on(config, before, saved, accelerator, network, last_step),
+                *(rate_jump(config, steps_per_epoch, at.global_step, last_rates) if at.global_step < last_step else []),
                 sep="\n",
                 flush=True,
             )
@@ -200,7 +205,7 @@ def main(arguments: list[str]) -> None:
             sums = {"interval": interval, "whole_epoch": whole_epoch}
             content = asdict(at) | {name: each.state(training.wait_seconds) for name, each in sums.items()}
             content |= {"bad": {"train": sorted(training.bad), "val": sorted(validation.bad)}}
-            content |= {"first_weights": first_weights}
+            content |= {"first_weights": first_weights, "settings": asdict(config)}
             for loader in (training, validation):
                 run.note_bad(loader.split, loader.bad)
             checkpoints.save(network, optimizer, content | {"not_finite_in_a_row": watch.not_finite_in_a_row})
@@ -219,6 +224,8 @@ def main(arguments: list[str]) -> None:
         run.write_status("running", epoch=at.epoch, global_step=at.global_step)
         rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, max(0, at.global_step - 1)))
         stop.listen()
+        if saved and at.epoch >= epochs:  # what comes after is longer than these settings
+            save()
         while at.epoch < epochs:
             epoch, start_step = at.epoch + 1, at.global_step - at.epoch * steps_per_epoch
             network.train()
@@ -412,8 +419,23 @@ def _end_report(
     ]
 
 
+def _say_whose_recipe(recipe: Path | None, run: RunFolder) -> None:
+    """A line where a new run begins with the config.yaml of another one, which may have been meant."""
+    if recipe is None or not is_run_config(recipe) or not RunFolder(recipe.parent).status():
+        return
+    other = recipe.resolve().parent
+    if other != run.folder.resolve():
+        go_on = f"--runs {shlex.quote(str(other.parent))} --run {shlex.quote(other.name)}"
+        print(printable(f"a new run with the settings of {other}: {go_on} goes on with that one"), flush=True)
+
+
 def _how_it_goes_on(
-    config: Config, before: Config | None, saved: dict[str, Any] | None, accelerator: Accelerator
+    config: Config,
+    before: Config | None,
+    saved: dict[str, Any] | None,
+    accelerator: Accelerator,
+    network: TransferModel,
+    last_step: int,
 ) -> list[str]:
     if before is None:
         return []
@@ -422,10 +444,17 @@ def _how_it_goes_on(
     if saved is None:
         return ["resumed: there is no checkpoint yet, so it begins at step 0", *changes]
     lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}", *changes]
+    by_itself = "BatchNorm (train) normalises each by itself, so that results differ by more than rounding"
     if saved["world_size"] != accelerator.num_processes:
-        lines.append(f"the checkpoint is of {saved['world_size']} processes: the same photos, sums in another order")
+        what = "sums in another order" if network.batchnorm != "train" else f"in other shares, and {by_itself}"
+        lines.append(f"the checkpoint is of {counted(saved['world_size'], 'process')}: the same photos, {what}")
+    elif network.batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
+        lines.append(f"max_batch_per_device: other micro-batches, and {by_itself}")
     if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
         lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
+    if saved["global_step"] >= last_step:
+        limit = f"epochs {config.epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
+        lines.append(f"nothing is left to train: with {limit} the run ends at step {last_step}")
     if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
         lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
     return lines

@@ -28,8 +28,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoint import checkpoint_folders
 from pipelines.processes import run_script
+from pipelines.run_files import checkpoint_folders
 from pipelines.text import lasting_streams
 
 import numpy as np

@@ -226,8 +226,8 @@ def _export_checked(
         check = compare(reference, open_onnx(file, threads=cpu_cores()), paths)
         print(
             f"model.onnx, from {graph}: the same top-1 as PyTorch on {check.count - len(check.differing)} of "
-            f"{counted(check.count, 'photo')}{', each with its mirror image' if reference.test_flips else ''}, largest difference "
-            f"of a logit {check.largest:.2g}",
+            f"{counted(check.count, 'photo')}{', each with its mirror image' if reference.test_flips else ''}, largest "
+            f"difference of a logit {check.largest:.2g}",
             flush=True,
         )
         if not check.count:

@@ -3,7 +3,7 @@
     runs/NAME/checkpoints/epoch-0003-step-00000120/
         state.pt             weights, optimizer, fp16 scaler, each process's BatchNorm statistics; tensors only
         best.pt, model.json  the best weights so far (hard links)
-        progress.json        the loop's counters and sums, and the digest of every file
+        progress.json        the loop's counters and sums, the settings, and the digest of every file
 
 One is written under another name, flushed and then renamed, so it is whole or not there.
 
@@ -12,7 +12,6 @@ writes the scaler into the same file, and the random states that it keeps have n
 """
 
 import os
-import re
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ from pipelines.errors import UserError
 from pipelines.files import file_digest
 from pipelines.model import TransferModel
 from pipelines.processes import main_first
-from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, read_progress, to_json
+from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, checkpoint_folders, read_progress, to_json
 from pipelines.runs import RunFolder, cannot_save, versions
 from pipelines.text import printable
 
@@ -38,7 +37,6 @@ from accelerate.utils import gather_object
 
 _KEPT = 2
 _FOLDER, _STATE, _PROGRESS = "checkpoints", "state.pt", "progress.json"
-_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
 
 
 @dataclass
@@ -200,16 +198,6 @@ def newest_checkpoint(run: RunFolder, dataset: Dataset) -> dict[str, Any] | None
             "or start the run anew with --overwrite"
         )
     return None
-
-
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints in a run's `checkpoints/`, oldest first; a folder of another name is none, and is left alone.
-
-    By number: as text, epoch-10000 would come before epoch-9999. By step: where `max_steps` has ended an epoch early,
-    and more steps go on in it, the later checkpoint has fewer whole epochs.
-    """
-    names = ((_NAME.fullmatch(path.name), path) for path in folder.glob("epoch-*"))
-    return [path for *_, path in sorted((int(name[2]), int(name[1]), path) for name, path in names if name)]
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -270,9 +270,30 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
     _check_fields(recipe, origins)
     origins |= {key: f"--{key}" for key in flags}
     _check_fields(flags, origins)
-    values = recipe | flags
+    return _built(recipe | flags, origins), path.stem
+
+
+def recipe_given(argv: list[str]) -> Path | None:
+    """The file that `--config` names on the command line; None without it."""
+    given = _read_flags(argv).get("config")
+    return None if given is None else Path(given)
+
+
+def config_of(settings: Mapping[str, Any], source: object) -> Config:
+    """The config of settings that are kept, as in a checkpoint; what they lack has its default.
+
+    UserError, which names `source`, where they are none of this version.
+    """
+    values = _known(dict(settings), source)
+    origins = dict.fromkeys(values, str(source))
+    _check_fields(values, origins)
+    return _built(values, origins)
+
+
+def _built(values: dict[str, Any], origins: dict[str, str]) -> Config:
+    """Values that are possible one by one, put together. origins: by key, where its value comes from."""
     try:
-        return Config(**values), path.stem
+        return Config(**values)
     except ValidationError as error:
         contradiction = error.errors()[0]["ctx"]["error"]
         settings = [
@@ -347,14 +368,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"{path}: is of format {_shown(number)}, and this version of dalitune reads up to {FORMAT}: use "
             "the version that wrote it, or a newer one"
         )
+    return _known(values, path)
+
+
+def _known(values: dict[str, Any], source: object) -> dict[str, Any]:
+    """The settings under the names of this version. UserError where it knows one of them not at all."""
     for old in [key for key in values if key in RETIRED]:
         value, new = values.pop(old), RETIRED[old]
         if new is not None:
             values.setdefault(new, value)
-        _say_once(f"{path}: {old} {f'is called {new} now' if new else 'is no setting any more, and is passed over'}")
+        _say_once(f"{source}: {old} {f'is called {new} now' if new else 'is no setting any more, and is passed over'}")
     for key in values:
         if key not in SCHEMA:
-            raise UserError(f"{path}: unknown key {_shown(key)}; {_nearest(str(key))}--help lists all")
+            raise UserError(f"{source}: unknown key {_shown(key)}; {_nearest(str(key))}--help lists all")
     return values
 
 

@@ -5,12 +5,13 @@ What an older version did not write is filled in with what it meant then; a newe
 
 import json
 import math
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pipelines.config import Arch, Config, ImageSize, Resize, Transparency, parse_config, read_recipe
+from pipelines.config import Arch, Config, ImageSize, Resize, Transparency, config_of, parse_config, read_recipe
 from pipelines.errors import UserError
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -29,7 +30,8 @@ _ADDED_TO_MODEL = {
 }
 _ADDED_TO_PREPROCESSING = {"transparency": "ignored"}
 MEANT_BEFORE = {"transparency": "ignored"}  # settings that have another default
-_ADDED_TO_CHECKPOINT = {"format": 1, "precision": None, "first_weights": None}
+_ADDED_TO_CHECKPOINT = {"format": 1, "precision": None, "first_weights": None, "settings": None}
+_CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)")
 _LARGEST = 1 << 24  # bytes of a file of JSON; a line of metrics.jsonl may have a sixteenth of it
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -115,7 +117,7 @@ class Sums(TypedDict):
 
 @with_config(ConfigDict(strict=True, extra="allow"))
 class SavedProgress(TypedDict):
-    """progress.json of a checkpoint. files: digest by name."""
+    """progress.json of a checkpoint. settings: those of the training. files: digest by name."""
 
     format: int
     epoch: Count
@@ -129,6 +131,7 @@ class SavedProgress(TypedDict):
     world_size: Annotated[int, Field(ge=1)]
     precision: str | None
     first_weights: str | None
+    settings: dict[str, bool | int | float | str | None] | None
     dataset_fingerprint: str
     metrics_bytes: Count
     versions: dict[str, str]
@@ -168,6 +171,31 @@ def read_progress(checkpoint: Path) -> SavedProgress:
     """A checkpoint's progress.json. Raises OSError where it cannot be read, UserError where it is damaged."""
     file = checkpoint / "progress.json"
     return _checked(_PROGRESS, _read_json(file, CHECKPOINT_FORMAT, _ADDED_TO_CHECKPOINT), file)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints/`, oldest first; a folder of another name is none, and is left alone.
+
+    By number: as text, epoch-10000 would come before epoch-9999. By step: where `max_steps` has ended an epoch early,
+    and more steps go on in it, the later checkpoint has fewer whole epochs.
+    """
+    names = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("epoch-*"))
+    return [path for *_, path in sorted((int(name[2]), int(name[1]), path) for name, path in names if name)]
+
+
+def read_trained_config(run: Path) -> Config | None:
+    """The settings with which a run was trained, of its newest checkpoint that can be read; None where there is none,
+    or an older version has not kept them. UserError where they are not of this version.
+    """
+    for folder in reversed(checkpoint_folders(run / "checkpoints")):
+        try:
+            settings = read_progress(folder)["settings"]
+        except NewerFormat:
+            raise
+        except (OSError, UserError):  # it is damaged, and the one before it is used
+            continue
+        return None if settings is None else config_of({**MEANT_BEFORE, **settings}, folder / "progress.json")
+    return None
 
 
 def read_texts(file: Path) -> dict[str, str]:

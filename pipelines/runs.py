@@ -29,6 +29,7 @@ from pipelines.run_files import (
     read_run_config,
     read_status,
     read_texts,
+    read_trained_config,
     to_json,
 )
 from pipelines.text import listed, printable
@@ -125,7 +126,9 @@ class RunFolder:
         return beginning
 
     def _continuation(self, config: Config) -> str:
-        status, before = self.status(), read_run_config(self.folder)
+        status, before = self.status(), self.settings_before()
+        for line in self._edited():
+            print(printable(line), file=sys.stderr, flush=True)
         if older := self.meant_before(config):
             words = ", ".join(f"{key} {spelled(value)}" for key, value in older.items())
             print(f"run: {printable(self.folder)} goes on as it began, with {words}", file=sys.stderr, flush=True)
@@ -154,18 +157,30 @@ class RunFolder:
 
     def meant_before(self, config: Config) -> dict[str, Any]:
         """What settings that are not given, and are newer than the run, mean for it."""
-        before = asdict(read_run_config(self.folder))
+        before = asdict(self.settings_before())
         are_default = {key for key in MEANT_BEFORE if getattr(config, key) == SCHEMA[key]["default"]}
         return {key: MEANT_BEFORE[key] for key in are_default if before[key] == MEANT_BEFORE[key]}
 
-    def config_before(self) -> Config | None:
-        """The settings in the run's config.yaml; None where there is none."""
-        return read_run_config(self.folder) if (self.folder / "config.yaml").exists() else None
+    def settings_before(self) -> Config:
+        """Those with which the run was trained: its newest checkpoint has them, config.yaml before there is one."""
+        return read_trained_config(self.folder) or read_run_config(self.folder)
+
+    def _edited(self) -> list[str]:
+        """A line where config.yaml, which anybody may have changed, is not what the run was trained with."""
+        trained = read_trained_config(self.folder)
+        if trained is None:
+            return []
+        try:
+            changed = other_result(trained, read_run_config(self.folder))
+        except UserError as error:
+            return [f"{error}: the settings in its checkpoint count"]
+        values = ", ".join(f"{key} {spelled(getattr(trained, key))}" for key in changed)
+        file = self.folder / "config.yaml"
+        return [f"{file} has been changed: the run was trained with {values}, and that counts"] if changed else []
 
     def has_the_same_data(self, config: Config) -> bool:
         """Whether `data` says what it said when the run began."""
-        before = self.config_before()
-        return before is not None and ask_for_the_same_photos(before, config)
+        return ask_for_the_same_photos(self.settings_before(), config)
 
     def has_checkpoint(self) -> bool:
         """Whether there is one to go on from."""
@@ -236,8 +251,7 @@ class RunFolder:
 
         A checkpoint holds all weights: the first ones need not be there any more.
         """
-        before = self.config_before() or config
-        if config.weights in (None, "none", before.weights) or digest is None:
+        if config.weights in (None, "none", self.settings_before().weights) or digest is None:
             return
         try:
             is_same = read_weights(config).digest() == digest

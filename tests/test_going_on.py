@@ -1,24 +1,27 @@
 """What may go on, goes on: with changed settings, with photos that have moved, gone or been mended, without weights."""
 
+import json
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import train
 from pipelines import resume
-from pipelines.checkpoint import checkpoint_folders
-from pipelines.config import Config
+from pipelines.config import Config, dump_yaml
 from pipelines.errors import UserError
 from pipelines.optimizer import lr_factor, rate_jump
-from pipelines.runs import RunFolder
+from pipelines.run_files import checkpoint_folders, read_run_config, to_json
+from pipelines.runs import RunFolder, versions
 
 import pytest
 import torch
 from test_disk import one_error_line
 from test_resume import same_bits
+from test_run_files import PROGRESS, without
 from test_train import FROZEN, succeeded, val_rows
 
 TABLES = (resume.REFUSED, resume.SAID, resume.LOOKED_INTO, resume.OF_NO_ACCOUNT)
@@ -51,7 +54,8 @@ def run(tmp_path) -> RunFolder:
 def saved_run(run: RunFolder, config: Config, state: str = "stopped", global_step: int = 0) -> RunFolder:
     run.create(config)
     run.write_status(state, global_step=global_step)
-    (run.folder / "checkpoints" / "epoch-0001-step-00000005").mkdir(parents=True)
+    (checkpoint := run.folder / "checkpoints" / "epoch-0001-step-00000005").mkdir(parents=True)
+    (checkpoint / "progress.json").write_text(to_json(PROGRESS | {"settings": asdict(config)}))
     if state == "finished":
         run.best.touch()
     run.close()
@@ -90,6 +94,49 @@ def test_what_decides_the_result_is_refused_and_all_else_goes_on_and_is_said(run
 def test_a_setting_decides_by_what_it_does(run, before, now):
     saved_run(run, Config(**before))
     assert run.beginning(Config(**before | now)) == "resumed"
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [
+        (lambda text: text.replace("lr: 0.5", "lr: 0.25"), "has been changed: the run was trained with lr 0.5,"),
+        (lambda text: text.replace("lr: 0.5\n", ""), "has been changed: the run was trained with lr 0.5,"),
+        (lambda text: text.replace("lr: 0.5", "lr: much"), "lr cannot be 'much'"),
+        (lambda text: text + "lrr: 1\n", "unknown key 'lrr'"),
+        (lambda text: "{", "not a recipe"),
+        (lambda text: text.replace("epochs: 10", "epochs: 20"), ""),
+        (None, "No such file"),
+    ],
+)
+def test_what_a_run_was_trained_with_counts_and_not_what_its_recipe_says_now(run, edit, line, capsys):
+    saved_run(run, Config(lr=0.5))
+    file = run.folder / "config.yaml"
+    file.write_text(edit(file.read_text())) if edit else file.unlink()
+    assert run.beginning(Config(lr=0.5)) == "resumed"
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(line)
+    assert line in said
+    with pytest.raises(UserError, match=r"other settings \(lr\): it goes on with lr 0\.5"):
+        run.beginning(Config(lr=0.25))
+
+
+def test_before_versions_kept_settings_in_checkpoints_the_recipe_counts(run):
+    saved_run(run, Config(lr=0.5))
+    for content, lr in (({}, 0.25), ({"settings": None}, 0.25), ({"settings": asdict(Config(lr=0.125))}, 0.125)):
+        (run.folder / "config.yaml").write_text(dump_yaml(Config(lr=0.25)))
+        progress = run.folder / "checkpoints" / "epoch-0001-step-00000005" / "progress.json"
+        progress.write_text(to_json(without(PROGRESS, "settings") | content))
+        assert run.settings_before().lr == lr
+    progress.write_text(to_json(PROGRESS | {"settings": {"mixup": 1}}))
+    with pytest.raises(UserError, match=r"progress\.json: unknown key 'mixup'"):
+        run.beginning(Config())
+
+
+def test_more_epochs_in_the_recipe_of_a_finished_run_are_more_epochs(run):
+    saved_run(run, Config(run="one"), "finished", 50)
+    file = run.folder / "config.yaml"
+    file.write_text(file.read_text().replace("epochs: 10", "epochs: 20"))
+    assert run.beginning(read_run_config(run.folder)) == "resumed"
 
 
 def test_random_first_weights_are_others_than_pretrained_ones(run):
@@ -264,3 +311,56 @@ def test_first_weights_are_not_needed_again_and_a_finished_run_needs_no_photos(
     assert "not needed" in gone.stderr
     line = one_error_line(start(**cosine | {"weights": tmp_path / "other.pth"}, epochs=6))
     assert "other settings (weights)" in line
+
+
+@pytest.mark.slow
+def test_a_runs_own_recipe_goes_on_with_it_whoever_gave_the_name(start, tmp_path, run_here):
+    succeeded(start(run=None))
+    (folder,) = (tmp_path / "runs").iterdir()
+    recipe = folder / "config.yaml"
+    assert "resumed at step 5" in succeeded(run_here(train, "--config", recipe, "--epochs", 2))
+    told = f"a new run with the settings of {folder}: --runs {folder.parent} --run {folder.name} goes on with that one"
+    others = {"other": ["--run", "other"], folder.name: ["--runs", tmp_path / "elsewhere"], "": ["--run", "null"]}
+    for name, flags in others.items():
+        said = succeeded(run_here(train, "--config", recipe, *flags, "--max-steps", 1))
+        assert told in said, name
+
+
+@pytest.mark.slow
+def test_fewer_epochs_than_are_trained_end_the_run_and_that_is_said(start, tmp_path):
+    succeeded(start("--max-steps", 7, epochs=4, schedule="cosine"))
+    status = tmp_path / "runs" / "r" / "status.json"
+    for flags, line in (({}, "with epochs 1 the run ends at step 5"), ({"max-steps": 7}, "with max_steps 7 the")):
+        status.write_text(status.read_text().replace("finished", "stopped"))
+        said = succeeded(start(epochs=1 if not flags else 4, schedule="cosine", **flags))
+        assert f"nothing is left to train: {line}" in said
+        assert "lr: the last step" not in said
+        assert json.loads(status.read_text())["state"] == "finished"
+    said = succeeded(start(epochs=2, schedule="cosine"))
+    assert "resumed at step 7" in said
+    assert "nothing is left" not in said
+
+
+@pytest.mark.parametrize(
+    ("batchnorm", "world_size", "micro_batch", "line"),
+    [
+        ("frozen", 2, None, "of 2 processes: the same photos, sums in another order"),
+        ("sync", 2, None, "of 2 processes: the same photos, sums in another order"),
+        (
+            "train",
+            2,
+            None,
+            "of 2 processes: the same photos, in other shares, and BatchNorm (train) normalises each by",
+        ),
+        ("train", 1, 4, "max_batch_per_device: other micro-batches, and BatchNorm (train) normalises each by itself"),
+        ("frozen", 1, 4, ""),
+        ("train", 1, None, ""),
+    ],
+)
+def test_what_batchnorm_makes_of_another_number_of_processes_is_said(batchnorm, world_size, micro_batch, line):
+    saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions()}
+    now, one = Config(max_batch_per_device=micro_batch), SimpleNamespace(num_processes=1, mixed_precision="no")
+    lines = train._how_it_goes_on(now, Config(), saved, one, SimpleNamespace(batchnorm=batchnorm), 50)
+    lines = [each for each in lines if "resumed at" not in each and "settings changed" not in each]
+    assert len(lines) == bool(line)
+    assert line in "".join(lines)

@@ -197,7 +197,7 @@ def test_a_run_of_before_the_setting_is_not_continued_with_another(tmp_path: Pat
     (tmp_path / "r").mkdir()
     before = dump_yaml(Config(transparency="ignored")).replace("transparency: ignored\n", "")
     (tmp_path / "r" / "config.yaml").write_text(before)
-    config = RunFolder(tmp_path / "r").config_before()
+    config = RunFolder(tmp_path / "r").settings_before()
     assert config is not None
     assert other_result(config, Config()) == ["transparency"]
     assert other_result(config, Config(transparency="ignored")) == []

@@ -13,7 +13,7 @@ from typing import Any
 
 import train
 from pipelines import processes
-from pipelines.checkpoint import checkpoint_folders
+from pipelines.run_files import checkpoint_folders
 
 import psutil
 import pytest

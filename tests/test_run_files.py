@@ -58,6 +58,7 @@ PROGRESS: dict[str, Any] = {
     "world_size": 1,
     "precision": "no",
     "first_weights": "0a",
+    "settings": {"lr": 0.1, "epochs": 5, "run": None, "compile": False},
     "dataset_fingerprint": "abc",
     "metrics_bytes": 10,
     "versions": {},
