@@ -60,9 +60,8 @@ def main(arguments: list[str]) -> None:
     settings = {"batch_size": options.eval_batch_per_device, "test_flips": options.test_flips}
     run = open_run(options.run, device, engine=engine, threads=cpu_cores(), **settings)
     mirrored = ", each with its mirror image" if run.test_flips else ""
-    _say(
-        f"{printable(options.run)} on {counted(len(paths), 'file')}{mirrored}, {device.type}; loader: {engine} ({reason})"
-    )
+    files = f"{counted(len(paths), 'file')}{mirrored}"
+    _say(f"{printable(options.run)} on {files}, {device.type}; loader: {engine} ({reason})")
 
     counts: Counter[str] = Counter()
     doubtful: list[tuple[float, int, str]] = []  # a heap of -confidence, number, class: the surest answer comes out
