@@ -98,12 +98,12 @@ def main(arguments: list[str]) -> None:
     config = replace(config, run=name)  # with which its config.yaml goes on with it
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
     beginning = "new" if config.prepare else main_first(state, partial(run.beginning, config))
+    if not config.prepare:
+        main_first(state, partial(_say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))
     nothing_to_do = f"{run.folder} is finished: nothing to do (--overwrite starts it anew)"
     if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
         main_first(state, partial(print, nothing_to_do))
         return
-    if beginning == "new" and not config.prepare:
-        main_first(state, partial(_say_whose_recipe, recipe_given(arguments), run))
     if beginning != "new":
         config = replace(config, **main_first(state, partial(run.meant_before, config)))
     dataset = open_dataset(state, config, run.arrange) if beginning != "new" else open_dataset(state, config)
@@ -419,14 +419,15 @@ def _end_report(
     ]
 
 
-def _say_whose_recipe(recipe: Path | None, run: RunFolder) -> None:
-    """A line where a new run begins with the config.yaml of another one, which may have been meant."""
+def _say_whose_recipe(recipe: Path | None, run: RunFolder, *, is_new: bool) -> None:
+    """A line where a run has the config.yaml of another one, which may have been meant."""
     if recipe is None or not is_run_config(recipe) or not RunFolder(recipe.parent).status():
         return
     other = recipe.resolve().parent
     if other != run.folder.resolve():
         go_on = f"--runs {shlex.quote(str(other.parent))} --run {shlex.quote(other.name)}"
-        print(printable(f"a new run with the settings of {other}: {go_on} goes on with that one"), flush=True)
+        what = "a new run" if is_new else run.folder
+        print(printable(f"{what} with the settings of {other}: {go_on} goes on with that one"), flush=True)
 
 
 def _how_it_goes_on(

@@ -78,7 +78,15 @@ def in_known_places(index_file: Path, kept: Path, bad: Collection[str]) -> tuple
         keys, keys_now = _keys(about, then), _keys(header, now)
         of_now, of_then = np.intersect1d(keys_now[left_now], keys[left], return_indices=True)[1:]
         here[left[of_then]] = left_now[of_now]
-        renamed = np.sort(left[of_then])
+        if signatures is not None:
+            still = np.flatnonzero((here < 0) & (then["faults"] == 0))
+            still_now = np.setdiff1d(np.flatnonzero(now["faults"][:used] == 0), here)
+            found = {"labels": then["labels"], "byte_sizes": then["byte_sizes"], "signatures": signatures}
+            contents = _contents(about, found, still)
+            contents_now = _contents(header, now, still_now)
+            of_now, of_then = np.intersect1d(contents_now, contents, return_indices=True)[1:]
+            here[still[of_then]] = still_now[of_now]
+        renamed = left[here[left] >= 0]
     at = np.maximum(here, 0)
     noted = [_hash(path) for path in bad]
     may_differ = np.isin(hashes, noted) | np.isin(hashes_now[at], noted) | (then["faults"] > 0)
@@ -191,6 +199,16 @@ def _keys(about: dict[str, Any], table: Table) -> np.ndarray:
         tail if means[head] == of else head + sep + tail for of, (head, sep, tail) in zip(meant, below, strict=True)
     ]
     return np.array([_hash(f"{name}/{path}") for name, path in zip(meant, rest, strict=True)], np.uint64)
+
+
+def _contents(about: dict[str, Any], table: Table, rows: np.ndarray) -> np.ndarray:
+    """uint64 [rows]: what stands for a photo by what is in it, under whatever name: split, class, size, signature."""
+    split, label = _meanings(about["splits"], table["labels"])
+    if about["val_fraction"] is not None:
+        split = np.zeros_like(split)
+    columns = (split, label, table["byte_sizes"], _short(table["signatures"]))
+    facts = zip(*(column[rows].tolist() for column in columns), strict=True)
+    return np.array([_hash(str(each)) for each in facts], np.uint64)
 
 
 def _short(signatures: np.ndarray) -> np.ndarray:

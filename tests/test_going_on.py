@@ -324,6 +324,8 @@ def test_a_runs_own_recipe_goes_on_with_it_whoever_gave_the_name(start, tmp_path
     for name, flags in others.items():
         said = succeeded(run_here(train, "--config", recipe, *flags, "--max-steps", 1))
         assert told in said, name
+    said = succeeded(run_here(train, "--config", recipe, "--run", "other"))
+    assert told.replace("a new run", str(folder.parent / "other")) in said
 
 
 @pytest.mark.slow

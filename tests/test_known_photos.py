@@ -114,7 +114,7 @@ def test_another_order_and_other_splits_do_not_matter(run, root):
         resumed(run, root / "photos.csv")
 
 
-@pytest.mark.parametrize("case", ["split", "both splits", "a folder above", "a CSV above", "no split folder"])
+@pytest.mark.parametrize("case", ["split", "both splits", "a folder above", "a CSV above", "no split folder", "a file"])
 def test_the_same_photos_under_other_names_of_their_splits_are_the_same(run, root, capsys, case):
     if case == "no split folder":
         shutil.rmtree(root / "val")
@@ -124,6 +124,8 @@ def test_the_same_photos_under_other_names_of_their_splits_are_the_same(run, roo
         (root / "val").rename(root / "Validation_Set")
     if case == "both splits":
         (root / "train").rename(root / "training")
+    if case == "a file":
+        (root / "val/ant/00.jpg").rename(root / "val/ant/0 0.jpg")
     if case == "a folder above":
         (root.parent / "moved").mkdir()
         data = root.rename(root.parent / "moved" / "photos")
@@ -141,11 +143,13 @@ def test_the_same_photos_under_other_names_of_their_splits_are_the_same(run, roo
     for split in ("train", "val"):
         paths = [Path(after.splits[split].path(place)) for place in range(len(after.splits[split]))]
         assert all(path.is_file() for path in paths)
-        assert [path.parts[-2:] for path in paths] == [Path(name).parts[-2:] for name in names(before, split)]
+        assert [(path.parts[-2], path.name.replace(" ", "")) for path in paths] == [
+            Path(name).parts[-2:] for name in names(before, split)
+        ]
         assert not after.splits[split].faults.any()
     said = capsys.readouterr().out
     assert said.count("found under another path") == (case != "a folder above")
-    assert ("before it was val/ant/00.jpg" in said) == (case == "split")
+    assert ("before it was val/ant/00.jpg" in said) == (case in ("split", "a file"))
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
