@@ -300,8 +300,9 @@ def _checked(kind: TypeAdapter[Kind], content: Any, source: object) -> Kind:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part)[:40] for part in fault["loc"][:2])
+        told = fault["msg"] if len(fault["msg"]) <= 160 else f"{fault['msg'][:150]} ..."  # of many possible values
         given = f", not {str(fault['input'])[:40]!r}" if isinstance(fault["input"], (str, int, float)) else ""
-        raise UserError(f"{source} is damaged: {where or 'all of it'}: {fault['msg']}{given}") from None
+        raise UserError(f"{source} is damaged: {where or 'all of it'}: {told}{given}") from None
 
 
 def _refuse_what_is_no_file(file: Path) -> None:
