@@ -29,6 +29,7 @@ from pipelines.model import TransferModel
 from pipelines.processes import main_first
 from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, checkpoint_folders, read_progress, to_json
 from pipelines.runs import RunFolder, cannot_save, versions
+from pipelines.tensors import load_tensors
 from pipelines.text import printable
 
 import torch
@@ -36,6 +37,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 _KEPT = 2
+_MOST_NAMES = 1 << 26  # bytes; of each process's statistics too
 _FOLDER, _STATE, _PROGRESS = "checkpoints", "state.pt", "progress.json"
 
 
@@ -105,7 +107,7 @@ class Checkpoints:
         main_first(self._accelerator.state, partial(self._restore_best, folder))
 
     def _load_state(self, file: Path, network: TransferModel, optimizer: torch.optim.Optimizer) -> None:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_tensors(file, most_names=_MOST_NAMES)
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if self._accelerator.scaler is not None and state["scaler"]:

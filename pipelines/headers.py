@@ -56,6 +56,7 @@ UNREAD_ENDINGS: dict[str, str] = {
 }
 MAX_PIXELS = 178_956_970  # where Pillow refuses to decode: twice its Image.MAX_IMAGE_PIXELS
 _LARGE_TILE = 1 << 22  # pixels
+_MOST_LOOKED_AT = 1 << 24  # pixels of 4 bytes, which are decoded to judge them
 _MOST_SCANS_A_STRIP = 4  # of a TIFF with JPEG in it: one for each colour
 _SMALL_PICTURE, _MOST_PIXELS_A_BYTE = 1 << 23, 10_000  # a blank page of a scanner has some thousands
 EDGE = 4096  # bytes read at a file's start and at its end
@@ -156,14 +157,18 @@ def white_level(photo: Image.Image) -> int | None:
     """What stands for white in a grey photo of 16 or 32 bits; None where that cannot be told. Decodes 32 bits."""
     if photo.mode.startswith("I;16") or photo.format == "PPM":
         return 65_535
-    values = np.asarray(photo)
-    low, high = values.min(), values.max()
+    tops = range(0, photo.height, 64)  # in bands: numpy copies what it is given, twice
+    bands = (np.asarray(photo.crop((0, top, photo.width, min(top + 64, photo.height)))) for top in tops)
+    lows, highs = zip(*((band.min(), band.max()) for band in bands), strict=True)
+    low, high = np.min(lows), np.max(highs)  # NaN stays NaN, and is no level
     return next((white for white in (1, 255, 65_535) if low >= 0 and high <= white), None)
 
 
 def _is_affordable(file: BinaryIO, photo: ImageFile.ImageFile, byte_size: int) -> bool:
     """Whether the opened photo's decoder keeps time and memory within what its file and its pixels are worth."""
     width, height = photo.size
+    if photo.mode in ("I", "F") and photo.format != "PPM" and width * height > _MOST_LOOKED_AT:
+        return False
     if photo.tile and photo.tile[0][0] == "bmp_rle":  # decoded in Python, pixel by pixel
         return False
     if isinstance(photo, TiffImageFile):

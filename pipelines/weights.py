@@ -8,7 +8,6 @@ import pickle
 import re
 import sys
 import urllib.error
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
 from pipelines.run_files import read_description
+from pipelines.tensors import load_tensors
 from pipelines.text import printable
 
 import safetensors.torch
@@ -143,10 +143,8 @@ def _content(path: Path) -> Any:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:] == b"{":  # behind the length of a header in JSON
         return safetensors.torch.load_file(path)
-    if _grows(path):
-        raise ValueError("its content is packed, as PyTorch does not do")
     with torch.serialization.safe_globals([argparse.Namespace]):  # a training's arguments, which only hold values
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
 
 
 def _tensors(content: Any) -> dict[str, torch.Tensor]:
@@ -241,14 +239,6 @@ def _expected(arch: str) -> tuple[dict[str, torch.Tensor], str]:
 def count_classes(weights: Weights, arch: str) -> int:
     """How many classes the head of an `arch` tells apart; 0 where there is none."""
     return len((weights.state or {}).get(f"{_expected(arch)[1]}.bias", ()))
-
-
-def _grows(path: Path) -> bool:
-    """Whether a file of PyTorch's format would take more memory than it has bytes; torch.save packs nothing."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as packed:
-        return sum(entry.file_size for entry in packed.infolist()) > os.path.getsize(path)
 
 
 def _imagenet_weights(arch: str, image_size: int) -> Weights:

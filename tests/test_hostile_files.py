@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import time
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.corpus import encoded, picture
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet152
 
 MEGABYTES_32 = 32 << 20
 
@@ -151,6 +152,8 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a TIFF of such tags": (lambda: many_tags("<"), TOO_COSTLY),
     "a TIFF in one tile": (large_tile, TOO_COSTLY),
     "a TIFF of 60 scans": (lambda: jpeg_in_tiff(60), TOO_COSTLY),
+    "grey of 32 bits": (lambda: solid("TIFF", 3_000, mode="F", compression="tiff_lzw"), ""),
+    "much grey of 32 bits": (lambda: solid("TIFF", 4_100, mode="F", compression="tiff_lzw"), TOO_COSTLY),
     "empty chunks before the pixels": (lambda: png(chunk(b"teXt", b"") * 2_000_000), TOO_COSTLY),
     "empty chunks of pixels": (lambda: png(chunk(b"IDAT", b"") * 2_000_000), TOO_COSTLY),
     "a long text before the pixels": (lambda: png(chunk(b"teXt", bytes(70 << 20))), TOO_COSTLY),
@@ -257,6 +260,31 @@ def test_weights_without_all_of_their_values_are_refused(tmp_path: Path, head: t
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="without all of its values"):
         read_weights_file(tmp_path / "weights.pth", "resnet18")
+
+
+def packed_names(names: bytes) -> bytes:
+    file, start = io.BytesIO(), io.BytesIO()
+    torch.save({}, start)
+    with zipfile.ZipFile(start) as source, zipfile.ZipFile(file, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, names if name.endswith("data.pkl") else source.read(name))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("part", [b"}", b"(", b"N", b"K\x01", b"\x8a\0"])
+@pytest.mark.parametrize("form", ["new", "old"])
+def test_weights_of_megabytes_of_names_are_refused_unread(tmp_path: Path, monkeypatch, part: bytes, form: str) -> None:
+    names = b"\x80\2" + part * (5_000_000 // len(part)) + b"."
+    (tmp_path / "weights.pth").write_bytes(packed_names(names) if form == "new" else names)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(UserError, match="more names than any network has"):
+        read_weights_file(tmp_path / "weights.pth", "resnet18")
+
+
+def test_weights_of_before_pytorch_1_6_are_read(tmp_path: Path) -> None:
+    state = resnet152().state_dict()
+    torch.save(state, tmp_path / "weights.pth", _use_new_zipfile_serialization=False)
+    assert read_weights_file(tmp_path / "weights.pth", "resnet152").state.keys() == state.keys()
 
 
 SIDE = 2_896  # pixels: as large as a photo may be whose bytes are hardly any
