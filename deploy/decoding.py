@@ -253,7 +253,7 @@ def main() -> None:
     answers.flush()
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
-    os.dup2(nothing, 2)  # libtiff speaks on stderr
+    os.dup2(nothing, 2)  # a library may speak on stderr
     for line in sys.stdin.buffer:
         path, decode = json.loads(line)
         _limit_time(seconds)

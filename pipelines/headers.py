@@ -1,11 +1,15 @@
 """The only judge of a file, for both engines: its header, its size, its structure and its end. Nothing is decoded."""
 
+import ctypes
+import ctypes.util
 import importlib.util
 import io
 import os
 import re
 import stat
+from contextlib import suppress
 from hashlib import blake2b
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from pipelines.boxes import fault_of_boxes
@@ -70,6 +74,23 @@ _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
 
 # Modes that Pillow turns into RGB as they are meant; "I" and "F" are looked at.
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F"}
+
+
+def _silence_libtiff() -> None:
+    """Pillow's libtiff writes what it finds wrong to stderr, itself; Pillow's error tells it too.
+
+    No redirection of stderr would do: it is all threads'. Where the library is not found, its words stay.
+    """
+    folder = Path(Image.__file__).parent
+    own = [*folder.parent.glob("pillow.libs/libtiff*"), *folder.glob(".dylibs/libtiff*")]
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(str(own[0]) if own else ctypes.util.find_library("tiff") or "libtiff.so.6")
+        for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            set_handler.restype = ctypes.c_void_p
+            set_handler(None)
+
+
+_silence_libtiff()
 
 
 class Judgement(NamedTuple):
