@@ -79,7 +79,7 @@ def _run(recipe: str, seed: int, data: str | None, settings: list[str]) -> dict[
         else:
             config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
             flags += [f"--config={config}", f"--runs={runs}", "--run=run", "--tracker=none"]
-            flags += [f"--{pair}" for pair in settings]
+            flags += [f"--{pair}" for pair in ["cache_gb=0", *settings]]  # each run pays for its own features
             command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *flags]
         started, worked = time.perf_counter(), _processor_seconds()
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,6 +9,7 @@ from contextlib import nullcontext, suppress
 from hashlib import blake2b
 from pathlib import Path
 
+import pipelines.vision  # noqa: F401 (torchvision comes with it)
 from pipelines.files import keep_json
 from pipelines.photos import cache_folder
 

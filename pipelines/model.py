@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pipelines.vision  # noqa: F401 (torchvision comes with it)
 from pipelines.config import Config
 from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
 from pipelines.text import composed

@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+import pipelines.vision  # noqa: F401 (torchvision comes with it)
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
 from pipelines.text import path_on_disk

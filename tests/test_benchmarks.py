@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import accuracy, gpu
+from benchmarks import accuracy, gpu, tutorial
 
 import pytest
 import torch
@@ -49,6 +49,28 @@ def test_the_tutorial_takes_turns_with_the_recipes_and_ignores_their_settings(tm
     in_turn = [("tutorial.py finetune", []), ("tutorial.py features", []), ("finetune", ["lr=1"])]
     assert asked == [(recipe, seed, settings) for seed in range(2) for recipe, settings in in_turn]
     assert "| `tutorial.py features` | 2 |" in capsys.readouterr().out
+
+
+def test_whole_commands_take_turns_cold(tmp_path, monkeypatch, capsys):
+    caches = []
+
+    def run(command, env, **_):  # stands for the training
+        caches.append(env["DALITUNE_CACHE"])
+        assert not Path(env["DALITUNE_CACHE"]).exists()
+        if runs := next((each.removeprefix("--runs=") for each in command if each.startswith("--runs=")), None):
+            Path(runs, "run").mkdir(parents=True)
+            Path(runs, "run/model.json").write_text(json.dumps({"scores": {"val/top1": 0.75}}))
+        return subprocess.CompletedProcess(command, 0, json.dumps({"best": 0.5}), "")
+
+    monkeypatch.setattr(tutorial.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["tutorial.py", "compare", "--runs", "2", "--data", str(tmp_path)])
+    tutorial.main()
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        *("| `tutorial.py features`", "| `feature_extract.yaml`", "| `tutorial.py finetune`", "| `finetune.yaml`")
+    ]
+    assert [line.split(" | ")[-1] for line in table[2:4]] == ["0.5000 |", "0.7500 |"]
+    assert len(set(caches)) == 4, "each turn of the two has a folder of its own"
 
 
 def test_runs_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):
