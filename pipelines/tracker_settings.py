@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -82,6 +83,13 @@ def _check_installed(tracker: str) -> None:
         raise UserError(f"tracker: this Accelerate does not know {tracker}: pip install -U accelerate, {otherwise}")
     if find_spec(module) is None or tracker not in map(str, get_available_trackers()):
         raise UserError(f"tracker: {tracker} is not installed: pip install {package}, {otherwise}")
+    try:
+        import_module(module)
+    except Exception as error:  # of any kind, as of libraries that do not fit together
+        told = str(error).strip().partition("\n")[0][:200]
+        raise UserError(
+            f"tracker: {tracker} cannot be imported ({told}): pip install -U {package}, {otherwise}"
+        ) from None
 
 
 def _check_variables() -> None:

@@ -795,6 +795,16 @@ def test_what_wandb_would_not_take_is_refused_at_the_start(monkeypatch, settings
     assert refusal(**settings).startswith(line)
 
 
+def test_a_tracker_whose_installation_is_broken_is_refused_at_the_start(monkeypatch, tmp_path):
+    (tmp_path / "tensorboard.py").write_text("raise RuntimeError('of another protobuf')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    told = (
+        "tracker: tensorboard cannot be imported (of another protobuf): pip install -U tensorboard, or --tracker none"
+    )
+    assert refusal(tracker="tensorboard").startswith(told)
+
+
 def test_the_service_of_a_shell_that_is_gone_is_not_asked(folder, dataset, capfd, monkeypatch):
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere/socket")
     monkeypatch.setenv("WANDB_MODE", "offline")
