@@ -44,6 +44,7 @@ from pipelines.evaluation import (
 )
 from pipelines.feature_store import FeatureStore
 from pipelines.features import MEMORY_LIMIT, FrozenFeatures, store_report
+from pipelines.fitted_head import fit_head, why_not_fitted
 from pipelines.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -55,8 +56,9 @@ from pipelines.loader import (
     share_bad_photos,
     train_loader,
 )
+from pipelines.logistic_regression import class_weights_of
 from pipelines.memory import micro_batch_of
-from pipelines.model import TransferModel, average_batchnorm_statistics, build_model
+from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, has_head_for
 from pipelines.optimizer import learning_rates, lr_factor, make_optimizer, rate_jump, set_learning_rates
 from pipelines.photos import cache_folder
 from pipelines.processes import (
@@ -139,6 +141,11 @@ def main(arguments: list[str]) -> None:
 
     # Model, optimizer, loaders. The loaders are not prepared by Accelerate: the plan shards.
     network = build_model(config, weights, classes).to(accelerator.device)
+    too_large = why_not_fitted(config, network, len(dataset.splits["train"])) if config.head_init == "fitted" else ""
+    if too_large and not epochs:
+        raise UserError(f"head_init: fitted: {too_large}: train the head, with --epochs and --head-init zeros")
+    is_fitted = config.head_init == "fitted" and not too_large
+    to_fit = is_fitted and saved is None
     model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
     model = torch.compile(model) if config.compile else model
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
@@ -149,12 +156,17 @@ def main(arguments: list[str]) -> None:
     store = _feature_store(config) if state.is_main_process else None
     kept: dict[str, Any] = {"micro_batch": config.eval_batch_per_device, "store": store}
     validation_features = FrozenFeatures(
-        network, validation, accelerator, views_per_photo=1, epochs=epochs, mirrored=config.test_flips, **kept
+        network, validation, accelerator, views_per_photo=1, epochs=1, mirrored=config.test_flips, **kept
     )
     kept["limit"] = MEMORY_LIMIT - validation_features.bytes * validation_features.are_kept
     features = FrozenFeatures(
         network, training, accelerator, views_per_photo=config.views_per_photo, epochs=epochs, **kept
     )
+
+    class_weights: torch.Tensor | None = None
+    if config.class_weights != "none":
+        class_weights = torch.from_numpy(class_weights_of(config.class_weights, labels["train"], len(classes)))
+        class_weights = class_weights.float().to(accelerator.device)
 
     # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
     at = Progress()
@@ -189,6 +201,7 @@ def main(arguments: list[str]) -> None:
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
                 *_setup_report(config, weights, network, accelerator, facts),
+                *([] if saved else _head_report(config, too_large, weights, has_head_for(classes, weights))),
                 *features.report(),
                 *store_report(features, validation_features),
                 f"loader: {engine} ({reason}); {counted(steps_per_epoch, 'step')} an epoch, {last_step} in all, "
@@ -215,16 +228,57 @@ def main(arguments: list[str]) -> None:
         def stop_if_asked() -> None:
             if watch.stop:
                 stop.tell()
-                save()
+                if not to_fit:  # otherwise there is nothing to save yet
+                    save()
                 raise Stopped(
                     f"stopped at step {at.global_step} by {stop.why()}: --run {name} with the same settings goes on"
                 )
+
+        def validate(epoch: int, summary: dict[str, Any]) -> None:
+            nonlocal records
+            share_bad_photos(training)
+            average_batchnorm_statistics(network, accelerator.num_processes)
+            try:
+                records = predict(network, validation, accelerator, validation_features, stop.is_made_anywhere)
+            except PassStopped:
+                watch.stop = True
+                stop_if_asked()
+            row = {"epoch": epoch, "global_step": at.global_step, **validation_row(records, len(classes))}
+            is_best = row[best_by] > at.best.get(best_by, -1.0) and math.isfinite(row["val/loss"])  # a tie: the earlier
+            if is_best:
+                *_, correct = loss_and_top1(records)
+                at.best = row | {"correct": correct, "count": len(records)}
+            row |= best_scores(at.best)  # a sweep stops by it
+            run.append_metrics(row)
+            tracking.log(row, records, hold=at.global_step == last_step)
+            if is_best:
+                run.save_best(network.network, describe_model(config, dataset, at.best))
+                tracking.log_best(at.global_step)
+            at.epoch = epoch
+            run.write_status("running", epoch=epoch, global_step=at.global_step)
+            table.end_epoch(epoch, summary | row, best=at.best.get(best_by, math.nan))
+            save()
 
         # The loop: update, log, save, evaluate, keep the best.
         run.write_status("running", epoch=at.epoch, global_step=at.global_step)
         rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, max(0, at.global_step - 1)))
         stop.listen()
-        if saved and at.epoch >= epochs:  # what comes after is longer than these settings
+        if to_fit:
+            try:
+                row = fit_head(
+                    *(network, training, labels["train"], accelerator, config, store, run),
+                    stop.is_made_anywhere,
+                )
+            except PassStopped:
+                watch.stop = True
+                stop_if_asked()
+            to_fit = False
+            run.append_metrics(row)
+            tracking.show(run.figures / "head_penalty.png")
+            tracking.log(row, hold=True)
+        if is_fitted and not at.global_step and best_by not in at.best:
+            validate(0, {})
+        elif saved and at.epoch >= epochs:  # what comes after is longer than these settings
             save()
         while at.epoch < epochs:
             epoch, start_step = at.epoch + 1, at.global_step - at.epoch * steps_per_epoch
@@ -242,7 +296,9 @@ def main(arguments: list[str]) -> None:
             for step in islice(steps, max(0, last_step - at.global_step)):
                 rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, at.global_step))
                 wishes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
-                sums, batch = update(model, features, optimizer, step, wishes, training, accelerator, config)
+                sums, batch = update(
+                    *(model, features, optimizer, step, wishes, training, accelerator, config, class_weights)
+                )
                 if at.global_step == 0 and state.is_main_process:
                     figures.attempt("train_batch.png", partial(_save_train_batch, run, batch, training, classes))
                     tracking.show(run.figures / "train_batch.png")
@@ -267,40 +323,23 @@ def main(arguments: list[str]) -> None:
                     save()
             watch.check()
             stop_if_asked()
-            summary = rates | whole_epoch.row(training.wait_seconds)
-
-            share_bad_photos(training)
-            average_batchnorm_statistics(network, accelerator.num_processes)
-            try:
-                records = predict(network, validation, accelerator, validation_features, stop.is_made_anywhere)
-            except PassStopped:
-                watch.stop = True
-                stop_if_asked()
-            row = {"epoch": epoch, "global_step": at.global_step, **validation_row(records, len(classes))}
-            is_best = row[best_by] > at.best.get(best_by, -1.0) and math.isfinite(row["val/loss"])  # a tie: the earlier
-            if is_best:
-                *_, correct = loss_and_top1(records)
-                at.best = row | {"correct": correct, "count": len(records)}
-            if at.best["epoch"]:  # a sweep stops by it
-                row |= best_scores(at.best)
-            run.append_metrics(row)
-            tracking.log(row, records, hold=at.global_step == last_step)
-            if is_best:
-                run.save_best(network.network, describe_model(config, dataset, at.best))
-                tracking.log_best(at.global_step)
-            at.epoch = epoch
-            run.write_status("running", epoch=epoch, global_step=at.global_step)
-            table.end_epoch(epoch, summary | row, best=at.best.get(best_by, math.nan))
-            save()
-        if not at.best["epoch"]:
+            validate(epoch, rates | whole_epoch.row(training.wait_seconds))
+        if best_by not in at.best:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
 
         # What is left: curves, the best weights, and what to type next.
         if state.is_main_process:
             _save_last_figures(run, records, classes, best_by)
+            if not epochs:
+                views = training.central(config.resize)
+                save_views = partial(_save_train_batch, run, views.empty_batch(), views, classes)
+                figures.attempt("train_batch.png", save_views)
+                tracking.show(run.figures / "train_batch.png")
             for picture in ("curves", "confusion_matrix", "per_class"):
                 tracking.show(run.figures / f"{picture}.png")
-            tracking.finish(best_scores(at.best) | {"best/epoch": at.best["epoch"]})
+            fitted = next((row for row in run.read_metrics() if "head/penalty" in row), {})
+            of_the_head = {key: value for key, value in fitted.items() if key.startswith("head/")}
+            tracking.finish(best_scores(at.best) | {"best/epoch": at.best["epoch"]} | of_the_head)
             run.write_status("finished", "", 0, at.epoch, at.global_step)
             seconds = time.perf_counter() - started
             print(*_end_report(at.best, best_by, run, (training, validation), seconds), sep="\n")
@@ -337,12 +376,14 @@ def update(
     loader: Loader,
     accelerator: Accelerator,
     config: Config,
+    class_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Batch]:
     """One optimizer update from one global batch.
 
-    wishes: whether this process wants to stop, to save. Returns float32 [7], sums over all processes: loss, correct
-    answers, photos, norm of the gradient before it is clipped (0 where it is not finite), 1 where it is finite, wishes
-    to stop, to save; and this process's first micro-batch.
+    wishes: whether this process wants to stop, to save. class_weights: float32 [C], of the photos in the loss.
+    Returns float32 [7], sums over all processes: loss, correct answers, photos, norm of the gradient before it is
+    clipped (0 where it is not finite), 1 where it is finite, wishes to stop, to save; and this process's first
+    micro-batch.
     The loss is the sum over this process's photos divided by the global number of places. DDP takes the mean of the
     processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
     """
@@ -360,7 +401,11 @@ def update(
             with accelerator.autocast():
                 logits = model(features.of(batch)).float()
             losses = functional.cross_entropy(
-                logits, batch.labels, label_smoothing=config.label_smoothing, reduction="sum"
+                logits,
+                batch.labels,
+                weight=class_weights,
+                label_smoothing=config.label_smoothing,
+                reduction="sum",
             )
             accelerator.backward(losses * (accelerator.num_processes / step.places))
         correct = (logits.argmax(dim=1) == batch.labels).sum()
@@ -392,6 +437,15 @@ def _setup_report(
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
         lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
     return lines
+
+
+def _head_report(config: Config, too_large: str, weights: Weights, has_head: bool) -> list[str]:
+    """has_head: whether the weights' own head is for these classes."""
+    if config.head_init != "fitted":
+        return []
+    if too_large:
+        return [f"head: not fitted, as {too_large}: it is {'the one of the weights' if has_head else 'zeros'}"]
+    return [f"head: fitted anew, in place of the one of {weights.source}"] if has_head else []
 
 
 def _end_report(

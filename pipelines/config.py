@@ -141,22 +141,26 @@ class Config:
     """freeze the body of a ResNet up to and including this stage"""
     batchnorm: Literal["auto", "frozen", "train", "sync"] = "auto"
     """BatchNorm's statistics; auto: frozen with pretrained weights, train from scratch"""
-    head_init: Literal["uniform", "zeros"] = "uniform"
-    """first weights of a new head: uniform in +-1/sqrt(features), as PyTorch's own, or zeros, with which all seeds
-    begin alike (Kolesnikov et al. 2020)"""
+    head_init: Literal["uniform", "zeros", "fitted"] = "uniform"
+    """first weights of a new head: uniform in +-1/sqrt(features), as PyTorch's own; zeros, with which all seeds begin
+    alike (Kolesnikov et al. 2020); or fitted before the training: logistic regression on what the body makes of the
+    training photos as validation sees them, with flip_probability of their mirror images too (Kumar et al. 2022)"""
     channels_last: bool = True
     """keep tensors in channels-last memory"""
     compile: bool = False
     """run the model through torch.compile"""
 
-    epochs: Annotated[int, Field(ge=1)] = 10
-    """how often every training photo is seen"""
+    epochs: Annotated[int, Field(ge=0)] = 10
+    """how often every training photo is seen; 0 with head_init fitted, which is the whole training then"""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """end the run after this many steps, in the regular way"""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """photos of a step, over all processes together"""
     max_batch_per_device: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """a process's larger share of a step is split into micro-batches of this size; auto: what fits on the GPU"""
+    class_weights: Literal["none", "balanced"] = "none"
+    """what a training photo weighs in the loss and in a fitted head; balanced: each class counts the same, however many
+    photos it has"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the target that is spread over all classes"""
     clip_grad_norm: Annotated[float | None, Field(gt=0)] = None
@@ -213,6 +217,10 @@ class Config:
             raise Contradiction("resize must be at least image_size", "resize", "image_size")
         if self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
+        if self.epochs == 0 and self.head_init != "fitted":
+            raise Contradiction("nothing would teach the head: give epochs, or head_init fitted", "epochs", "head_init")
+        if self.weights == "none" and self.head_init == "fitted":
+            raise Contradiction("a head cannot be fitted to what a random network sees", "weights", "head_init")
         if self.arch.startswith("vit_") and self.image_size != 224:
             raise Contradiction("a vision transformer's weights are for 224 pixels", "arch", "image_size")
         if self.mode == "finetune" and self.freeze != "none" and not self.arch.startswith(_STAGED):
@@ -236,7 +244,15 @@ GROUPS = {
     "Images": ["image_size", "resize", "transparency", "crop_scale_min", "flip_probability", "views_per_photo"],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
-    "Training": ["epochs", "max_steps", "batch_size", "max_batch_per_device", "label_smoothing", "clip_grad_norm"],
+    "Training": [
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "max_batch_per_device",
+        "class_weights",
+        "label_smoothing",
+        "clip_grad_norm",
+    ],
     "Optimizer": [
         "optimizer",
         "lr",

@@ -156,6 +156,30 @@ def save_curves(
             _finish_panel(panel, name, unit)
 
 
+def save_penalties(
+    path: Path, penalties: Sequence[float], accuracies: np.ndarray, losses: np.ndarray, chosen: int
+) -> None:
+    """How a fitted head's penalty was chosen: accuracy and loss on held-out photos, of each fold and in the mean.
+
+    penalties: P; accuracies, losses: float [P, folds]; chosen: the position that the head was fitted with.
+    """
+    with _picture(path, 7.5, 3.2) as figure:
+        names = ("top-1 accuracy, held out", "loss, held out")
+        for panel, name, values in zip(figure.subplots(1, 2), names, (accuracies, losses), strict=True):
+            panel.plot(penalties, values, color="#d0d0d0", lw=0.9, label=["a fold", *["_"] * (values.shape[1] - 1)])
+            mean = values.mean(axis=1)
+            panel.plot(penalties, mean, color=BLUE, marker="o", ms=4, lw=1.6, label="mean of the folds")
+            label = f"chosen: {penalties[chosen]:.2g}"
+            panel.plot(penalties[chosen], mean[chosen], "*", color=VERMILION, markersize=11, label=label)
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.set_title(name, pad=20)
+            panel.set_xlabel("penalty on the weights")
+            panel.grid(True)
+        figure.axes[0].legend(loc="lower left", bbox_to_anchor=(-0.03, 0.97), ncols=3).set_in_layout(False)
+
+
 def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
     """Loss and top-1 accuracy on the validation photos over epochs, a line for each run; the first 10 have a name.
 

@@ -159,6 +159,12 @@ class Loader:
         other.steps_per_epoch = -(-self.plan.length // other.batch_size)
         return other
 
+    def central(self, resize: int) -> "Loader":
+        """Of a training's loader: the same photos as validation sees them. The two share an engine, as above."""
+        other = copy.copy(self)
+        other.plan = EvalPlan(self.split.sizes, image_size=self.plan.image_size, resize=resize)
+        return other
+
     def empty_batch(self) -> Batch:
         """A batch of no photos, for a process without a share in a step: it takes part in forward and backward."""
         return self._batch(self._no_images(), np.empty(0, np.int64))
@@ -300,7 +306,8 @@ def train_loader(
         flip_probability=config.flip_probability,
         views_per_photo=config.views_per_photo,
     )
-    largest = max(micro_batch, config.eval_batch_per_device) if config.views_per_photo else micro_batch
+    has_passes = config.views_per_photo or config.head_init == "fitted"
+    largest = max(micro_batch, config.eval_batch_per_device) if has_passes else micro_batch
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
 
 

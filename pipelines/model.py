@@ -165,7 +165,7 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
         torch.manual_seed(config.seed)  # for random weights; pretrained ones overwrite what is drawn here
         network = models.get_model(config.arch, weights=None, num_classes=len(classes))
     head = head_name(network)
-    same_classes = [*map(composed, weights.classes or ())] == [*map(composed, classes)]
+    same_classes = has_head_for(classes, weights)
     if weights.state:
         # Strict, so that no layer stays random: of the network as it was drawn only a new head is kept.
         new_head = {} if same_classes else network.get_submodule(head).state_dict(prefix=f"{head}.")
@@ -179,6 +179,11 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
         network, frozen_stages=_frozen_stages(config), batchnorm=batchnorm, test_flips=config.test_flips
     )
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def has_head_for(classes: Sequence[str], weights: Weights) -> bool:
+    """Whether the weights come from a run with the same classes."""
+    return [*map(composed, weights.classes or ())] == [*map(composed, classes)]
 
 
 def restore_model(arch: str, weights: Weights, *, test_flips: bool = False) -> TransferModel:

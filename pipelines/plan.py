@@ -24,7 +24,7 @@ _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
 
 # What a draw is for. Streams of different purpose never share a bit.
-_SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART = 1, 2, 3, 4, 5
+_SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS = 1, 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True)

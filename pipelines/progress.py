@@ -14,6 +14,13 @@ import torch
 from tqdm import tqdm
 
 _HEADER = "      lr  train loss  train top1    val loss    val top1  balanced  images/s  data wait    best"
+_COLUMNS = (  # of _HEADER: key, format, width
+    ("lr/head", ".2e", 8),
+    *((f"{split}/{name}", ".4f", 10) for split in ("train", "val") for name in ("loss", "top1")),
+    ("val/balanced_top1", ".4f", 8),
+    ("perf/images_per_s", ".1f", 8),
+    ("perf/data_wait", ".1%", 9),
+)
 _DIVERGED_AFTER = 3  # losses in a row that are not finite; fp16's search for a scale gives single ones
 
 
@@ -112,6 +119,7 @@ class EpochTable:
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
         self._width = max(len("epoch"), len(f"{epochs}/{epochs}"))
         self._bar: tqdm | None = None
+        self._has_header = False
 
     def close(self) -> None:
         """Takes the bar away, so that what is said next stands on a line of its own."""
@@ -120,8 +128,7 @@ class EpochTable:
 
     def start_epoch(self, epoch: int, start_step: int = 0) -> None:
         """epoch: 1 is the first. start_step: steps of it that are done. Shows a bar where there is a terminal."""
-        if self._visible and self._bar is None:
-            print(f"{'epoch':>{self._width}}  {_HEADER}", flush=True)
+        self._print_header()
         self._bar = tqdm(
             total=self._steps_per_epoch,
             initial=start_step,
@@ -150,14 +157,17 @@ class EpochTable:
             )
 
     def end_epoch(self, epoch: int, row: Mapping[str, float], *, best: float) -> None:
-        """row: the epoch's means (`train/*`, `perf/*`), `val/*` and `lr/head`. best: the run's best so far."""
+        """row: the epoch's means (`train/*`, `perf/*`), `val/*` and `lr/head`; of epoch 0, before the training, only
+        `val/*`. best: the run's best so far."""
         if self._bar is not None:
             self._bar.close()
+        self._print_header()
         if self._visible:
-            print(
-                f"{f'{epoch}/{self._epochs}':>{self._width}}  {row['lr/head']:8.2e}  {row['train/loss']:10.4f}  "
-                f"{row['train/top1']:10.4f}  {row['val/loss']:10.4f}  {row['val/top1']:10.4f}  "
-                f"{row['val/balanced_top1']:8.4f}  "
-                f"{row['perf/images_per_s']:8.1f}  {row['perf/data_wait']:9.1%}  {best:6.4f}",
-                flush=True,
-            )
+            cells = [f"{row[key]:{form}}" if key in row else "-" for key, form, _ in _COLUMNS]
+            line = "  ".join(f"{cell:>{width}}" for cell, (*_, width) in zip(cells, _COLUMNS, strict=True))
+            print(f"{f'{epoch}/{self._epochs}':>{self._width}}  {line}  {best:6.4f}", flush=True)
+
+    def _print_header(self) -> None:
+        if self._visible and not self._has_header:
+            print(f"{'epoch':>{self._width}}  {_HEADER}", flush=True)
+        self._has_header = True

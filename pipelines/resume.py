@@ -11,7 +11,8 @@ from pipelines.config import Config
 REFUSED = {  # it decides the result: the training, or, as the last two do, which of its weights are the best
     *("seed", "image_size", "resize", "transparency", "crop_scale_min", "flip_probability"),
     "views_per_photo",
-    *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "label_smoothing", "clip_grad_norm"),
+    *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "class_weights"),
+    *("label_smoothing", "clip_grad_norm"),
     *("optimizer", "lr", "lr_body", "momentum", "weight_decay"),
     *("schedule", "step_epochs", "step_gamma", "warmup_epochs", "best_by", "test_flips"),
 }

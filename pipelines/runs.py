@@ -46,7 +46,7 @@ _OWN_FILES = re.compile(
 )
 _OWN_FOLDERS = {
     "checkpoints": r"epoch-\d+-step-\d+|\.unfinished",
-    "figures": r"\.?(train_batch|curves|per_class|confusion_matrix.*|predictions_.*)\.png(\.\d+)?",
+    "figures": r"\.?(train_batch|head_penalty|curves|per_class|confusion_matrix.*|predictions_.*)\.png(\.\d+)?",
     "export": r"README\.md|confusion_matrix\.png|model\..+",
     "dvclive": ".*",
     "tensorboard": ".*",

@@ -264,10 +264,10 @@ def recipe(content: str | bytes, mode: int = 0o600) -> Make:
 SETTINGS: Refused = {
     "unknown flag": (lambda root: ["--learning-rat=1"], ("unknown flag '--learning-rat'", "--help")),
     "unknown key": (recipe("epoch: 3\n"), ("recipe.yaml: unknown key 'epoch'", "nearest is epochs")),
-    "wrong type": (recipe("epochs: many\n"), ("recipe.yaml: epochs cannot be 'many'", "an integer >= 1")),
+    "wrong type": (recipe("epochs: many\n"), ("recipe.yaml: epochs cannot be 'many'", "an integer >= 0")),
     "no photos in a batch": (lambda root: ["--batch-size=0"], ("--batch_size", "an integer >= 1")),
     "negative rate": (lambda root: ["--lr=-0.1"], ("--lr: lr cannot be '-0.1'", "> 0")),
-    "no epochs": (lambda root: ["--epochs=0"], ("--epochs: epochs cannot be '0'", ">= 1")),
+    "no epochs": (lambda root: ["--epochs=-1"], ("--epochs: epochs cannot be '-1'", ">= 0")),
     "not a number": (recipe("lr: .nan\n"), ("lr cannot be '.nan'", "a finite number")),
     "too small for the model": (lambda root: ["--image-size=32"], ("--image_size", "an integer >= 64")),
     "a list": (recipe("- lr: 1\n"), ("not a recipe", "key: value")),

@@ -14,6 +14,7 @@ from pipelines.figures import (
     save_comparison,
     save_confusion_matrix,
     save_curves,
+    save_penalties,
     save_per_class,
     save_predictions,
     save_train_batch,
@@ -296,3 +297,11 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, texts: list[tuple[str,
     pixels(tmp_path / "runs.png")
     names = [text for text, _ in texts if text.startswith("run-")]
     assert names == [f"run-{place}" for place in range(min(count, 10))]
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_a_fitted_heads_penalties_and_the_chosen_one(tmp_path, count):
+    penalties = [10 ** (-place / 2) for place in range(count)]
+    scores = np.random.default_rng(0).random((2, count, 5))
+    save_penalties(tmp_path / "p.png", penalties, *scores, chosen=count // 2)
+    assert share_of(VERMILION, pixels(tmp_path / "p.png")) > 0

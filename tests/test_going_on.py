@@ -40,7 +40,7 @@ OTHER = {
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
     "batch_size": 16, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001,
     "momentum": 0.5, "weight_decay": 0.1, "schedule": "step", "step_epochs": 2, "step_gamma": 0.5, "warmup_epochs": 1.0,
-    "best_by": "balanced", "test_flips": True,
+    "best_by": "balanced", "test_flips": True, "class_weights": "balanced",
     "epochs": 20, "max_steps": 50, "max_batch_per_device": 4, "eval_batch_per_device": 8, "log_every": 5,
     "skip_bad_files": True, "loader": "torch", "deterministic": True, "channels_last": False, "compile": True,
 }  # fmt: skip

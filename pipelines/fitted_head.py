@@ -1,0 +1,120 @@
+"""A run's head, fitted before its training to what the whole body makes of the training photos."""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipelines import figures
+from pipelines.config import Config
+from pipelines.errors import PassStopped, UserError
+from pipelines.feature_store import FeatureStore
+from pipelines.features import FrozenFeatures
+from pipelines.loader import Loader
+from pipelines.logistic_regression import PENALTIES, Fit, choose_and_fit, class_weights_of, why_too_large
+from pipelines.model import STAGES, TransferModel
+from pipelines.processes import main_first
+from pipelines.runs import RunFolder
+from pipelines.text import counted
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast
+
+
+def why_not_fitted(config: Config, network: TransferModel, photos: int) -> str:
+    """Why a head that is asked for is not fitted to so many photos; "" where it is."""
+    return why_too_large(photos, _views(config), network.head.in_features, network.head.out_features)
+
+
+def fit_head(
+    network: TransferModel,
+    training: Loader,
+    labels: np.ndarray,
+    accelerator: Accelerator,
+    config: Config,
+    store: FeatureStore | None,
+    run: RunFolder,
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Fits `network.head`, the same on all processes; returns a row of metrics: the penalty, the folds' accuracies.
+
+    training: its photos are seen as validation sees them, each with its mirror image where the training has those.
+    labels: int [N], of all of them. The main process fits, draws head_penalty.png and says what has come out.
+    stop: asked again and again. Where it says yes on any process, PassStopped is raised on all.
+    """
+    started = time.perf_counter()
+    mirrored = _views(config) > 1
+    # A copy: `network` goes on with its own stages frozen, and with statistics that may move.
+    body = copy.deepcopy(network.network)
+    whole = TransferModel(body, frozen_stages=len(STAGES), batchnorm="frozen", test_flips=mirrored).eval()
+    features = FrozenFeatures(
+        *(whole, training.central(config.resize), accelerator),
+        views_per_photo=1,
+        epochs=1,
+        micro_batch=config.eval_batch_per_device,
+        mirrored=mirrored,
+        store=store,
+    )
+    features.prepare(0, stop)
+    head = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in network.head.parameters()]
+
+    def fit() -> dict[str, Any] | None:
+        can_be_read = training.split.faults == 0
+        can_be_read[list(training.bad)] = False
+        known = features.rows.unflatten(0, (_views(config), -1)).cpu()
+        if not known.isfinite().all():
+            raise UserError("head_init: the body's features of the photos are not finite: give other --weights")
+        weights = class_weights_of(config.class_weights, labels, network.head.out_features)
+        found = choose_and_fit(known[:, torch.from_numpy(can_be_read)], labels[can_be_read], weights, stop)
+        if found is None:
+            return None
+        for parameter, value in zip(head, (found.head.weight, found.head.bias), strict=True):
+            parameter.copy_(value)
+        if found.accuracies.size:
+            path, chosen = run.figures / "head_penalty.png", PENALTIES.index(found.penalty)
+            tried = PENALTIES[: len(found.losses)]
+            figures.attempt(
+                path.name, lambda: figures.save_penalties(path, tried, found.accuracies, found.losses, chosen)
+            )
+        print(_report(found, int(can_be_read.sum()), _views(config), time.perf_counter() - started), flush=True)
+        return _row(found)
+
+    with torch.no_grad():
+        row = main_first(PartialState(), fit)
+        if row is None:
+            raise PassStopped
+        for parameter, value in zip(network.head.parameters(), head, strict=True):
+            parameter.copy_(broadcast(value))
+    return row
+
+
+def _views(config: Config) -> int:
+    return 1 + (config.flip_probability > 0)
+
+
+def _of_the_folds(found: Fit) -> np.ndarray:
+    return found.accuracies[PENALTIES.index(found.penalty)]
+
+
+def _row(found: Fit) -> dict[str, Any]:
+    row: dict[str, Any] = {"epoch": 0, "global_step": 0, "head/penalty": found.penalty}
+    if found.accuracies.size:
+        of_the_folds = _of_the_folds(found)
+        row |= {"head/top1": float(of_the_folds.mean()), "head/top1_std": float(of_the_folds.std(ddof=1))}
+        row |= {f"head/top1_fold_{number}": value for number, value in enumerate(of_the_folds.tolist(), start=1)}
+    return row
+
+
+def _report(found: Fit, photos: int, views: int, seconds: float) -> str:
+    mirrored = " and the mirror images" if views > 1 else ""
+    fitted = f"head: fitted to {counted(photos, 'photo')}{mirrored} in {seconds:.1f} s"
+    if not found.accuracies.size:
+        return f"{fitted}: too few for folds, penalty {found.penalty:.2g}"
+    of_the_folds = _of_the_folds(found)
+    each = ", ".join(f"{value:.3f}" for value in of_the_folds)
+    return (
+        f"{fitted}: penalty {found.penalty:.2g}, of {len(of_the_folds)} folds that are held out in turn top1 "
+        f"{of_the_folds.mean():.4f} ± {of_the_folds.std(ddof=1):.4f} ({each})"
+    )

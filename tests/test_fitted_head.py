@@ -1,0 +1,163 @@
+"""A run's head, fitted before its training: what it leaves, and that nothing changes it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import train
+from pipelines import logistic_regression
+from pipelines.errors import PassStopped
+from pipelines.logistic_regression import PENALTIES
+
+import pytest
+import torch
+from test_disk import one_error_line
+from test_resume import newest, rows, same_bits, status
+from test_train import FROZEN, run_script, succeeded, train_rows, val_rows
+
+
+@pytest.fixture(scope="module")
+def command(photos, random_weights, tmp_path_factory) -> list[object]:
+    settings = ["--data", photos, "--weights", random_weights, *FROZEN, "--head-init", "fitted", "--batch-size", "6"]
+    return [*settings, "--log-every", "1", "--cache-gb", "0", "--runs", tmp_path_factory.mktemp("runs"), "--run"]
+
+
+def with_other(command: list[object], **values: object) -> list[object]:
+    """The command with other values of settings that it has."""
+    changed = list(command)
+    for key, value in values.items():
+        changed[changed.index(f"--{key.replace('_', '-')}") + 1] = value
+    return changed
+
+
+def head_of(run: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "best.pt", weights_only=True)
+    return {name: state[name] for name in ("fc.weight", "fc.bias")}
+
+
+@pytest.fixture
+def whole(command, run_here) -> Path:
+    """A run of the fit alone."""
+    run = command[-2] / "whole"
+    if not run.exists():
+        succeeded(run_here(train, *command, run.name, "--epochs", "0"))
+    return run
+
+
+@pytest.mark.slow
+def test_without_an_epoch_the_fit_is_the_whole_training(command, tmp_path, run_here):
+    command = [*command[:-2], tmp_path, "--run"]
+    said = succeeded(run_here(train, *command, "r", "--epochs", "0", "--class-weights", "balanced"))
+    run = tmp_path / "r"
+    assert "head: fitted to 19 photos and the mirror images in" in said
+    assert "of 5 folds that are held out in turn top1" in said
+    assert "  0/0         -" in said
+    assert "at epoch 0:" in said
+    fit, evaluation = rows(run)
+    assert {(row["epoch"], row["global_step"]) for row in (fit, evaluation)} == {(0, 0)}
+    assert fit["head/penalty"] in PENALTIES
+    folds = [fit[f"head/top1_fold_{number}"] for number in range(1, 6)]
+    assert fit["head/top1"] == pytest.approx(sum(folds) / 5)
+    assert evaluation["best/val_top1"] == evaluation["val/top1"]
+    drawn = {"train_batch", "head_penalty", "curves", "confusion_matrix", "per_class"}
+    assert {path.stem for path in (run / "figures").iterdir()} == drawn
+    assert json.loads((run / "model.json").read_text())["scores"]["val/top1"] == evaluation["val/top1"]
+    assert (status(run)["state"], status(run)["epoch"]) == ("finished", 0)
+    again = [*command, "r", "--class-weights", "balanced"]
+    assert "is finished: nothing to do" in succeeded(run_here(train, *again, "--epochs", "0"))
+
+    fitted = head_of(run)
+    said = succeeded(run_here(train, *again, "--epochs", "1"))
+    assert "resumed at step 0, from epoch-0000-step-00000000" in said
+    assert "head: fitted" not in said
+    assert [row["epoch"] for row in val_rows(run)] == [0, 1]
+    assert rows(run)[:2] == [fit, evaluation]
+    state = torch.load(newest(run) / "state.pt", weights_only=True)["model"]
+    assert not torch.equal(state["network.fc.weight"], fitted["fc.weight"])
+
+
+@pytest.mark.slow
+def test_neither_the_seed_nor_the_batch_nor_what_is_trained_afterwards_changes_the_head(command, whole, run_here):
+    other = with_other(command, batch_size=4, lr=0.1)
+    settings = ["--seed", "7", "--mode", "feature_extract", "--crop-scale-min", "0.5"]
+    succeeded(run_here(train, *other, "other", "--epochs", "0", *settings))
+    assert same_bits(command[-2] / "other/best.pt", whole / "best.pt")
+
+
+@pytest.mark.slow
+def test_training_begins_with_the_fitted_head(command, whole, run_here):
+    settings = ["--epochs", "1", "--mode", "feature_extract"]
+    succeeded(run_here(train, *with_other(command, lr="1e-30"), "still", *settings))  # nothing moves
+    run = command[-2] / "still"
+    before, after = val_rows(run)
+    assert (before["epoch"], after["epoch"]) == (0, 1)
+    assert before["val/loss"] == after["val/loss"]
+    assert after["best/val_top1"] == before["val/top1"]
+    assert same_bits(run / "best.pt", whole / "best.pt"), "a tie keeps the earlier"
+
+
+@pytest.mark.slow
+def test_on_two_processes_the_head_and_the_weighted_loss_are_those_of_one(command, run_here):
+    settings = ["--epochs", "1", "--class-weights", "balanced", "--label-smoothing", "0.1"]
+    succeeded(run_here(train, *command, "one", *settings))
+    said = succeeded(run_script("train.py", *command, "two", *settings, processes=2))
+    assert said.count("head: fitted to") == 1
+    one, two = command[-2] / "one", command[-2] / "two"
+    for select, names in ((train_rows, ("train/loss",)), (val_rows, ("val/loss", "val/top1"))):
+        for name in names:
+            assert [row[name] for row in select(two)] == pytest.approx([row[name] for row in select(one)], rel=1e-3)
+    assert rows(one)[0] == rows(two)[0]
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise PassStopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "is_saved"),
+    [("pipelines.fitted_head.FrozenFeatures.prepare", False), ("train.predict", True)],
+)
+def test_stopped_before_its_first_epoch_a_run_goes_on(command, whole, where, is_saved, run_here, monkeypatch):
+    run = command[-2] / where
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted)
+        stopped = run_here(train, *command, run.name, "--epochs", "0")
+    assert stopped.returncode == 75
+    assert stopped.stderr.startswith("stopped at step 0 by")
+    assert any((run / "checkpoints").glob("epoch-*")) == is_saved
+    said = succeeded(run_here(train, *command, run.name, "--epochs", "0"))
+    assert ("head: fitted to" in said) != is_saved, "once is enough"
+    assert rows(run) == rows(whole)
+    assert same_bits(run / "best.pt", whole / "best.pt")
+    assert status(run)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_stop_within_the_fit_is_answered(command, whole, run_here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.fitted_head.choose_and_fit", lambda *_: None)
+        assert run_here(train, *command, "within", "--epochs", "0").returncode == 75
+    succeeded(run_here(train, *command, "within", "--epochs", "0"))
+    assert rows(command[-2] / "within") == rows(whole)
+
+
+@pytest.mark.slow
+def test_too_many_photos_are_said_and_trained_or_refused(command, run_here, monkeypatch):
+    monkeypatch.setattr(logistic_regression, "_MOST_BYTES", 1000)
+    refused = run_here(train, *command, "large", "--epochs", "0")
+    assert refused.returncode == 2
+    assert "head_init: fitted: 19 photos' features would take" in one_error_line(refused)
+    assert not (command[-2] / "large").exists()
+    said = succeeded(run_here(train, *command, "large", "--epochs", "1"))
+    assert "head: not fitted, as 19 photos' features would take 0 MiB: it is zeros" in said
+    assert [row["epoch"] for row in val_rows(command[-2] / "large")] == [1]
+
+
+@pytest.mark.slow
+def test_a_head_that_the_weights_have_for_the_same_classes_is_replaced_and_that_is_said(command, whole, run_here):
+    weights = shutil.copytree(whole, whole.with_name("given"))
+    settings = ["--epochs", "0", "--class-weights", "balanced"]
+    said = succeeded(run_here(train, *with_other(command, weights=weights), "on", *settings))
+    assert f"head: fitted anew, in place of the one of {weights}" in said
+    assert not same_bits(whole.with_name("on") / "best.pt", whole / "best.pt")
