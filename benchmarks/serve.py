@@ -4,7 +4,8 @@
     python benchmarks/serve.py runs/NAME --attacks heads readers --photo photo.jpg
 
 First alone, then under each attack that is asked for at once: 50 uploads of 32 MB, half heads on more connections than
-the server keeps, bodies of a byte a second, photos that take long to decode, and readers of a byte a second. The
+the server keeps, bodies of a byte a second, photos that take long to decode, readers of a byte a second, and 4 more
+uploads that keep a temporary disk of 64 MB full (a tmpfs, which only root may mount; else it is left out). The
 attackers are a process of their own and, on Linux, come from other addresses (127.0.0.2 and on) than who asks.
 """
 
@@ -13,15 +14,18 @@ import asyncio
 import http.client
 import io
 import multiprocessing
+import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,8 @@ import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-UPLOADS, HEADS, BODIES, COSTLY, READERS = 50, 600, 100, 8, 100  # connections at a time
+UPLOADS, HEADS, BODIES, COSTLY, READERS, FILLERS = 50, 600, 100, 8, 100, 4  # connections at a time
+DISK = "size=64m"
 POST = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
 
@@ -101,6 +106,7 @@ ATTACKS: dict[str, tuple[int, Callable[..., Awaitable[str]]]] = {
     "bodies": (BODIES, _slow_body),
     "costly": (COSTLY, _costly),
     "readers": (READERS, _slow_reader),
+    "disk": (FILLERS, _upload),
 }
 
 
@@ -167,6 +173,21 @@ def ask(port: int, photo: bytes, seconds: float) -> tuple[list[float], Counter[A
     return times, statuses
 
 
+@contextmanager
+def small_disk(wanted: bool) -> Iterator[str | None]:
+    """A small tmpfs; None where there can be none, which is said."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", DISK, "tmpfs", folder]
+        is_there = wanted and bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
+        if wanted and not is_there:
+            print("no small disk, which only root may mount: the disk is not filled")
+        try:
+            yield folder if is_there else None
+        finally:
+            if is_there:
+                subprocess.run(["umount", "-l", folder], check=True)
+
+
 def _told(name: str, times: list[float], statuses: Counter[Any]) -> None:
     each = ", ".join(f"{status}: {number}" for status, number in statuses.items())
     print(f"| {name} | {len(times)} | {each} | {statistics.median(times):.3f} | {max(times):.3f} |", flush=True)
@@ -190,7 +211,15 @@ def main() -> None:
     options = parser.parse_args()
     photo = options.photo.read_bytes() if options.photo else drawn(2000, 1500)
     command = [sys.executable, str(ROOT / "deploy/serve.py"), options.run, "--port", "0", "--weights", options.weights]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with small_disk("disk" in options.attacks) as disk:
+        if not disk:
+            options.attacks = [name for name in options.attacks if name != "disk"]
+        _measure(command, photo, options, disk)
+
+
+def _measure(command: list[str], photo: bytes, options: argparse.Namespace, disk: str | None) -> None:
+    environment = {**os.environ, **({"TMPDIR": disk} if disk else {})}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     context = multiprocessing.get_context("spawn")
     try:
         assert server.stdout is not None

@@ -51,6 +51,7 @@ import torch
 MAX_BYTES = 32 * 2**20  # of a photo
 _STORED = 2 * 2**30  # bytes of all uploads, and at most half of what the disk has free
 _SHARE = 0.75  # of it, for one address
+_LITTLE = 1 / 16  # of it, which an address may store also where others fill it: there is as much again on the disk
 _SECONDS, _GRACE, _RATE = (
     120,
     10,
@@ -297,7 +298,8 @@ def _make_app(
                 if length <= MAX_BYTES:
                     stored[address] += len(chunk)
                     sizes[path] += len(chunk)
-                    if stored[address] > _SHARE * room or stored.total() > room:
+                    is_little = stored[address] <= _LITTLE * room
+                    if stored[address] > _SHARE * room or (stored.total() > room and not is_little):
                         raise Busy
                     buffer += chunk
                     if len(buffer) >= _BUFFER:  # a busy disk lets its writers wait, which must not be everybody

@@ -192,7 +192,7 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str 
     index_file = cache / "scan" / f"{name}.safetensors"
     known_header, known = dict[str, Any](), Table()
     with suppress(SafetensorError, OSError, KeyError, ValueError):
-        known_header, known = _read_index(index_file)
+        known_header, known = _read_index(index_file, is_checked=True)
         _take_over(table, known)
     _scan(root, table)
     header = {
@@ -510,14 +510,20 @@ def _digests(root: bytes, table: Table, rows: list[int]) -> list[bytes]:
     return found
 
 
-def _read_index(index_file: Path) -> tuple[dict[str, Any], Table]:
-    """Header and arrays, memory-mapped: safetensors maps a file for PyTorch, for numpy it copies."""
+def _read_index(index_file: Path, *, is_checked: bool = False) -> tuple[dict[str, Any], Table]:
+    """Header and arrays, memory-mapped: safetensors maps a file for PyTorch, for numpy it copies.
+
+    is_checked: a file whose content has changed since it was written raises ValueError; the scan looks, once.
+    """
     with safe_open(index_file, framework="pt") as file:
-        header = json.loads((file.metadata() or {})["header"])
+        digest, _, text = (file.metadata() or {})["header"].partition(" ")
+        header = json.loads(text)
         if header["layout"] != _LAYOUT:
             raise ValueError("an index of another version")
         names = ("path_blob", "path_offsets", "labels", *_FACTS, *_PAIRS)
         table = {name: file.get_tensor(name).numpy() for name in names}
+        if is_checked and digest != _index_digest(table, text):
+            raise ValueError("damaged since it was written")
     for column in table.values():
         column.flags.writeable = False
     return header, table
@@ -528,10 +534,19 @@ def _write_index(index_file: Path, table: Table, header: dict[str, Any]) -> None
         index_file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=index_file.parent) as folder:
             # JSON keeps names that are not valid Unicode, which safetensors refuses.
-            save_file(table, Path(folder) / "index", {"header": json.dumps(header)})
+            text = json.dumps(header)
+            save_file(table, Path(folder) / "index", {"header": f"{_index_digest(table, text)} {text}"})
             os.replace(Path(folder) / "index", index_file)
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{index_file.parent}: the index cannot be written there: {printable(error)}") from None
+
+
+def _index_digest(table: Table, header: str) -> str:
+    digest = blake2b(header.encode(), digest_size=16)
+    for name in sorted(table):
+        digest.update(f"{name} {table[name].dtype} {table[name].shape}".encode())
+        digest.update(np.ascontiguousarray(table[name]).data)
+    return digest.hexdigest()
 
 
 def _fingerprint(table: Table, splits: list[list[Any]]) -> str:

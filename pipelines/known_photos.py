@@ -5,10 +5,11 @@ A plan counts by a photo's place in its split. A photo that has left keeps its p
 
 import json
 import os
+import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,9 @@ import numpy as np
 _FORMAT = 1
 _MISSING = FAULTS.index("missing")
 _USED = ("train", "val")  # of other splits a training knows nothing
+_DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError)
+_DAMAGE += (zipfile.BadZipFile, zlib.error, RecursionError, NotImplementedError, OverflowError)
+_MOST_PACKED = 100  # of ten bytes a photo some are alike
 _COLUMNS = ("path_blob", "path_lengths", "labels", "byte_sizes", "faults")
 
 
@@ -41,6 +45,29 @@ def keep_photos(index_file: Path, file: BinaryIO) -> None:
     np.savez_compressed(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
 
 
+def _check_columns(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
+    """Errors of _DAMAGE where they do not belong together."""
+    names, classes, numbers = zip(*about["splits"], strict=True)
+    count = sum(numbers)
+    if not re.fullmatch("[0-9a-f]{32}", about["fingerprint"]) or {*names} - {*_USED} or len({*names}) < len(names):
+        raise ValueError("splits of other names")
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in classes):
+        raise ValueError("names that are no text")
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError("numbers of photos that are none")
+    for name, column in columns.items():
+        length = int(columns["path_lengths"].sum(dtype=np.int64)) if name == "path_blob" else count
+        if column.shape != (length,) or column.dtype.kind not in "ui":
+            raise ValueError(f"{name}: {column.dtype} of {column.shape} for {count} photos")
+    most = np.repeat([len(each) for each in classes], numbers)
+    if count and not ((columns["labels"] >= 0) & (columns["labels"] < most)).all():
+        raise ValueError("labels of no class")
+    if columns["path_blob"].dtype != np.uint8:
+        raise ValueError("paths that are no bytes")
+    if about["val_fraction"] is not None:
+        float(about["val_fraction"])
+
+
 def in_known_places(index_file: Path, kept: Path, bad: Collection[str]) -> tuple[Path, list[str], list[str]]:
     """The index of the photos in the places that `keep_photos` has noted; lines on changes; changes of the result.
 
@@ -51,6 +78,9 @@ def in_known_places(index_file: Path, kept: Path, bad: Collection[str]) -> tuple
     header, now = _read_index(index_file)
     used = sum(number for name, _, number in header["splits"] if name in _USED)
     try:
+        with zipfile.ZipFile(kept) as packed:
+            if sum(entry.file_size for entry in packed.infolist()) > _MOST_PACKED * os.path.getsize(kept) + (1 << 20):
+                raise ValueError("much more than was ever written into it")
         with np.load(kept, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
             if about["format"] > _FORMAT:
@@ -62,8 +92,9 @@ def in_known_places(index_file: Path, kept: Path, bad: Collection[str]) -> tuple
                 if not np.any(is_other & (now["faults"][:used] == 0)):
                     return index_file, [], []
             then = {name: file[name] for name in _COLUMNS}
+            _check_columns(about, then if signatures is None else {**then, "signatures": signatures})
             then["path_offsets"] = np.concatenate([[0], np.cumsum(then.pop("path_lengths"), dtype=np.int64)])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         print(f"{kept} is damaged ({printable(error)}): the fingerprint alone is compared", file=sys.stderr, flush=True)
         return index_file, [], []
 

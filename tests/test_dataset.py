@@ -16,6 +16,7 @@ from pipelines import dataset as room
 from pipelines.dataset import (
     Dataset,
     Split,
+    _read_index,
     check_dataset,
     load_dataset,
     map_labels,
@@ -766,3 +767,19 @@ def test_the_report_of_many_classes_is_short(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data", {f"train/{n}": 1 + n % 3 for n in range(40)} | {"val/1": 1})
     line = next(line for line in scan(root, tmp_path).report() if line.startswith("train"))
     assert line == "train: 79 photos, 40 classes: 1 to 3 photos in a class"
+
+
+def test_an_index_that_was_damaged_is_made_again_in_silence(tmp_path: Path, photos: Path, capsys) -> None:
+    index_file = scan_dataset(photos, tmp_path, val_fraction=0.2)
+    good, rng = index_file.read_bytes(), np.random.default_rng(0)
+    _read_index(index_file, is_checked=True)
+    fingerprint = load_dataset(index_file).fingerprint
+    start = 8 + int.from_bytes(good[:8], "little")
+    for at in (*rng.integers(8, start, 20).tolist(), *rng.integers(start, len(good), 40).tolist()):
+        content = bytearray(good)
+        content[at] ^= 1 << rng.integers(8)
+        index_file.write_bytes(content)
+        assert scan_dataset(photos, tmp_path, val_fraction=0.2) == index_file
+        assert load_dataset(index_file).fingerprint == fingerprint
+        assert index_file.read_bytes()[start:] == good[start:]
+    assert capsys.readouterr() == ("", "")

@@ -1,5 +1,6 @@
 """A run goes on with its photos in their places: some may have gone or been mended, none may be new or another."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import train
 from pipelines.config import Config
 from pipelines.dataset import Dataset, check_dataset, load_dataset, scan_dataset
 from pipelines.errors import UserError
+from pipelines.known_photos import in_known_places
 from pipelines.run_files import checkpoint_folders
 from pipelines.runs import RunFolder
 
@@ -256,6 +258,39 @@ def test_a_damaged_file_leaves_it_to_the_fingerprint(run, root, damage, capsys):
     (root / "train" / "ant" / "02.jpg").unlink()
     assert run.arrange(scanned(root)) == scanned(root)
     assert f"{kept} is damaged" in capsys.readouterr().err
+
+
+TAMPERED = {
+    "fewer labels": lambda about, columns: columns.update(labels=columns["labels"][:-1]),
+    "labels of no class": lambda about, columns: columns.update(labels=columns["labels"] + 9),
+    "labels that are none": lambda about, columns: columns.update(labels=columns["labels"] - 9.5),
+    "paths too long": lambda about, columns: columns.update(path_lengths=columns["path_lengths"] * 1_000_000),
+    "a table of tables": lambda about, columns: columns.update(faults=np.zeros((len(columns["faults"]), 9), np.uint8)),
+    "gigabytes of nothing": lambda about, columns: columns.update(path_blob=np.zeros(1 << 28, np.uint8)),
+    "a path for a fingerprint": lambda about, columns: about.update(fingerprint="../../x"),
+    "splits by name": lambda about, columns: about.update(splits={"train": 9}),
+    "a split twice": lambda about, columns: about.update(splits=about["splits"] * 2),
+    "splits of no number": lambda about, columns: about.update(splits=[["train", ["ant"], "9"]]),
+    "a list": lambda about, columns: columns.update(about=np.frombuffer(b"[]", np.uint8)),
+    "deep": lambda about, columns: columns.update(about=np.frombuffer(b"[" * 100_000, np.uint8)),
+}
+
+
+@pytest.mark.parametrize("tampered", TAMPERED)
+def test_a_tampered_file_leaves_it_to_the_fingerprint(run, root, tampered, capsys):
+    begun(run, root)
+    (file,) = run.folder.glob("photos.npz")
+    with np.load(file) as kept:
+        columns = dict(kept)
+    about = json.loads(columns["about"].tobytes()) | {"fingerprint": "0" * 32}
+    TAMPERED[tampered](about, columns)
+    if tampered not in ("a list", "deep"):
+        columns["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    with open(file, "wb") as target:
+        np.savez_compressed(target, **columns)
+    index = scanned(root)
+    assert in_known_places(index, file, []) == (index, [], [])
+    assert "photos.npz is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.slow
