@@ -183,7 +183,7 @@ def test_what_cannot_be_resumed_is_refused_and_stays_as_it_is(copy, command, pho
     assert "other settings (lr, seed)" in changed or "other settings (seed, lr)" in changed
     for folder in (copy / "checkpoints").iterdir():
         (folder / "progress.json").write_text("{")
-    assert "none of the 2 checkpoints" in refused(run_here(train, *again))
+    assert "no whole checkpoint among 2" in refused(run_here(train, *again))
     assert "--overwrite" in refused(run_here(train, *again))
     assert status(copy)["state"] == "stopped"
 
