@@ -5,6 +5,7 @@ are, the penalty by cross-validation. Pure functions of arrays, in float64 on th
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipelines.plan import FOLDS, random_bits
@@ -17,7 +18,7 @@ PENALTIES = tuple(10 ** (-exponent / 2) for exponent in range(11))  # 1 to 0.000
 _PENALTY_WITHOUT_FOLDS = PENALTIES[4]  # 0.01, in the middle of what data sets have chosen
 _MOST_FOLDS = 5
 _MOST_BYTES = 2**29  # of the features in float64, of which a fold's fit has a second copy
-_MOST_PRODUCTS = 2**28  # photos x views x features x classes: some minutes on two cores
+_MOST_PRODUCTS = 2**28  # photos x views x features x classes: some minutes
 _TOLERANCE = 1e-6  # the largest entry of the gradient at the end of a fit
 _MOST_STEPS, _MOST_PRODUCTS_OF_A_STEP = 50, 250  # three to five steps of some dozens are usual
 _DECREASE = 1e-4  # Nocedal and Wright 2006, section 3.1
@@ -97,6 +98,24 @@ def choose_and_fit(
     many penalties, and the largest is luck. The search goes from strong to weak and ends behind the least: the weaker,
     the longer a fit takes.
     """
+    with _one_thread():
+        return _choose_and_fit(features, labels, class_weights, stop)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small products: threads wait for one another longer than they work, and sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _choose_and_fit(
+    features: torch.Tensor, labels: np.ndarray, class_weights: np.ndarray, stop: Callable[[], bool]
+) -> Fit | None:
     folds = folds_of(labels)
     names = range(int(folds.max(initial=-1)) + 1)
     whole = fits(features, labels, class_weights)

@@ -109,11 +109,13 @@ def test_the_penalty_is_weak_where_the_classes_are_clear_and_strong_where_they_a
     torch.testing.assert_close(found.head.weight, head.weight)
 
 
-def test_a_fit_can_be_stopped():
+def test_a_fit_can_be_stopped_and_leaves_the_threads_as_they_were():
     seen, labels = photos()
+    threads = torch.get_num_threads()
     for after in (0, 7):
         asked = iter([False] * after + [True])
         assert choose_and_fit(seen, labels, np.ones(3), lambda asked=asked: next(asked)) is None
+        assert torch.get_num_threads() == threads
 
 
 def test_what_would_take_too_much_is_said(monkeypatch):
