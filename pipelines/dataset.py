@@ -152,9 +152,9 @@ class Dataset:
         if "val" in self.splits:
             lines += majority_notes(self.splits["val"])
         for (earlier, later), pairs in self.duplicates.items():
-            stand = "is" if len(pairs) == 1 else "are"
-            title = f"{counted(len(pairs), 'photo')} of {printable(later)} {stand} in {printable(earlier)} too:"
-            lines += _pair_lines(title, pairs)
+            name = printable(later)
+            photos = counted(len(pairs), f"photo of {name} is", f"photos of {name} are")
+            lines += _pair_lines(f"{photos} in {printable(earlier)} too:", pairs)
         if self.contradictions:
             stand = counted(len(self.contradictions), "photo stands", "photos stand")
             title = f"{stand} under another class too, with the same bytes:"

@@ -19,6 +19,7 @@ from pipelines.feature_store import FeatureStore
 from pipelines.loader import Batch, Loader, share_bad_photos
 from pipelines.model import TransferModel
 from pipelines.plan import random_bits
+from pipelines.text import counted
 
 import numpy as np
 import torch
@@ -102,8 +103,8 @@ class FrozenFeatures:
         """Words on how many views other runs have left, on the main process; "" where there are none."""
         views = range(self._shown if self._store and self.are_kept else 0)
         found = sum(self._store.has(self._maker, self._photos(view)) for view in views if self._store)
-        plural = "" if found == 1 else "s"
-        return f"{found} view{plural} of {self._loader.plan.length} {self._loader.split.name} photos" if found else ""
+        photos = counted(self._loader.plan.length, f"{self._loader.split.name} photo")
+        return f"{counted(found, 'view')} of {photos}" if found else ""
 
     def prepare(self, epoch: int, stop: Callable[[], bool]) -> None:
         """Before `epoch`: finds or computes its view of all photos, unless that is known. Called on all processes.

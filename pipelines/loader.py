@@ -306,9 +306,14 @@ def train_loader(
         flip_probability=config.flip_probability,
         views_per_photo=config.views_per_photo,
     )
-    has_passes = config.views_per_photo or config.head_init == "fitted"
-    largest = max(micro_batch, config.eval_batch_per_device) if has_passes else micro_batch
+    largest = largest_training_batch(config, micro_batch)
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
+
+
+def largest_training_batch(config: Config, micro_batch: int) -> int:
+    """Photos that a training's engine decodes at once: a pass over frozen features has evaluation's batches."""
+    has_passes = config.views_per_photo or config.head_init == "fitted"
+    return max(micro_batch, config.eval_batch_per_device) if has_passes else micro_batch
 
 
 def eval_loader(

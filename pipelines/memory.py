@@ -5,6 +5,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.errors import MachineError
+from pipelines.loader import largest_training_batch
 from pipelines.model import TransferModel, batchnorms
 
 import numpy as np
@@ -63,8 +64,8 @@ def decoded_bytes(config: Config, sizes: Mapping[str, np.ndarray], micro_batch: 
     serves training and validation.
     """
     largest = 0
-    in_order = config.eval_batch_per_device if config.views_per_photo else 0
-    for split, photos in (("train", max(micro_batch, in_order)), ("val", config.eval_batch_per_device)):
+    batches = {"train": largest_training_batch(config, micro_batch), "val": config.eval_batch_per_device}
+    for split, photos in batches.items():
         pixels = np.sort(sizes[split].prod(axis=1, dtype=np.int64))[-photos:].sum()
         largest = max(largest, 3 * int(pixels) * (config.prefetch + 1))
     return min(largest, most)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-MOST_NAMES = (
-    1 << 21
-)  # bytes of a file that are names and shapes; of EfficientNet-V2-L with AdamW and an average a quarter
+# Bytes of a file that are names and shapes; EfficientNet-V2-L with AdamW and an average has a quarter of it.
+MOST_NAMES = 1 << 21
 
 
 def load_tensors(path: Path, most_names: int = MOST_NAMES) -> Any:
