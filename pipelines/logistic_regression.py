@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-PENALTIES = tuple(10 ** (-exponent / 2) for exponent in range(11))  # 1 to 0.00001, beside the mean loss
-_PENALTY_WITHOUT_FOLDS = PENALTIES[4]  # 0.01, in the middle of what data sets have chosen
+PENALTIES = tuple(10 ** (-exponent / 2) for exponent in range(-2, 11))  # 10 to 0.00001, beside the mean loss
+_PENALTY_WITHOUT_FOLDS = PENALTIES[6]  # 0.01, in the middle of what data sets have chosen
 _MOST_FOLDS = 5
 _MOST_BYTES = 2**29  # of the features in float64, of which a fold's fit has a second copy
 _MOST_PRODUCTS = 2**28  # photos x views x features x classes: some minutes
