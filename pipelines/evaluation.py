@@ -75,6 +75,7 @@ def predict(
     model.eval()
     if features is not None:
         features.prepare(0, stop)
+    model = model.for_evaluation()
     columns: list[tuple[torch.Tensor, ...]] = []
     stopped = False
     with torch.inference_mode():

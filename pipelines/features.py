@@ -31,7 +31,7 @@ from tqdm import tqdm
 # they are a small part of its memory; elsewhere in the host's, as a GPU's is for the batch that was found to fit.
 MEMORY_LIMIT = 2**29
 # What decodes, crops and computes: another version of one of these may give other numbers.
-_MAKERS = ("dali_engine", "features", "loader", "model", "pixels", "torch_engine")
+_MAKERS = ("dali_engine", "features", "folding", "loader", "model", "pixels", "torch_engine")
 _LIBRARIES = (
     *("torch", "torchvision", "numpy", "pillow", "pillow-heif"),
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),

@@ -194,7 +194,7 @@ def open_run(
     description = read_description(run, "run")
     weights = read_run_weights(run, description["arch"], "run")
     flips = description["test_flips"] if test_flips is None else test_flips
-    model = restore_model(description["arch"], weights, test_flips=flips).to(device).eval()
+    model = restore_model(description["arch"], weights, test_flips=flips).to(device).for_evaluation()
 
     def network(images: torch.Tensor) -> np.ndarray:
         with torch.inference_mode():

@@ -1,11 +1,14 @@
 """The model: a torchvision network with a head for the data's classes, cut into a frozen and a trained part."""
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import pipelines.vision  # noqa: F401 (torchvision comes with it)
 from pipelines.config import Config
+from pipelines.folding import Pair, foldable, folded
 from pipelines.plan import HEAD_WEIGHTS, random_bits, uniform
 from pipelines.text import composed
 from pipelines.weights import Weights, head_name
@@ -27,6 +30,7 @@ class TransferModel(nn.Module):
     batchnorm: "frozen" (statistics stay as they are, everywhere), or "train" or "sync" (they follow the batches, in
     the frozen part too); "none" where the network has none. Dropout and stochastic depth are left out. test_flips:
     whether `view_features` and `mean_logits`, which an evaluation asks, look at each photo's mirror image too.
+    A frozen part that is fixed is run by a copy with BatchNorm folded into its convolutions.
     """
 
     def __init__(self, network: nn.Module, *, frozen_stages: int, batchnorm: str, test_flips: bool = False) -> None:
@@ -36,6 +40,9 @@ class TransferModel(nn.Module):
         self.batchnorm = batchnorm if batchnorms(network) else "none"
         self.test_flips = test_flips
         self._frozen_stages = frozen_stages
+        # What it was made of, and it. In a tuple, and so no part of this module: not saved, not moved, not trained.
+        self._folded_frozen_part: tuple[object, TransferModel] | None = None
+        self._is_folded = False
         # It would be drawn otherwise on another number of processes, and after a stop.
         dropout = [each for each in network.modules() if isinstance(each, (nn.Dropout, ops.StochasticDepth)) and each.p]
         for module in dropout:
@@ -84,6 +91,8 @@ class TransferModel(nn.Module):
         """float [n, 3, H, W] -> what `forward` takes: the images themselves, feature maps, or float [n, features]."""
         if not self._frozen_stages:
             return images
+        if self.frozen_part_is_fixed and not self._is_folded:
+            return self._with_folded_frozen_part().frozen_part(images)
         with torch.no_grad(), _WithoutStatisticsOfNothing(self, images):
             if self._frozen_stages == len(STAGES):
                 return self._features(images)
@@ -98,6 +107,11 @@ class TransferModel(nn.Module):
                 hidden = self.network.avgpool(self._run(STAGES[self._frozen_stages :], hidden)).flatten(1)
             return self.head(hidden)
 
+    def for_evaluation(self) -> "TransferModel":
+        """A copy of the model as it is now, for the forward pass only, with BatchNorm folded into the convolutions."""
+        start = self._with_folded_frozen_part() if self.frozen_part_is_fixed else self
+        return self._folded(start.network, self._foldable)
+
     def view_features(self, images: torch.Tensor) -> torch.Tensor:
         """float [n, 3, H, W] -> what `mean_logits` takes: the output of `frozen_part`, with `test_flips` [2n, ...]."""
         features = self.frozen_part(images)
@@ -111,6 +125,27 @@ class TransferModel(nn.Module):
         """
         views = features.chunk(1 + self.test_flips)
         return torch.stack([self(view).float() for view in views]).mean(dim=0)
+
+    @functools.cached_property
+    def _foldable(self) -> list[Pair]:
+        return foldable(self.network)
+
+    def _with_folded_frozen_part(self) -> "TransferModel":
+        """Made anew where the weights have been loaded, moved to a device or laid out otherwise since."""
+        values = [value for value in chain(self.parameters(), self.buffers()) if not value.requires_grad]
+        state = [(value.data_ptr(), value._version) for value in values]
+        if self._folded_frozen_part is None or self._folded_frozen_part[0] != state:
+            self._folded_frozen_part = None  # its memory is free before the next takes some
+            is_trained = {name: value.requires_grad for name, value in self.network.named_parameters()}
+            frozen = [pair for pair in self._foldable if not is_trained[f"{pair[0]}.weight"]]
+            self._folded_frozen_part = (state, self._folded(self.network, frozen))
+        return self._folded_frozen_part[1]
+
+    def _folded(self, network: nn.Module, pairs: Sequence[Pair]) -> "TransferModel":
+        settings: Any = {"batchnorm": self.batchnorm, "test_flips": self.test_flips}
+        model = TransferModel(folded(network, pairs), frozen_stages=self._frozen_stages, **settings)
+        model._is_folded = True
+        return model
 
     def _layers(self, stages: Sequence[str]) -> list[nn.Module]:
         net = self.network
