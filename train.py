@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -44,7 +44,7 @@ from pipelines.evaluation import (
 )
 from pipelines.feature_store import FeatureStore
 from pipelines.features import MEMORY_LIMIT, FrozenFeatures, store_report
-from pipelines.fitted_head import fit_head, why_not_fitted
+from pipelines.fitted_head import chosen_freeze, fit_head, why_not_fitted
 from pipelines.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -58,7 +58,13 @@ from pipelines.loader import (
 )
 from pipelines.logistic_regression import class_weights_of
 from pipelines.memory import micro_batch_of
-from pipelines.model import TransferModel, average_batchnorm_statistics, build_model, has_head_for
+from pipelines.model import (
+    TransferModel,
+    average_batchnorm_statistics,
+    build_model,
+    frozen_stages,
+    has_head_for,
+)
 from pipelines.optimizer import learning_rates, lr_factor, make_optimizer, rate_jump, set_learning_rates
 from pipelines.photos import cache_folder
 from pipelines.processes import (
@@ -139,37 +145,22 @@ def main(arguments: list[str]) -> None:
     checkpoints = Checkpoints(run, dataset, accelerator)
     first_weights = saved.get("first_weights") if saved else weights.digest()
 
-    # Model, optimizer, loaders. The loaders are not prepared by Accelerate: the plan shards.
     network = build_model(config, weights, classes).to(accelerator.device)
     too_large = why_not_fitted(config, network, len(dataset.splits["train"])) if config.head_init == "fitted" else ""
     if too_large and not epochs:
         raise UserError(f"head_init: fitted: {too_large}: train the head, with --epochs and --head-init zeros")
     is_fitted = config.head_init == "fitted" and not too_large
     to_fit = is_fitted and saved is None
-    model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
-    model = torch.compile(model) if config.compile else model
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
-    sizes = {name: split.sizes for name, split in photos.items()}
-    micro_batch = micro_batch_of(config, model, network, accelerator, engine, sizes)
-    training = train_loader(config, photos["train"], labels["train"], state, engine, micro_batch)
-    validation = eval_loader(config, photos["val"], labels["val"], state, engine)
-    store = _feature_store(config) if state.is_main_process else None
-    kept: dict[str, Any] = {"micro_batch": config.eval_batch_per_device, "store": store}
-    validation_features = FrozenFeatures(
-        network, validation, accelerator, views_per_photo=1, epochs=1, mirrored=config.test_flips, **kept
-    )
-    kept["limit"] = MEMORY_LIMIT - validation_features.bytes * validation_features.are_kept
-    features = FrozenFeatures(
-        network, training, accelerator, views_per_photo=config.views_per_photo, epochs=epochs, **kept
-    )
-
     class_weights: torch.Tensor | None = None
     if config.class_weights != "none":
         class_weights = torch.from_numpy(class_weights_of(config.class_weights, labels["train"], len(classes)))
         class_weights = class_weights.float().to(accelerator.device)
 
     # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
-    at = Progress()
+    at = Progress(saved["epoch"], saved["global_step"], saved["skipped_steps"], saved["best"]) if saved else Progress()
+    if at.global_step < last_step:  # max_steps may have ended an epoch early
+        at.epoch = min(at.epoch, at.global_step // steps_per_epoch)
     table = EpochTable(visible=state.is_main_process, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     watch, interval, whole_epoch = StepWatch(), Interval(accelerator.device), Interval(accelerator.device)
     stop = StopRequest(run.stop_file if state.is_main_process else None)
@@ -179,34 +170,86 @@ def main(arguments: list[str]) -> None:
     records: Any = None  # of the last evaluation in this life of the run
     before = run.settings_before() if beginning == "resumed" else None
     main_first(state, partial(run.create, config, resumed=beginning == "resumed"))
+
+    def stopped() -> Stopped:
+        stop.tell()
+        return Stopped(f"stopped at step {at.global_step} by {stop.why()}: --run {name} with the same settings goes on")
+
+    to_close = ExitStack()
+    to_close.callback(run.close)
+    to_close.callback(table.close)
     try:
         main_first(state, partial(run.keep_photos, dataset, anew=saved is None))
+        main_first(state, partial(run.cut_metrics, saved["metrics_bytes"] if saved else 0))
+        run.write_status("running", epoch=at.epoch, global_step=at.global_step)
+        if state.is_main_process:  # accelerator.print would speak once on every node
+            print(
+                dump_yaml(config).rstrip(),
+                *dataset.report(),
+                *([] if saved else _head_report(config, too_large, weights, has_head_for(classes, weights))),
+                f"run: {run.folder}",
+                sep="\n",
+                flush=True,
+            )
+        stop.listen()
+
+        # The head, where it is fitted, and then what of the body is trained, which may depend on it.
+        store = _feature_store(config) if state.is_main_process else None
+        training_split = (photos["train"], labels["train"], state, engine)
+        fitted: dict[str, Any] = {}  # a row of metrics
+        met: set[int] = set()  # photos that it could not decode
+        if to_fit:
+            with closing(eval_loader(config, *training_split)) as views:
+                try:
+                    fitted = fit_head(
+                        network, views, labels["train"], accelerator, config, store, run, stop.is_made_anywhere
+                    )
+                except PassStopped:
+                    raise stopped() from None
+                met = views.bad
+        if saved:
+            freeze, why_frozen = saved.get("freeze", config.freeze), ""
+        else:
+            freeze, why_frozen = chosen_freeze(config, fitted, too_large)
+        network.freeze(frozen_stages(config, freeze))
+
+        # Optimizer and loaders. The loaders are not prepared by Accelerate: the plan shards.
+        model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
+        model = torch.compile(model) if config.compile else model
+        sizes = {name: split.sizes for name, split in photos.items()}
+        micro_batch = micro_batch_of(config, model, network, accelerator, engine, sizes)
+        training = train_loader(config, *training_split, micro_batch)
+        to_close.callback(training.close)
+        training.bad |= met
+        validation = eval_loader(config, photos["val"], labels["val"], state, engine)
+        to_close.callback(validation.close)
+        kept: dict[str, Any] = {"micro_batch": config.eval_batch_per_device, "store": store}
+        validation_features = FrozenFeatures(
+            network, validation, accelerator, views_per_photo=1, epochs=1, mirrored=config.test_flips, **kept
+        )
+        kept["limit"] = MEMORY_LIMIT - validation_features.bytes * validation_features.are_kept
+        features = FrozenFeatures(
+            network, training, accelerator, views_per_photo=config.views_per_photo, epochs=epochs, **kept
+        )
         last_rates: dict[str, float] = {}
         if saved:
             checkpoints.load(saved, network, optimizer)
             last_rates = learning_rates(optimizer)
-            at = Progress(saved["epoch"], saved["global_step"], saved["skipped_steps"], saved["best"])
-            if at.global_step < last_step:  # max_steps may have ended an epoch early
-                at.epoch = min(at.epoch, at.global_step // steps_per_epoch)
             interval.restore(saved["interval"])
             whole_epoch.restore(saved["whole_epoch"])
             watch.not_finite_in_a_row = saved["not_finite_in_a_row"]
             for loader in (training, validation):
                 loader.bad = run.still_bad(loader.split, saved["bad"][loader.split.name])
-        main_first(state, partial(run.cut_metrics, saved["metrics_bytes"] if saved else 0))
-        facts = describe_run(accelerator, dataset, network, engine)
+        facts = describe_run(accelerator, dataset, network, engine) | {"frozen_up_to": freeze}
         tracking = Tracking(accelerator, config, run, dataset, facts)
-        if state.is_main_process:  # accelerator.print would speak once on every node
+        if state.is_main_process:
             print(
-                dump_yaml(config).rstrip(),
-                *dataset.report(),
+                *([why_frozen] if why_frozen else []),
                 *_setup_report(config, weights, network, accelerator, facts),
-                *([] if saved else _head_report(config, too_large, weights, has_head_for(classes, weights))),
                 *features.report(),
                 *store_report(features, validation_features),
                 f"loader: {engine} ({reason}); {counted(steps_per_epoch, 'step')} an epoch, {last_step} in all, "
                 f"{counted(micro_batch, 'photo')} at a time on a process",
-                f"run: {run.folder}",
                 *_how_it_goes_on(config, before, saved, accelerator, network, last_step),
                 *(rate_jump(config, steps_per_epoch, at.global_step, last_rates) if at.global_step < last_step else []),
                 sep="\n",
@@ -218,7 +261,7 @@ def main(arguments: list[str]) -> None:
             sums = {"interval": interval, "whole_epoch": whole_epoch}
             content = asdict(at) | {name: each.state(training.wait_seconds) for name, each in sums.items()}
             content |= {"bad": {"train": sorted(training.bad), "val": sorted(validation.bad)}}
-            content |= {"first_weights": first_weights, "settings": asdict(config)}
+            content |= {"first_weights": first_weights, "freeze": freeze, "settings": asdict(config)}
             for loader in (training, validation):
                 run.note_bad(loader.split, loader.bad)
             checkpoints.save(network, optimizer, content | {"not_finite_in_a_row": watch.not_finite_in_a_row})
@@ -228,11 +271,8 @@ def main(arguments: list[str]) -> None:
         def stop_if_asked() -> None:
             if watch.stop:
                 stop.tell()
-                if not to_fit:  # otherwise there is nothing to save yet
-                    save()
-                raise Stopped(
-                    f"stopped at step {at.global_step} by {stop.why()}: --run {name} with the same settings goes on"
-                )
+                save()
+                raise stopped()
 
         def validate(epoch: int, summary: dict[str, Any]) -> None:
             nonlocal records
@@ -260,22 +300,11 @@ def main(arguments: list[str]) -> None:
             save()
 
         # The loop: update, log, save, evaluate, keep the best.
-        run.write_status("running", epoch=at.epoch, global_step=at.global_step)
         rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, max(0, at.global_step - 1)))
-        stop.listen()
         if to_fit:
-            try:
-                row = fit_head(
-                    *(network, training, labels["train"], accelerator, config, store, run),
-                    stop.is_made_anywhere,
-                )
-            except PassStopped:
-                watch.stop = True
-                stop_if_asked()
-            to_fit = False
-            run.append_metrics(row)
+            run.append_metrics(fitted)
             tracking.show(run.figures / "head_penalty.png")
-            tracking.log(row, hold=True)
+            tracking.log(fitted, hold=True)
         if is_fitted and not at.global_step and best_by not in at.best:
             validate(0, {})
         elif saved and at.epoch >= epochs:  # what comes after is longer than these settings
@@ -357,10 +386,7 @@ def main(arguments: list[str]) -> None:
             tracking.stopped(ending.line) if is_stop else tracking.abandon(ending.exit_code, ending.line)
         raise
     finally:
-        table.close()
-        training.close()
-        validation.close()
-        run.close()
+        to_close.close()
 
 
 def _feature_store(config: Config) -> FeatureStore | None:

@@ -45,6 +45,7 @@ SETTINGS = {
     "lr": 0.01,
     "weights": "none",
     "freeze": "none",
+    "head_init": "zeros",
     "tracker": "none",
     "batchnorm": "train",  # it follows the batches, so each process has statistics of its own between evaluations
     "deterministic": "true",

@@ -56,7 +56,7 @@ Arch = Literal[
     "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
     "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32",
 ]  # fmt: skip
-_STAGED = ("resnet", "resnext", "wide_resnet")  # how those begin whose stages can be told
+STAGED = ("resnet", "resnext", "wide_resnet")  # how those begin whose stages can be told
 _MOST_NAMED = 12  # of a setting's values
 ImageSize = Annotated[int, Field(ge=64, le=1024)]
 Resize = Annotated[int, Field(ge=64, le=4096)]
@@ -137,8 +137,9 @@ class Config:
     folder; null: DALITUNE_WEIGHTS, or else imagenet"""
     mode: Literal["finetune", "feature_extract"] = "finetune"
     """finetune trains body and head, feature_extract only the head"""
-    freeze: Literal["none", "stem", "layer1", "layer2", "layer3"] = "none"
-    """freeze the body of a ResNet up to and including this stage"""
+    freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "auto"] = "none"
+    """freeze the body of a ResNet up to and including this stage; auto, with head_init fitted: all but layer4 where the
+    fitted head is right on nearly all that its folds hold out, and nothing where it is not"""
     batchnorm: Literal["auto", "frozen", "train", "sync"] = "auto"
     """BatchNorm's statistics; auto: frozen with pretrained weights, train from scratch"""
     head_init: Literal["uniform", "zeros", "fitted"] = "uniform"
@@ -223,11 +224,13 @@ class Config:
             raise Contradiction("a head cannot be fitted to what a random network sees", "weights", "head_init")
         if self.arch.startswith("vit_") and self.image_size != 224:
             raise Contradiction("a vision transformer's weights are for 224 pixels", "arch", "image_size")
-        if self.mode == "finetune" and self.freeze != "none" and not self.arch.startswith(_STAGED):
+        if self.mode == "finetune" and self.freeze not in ("none", "auto") and not self.arch.startswith(STAGED):
             raise Contradiction(
                 "only a ResNet's stages can be told: give freeze none, or mode feature_extract", "arch", "freeze"
             )
-        frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze != "none")]
+        if self.mode == "finetune" and self.freeze == "auto" and self.head_init != "fitted":
+            raise Contradiction("freeze auto goes by a fitted head's folds", "freeze", "head_init")
+        frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze not in ("none", "auto"))]
         for key, is_frozen in [*frozen, ("batchnorm", self.batchnorm == "frozen")]:
             if is_frozen and self.weights == "none":
                 raise Contradiction(

@@ -2,11 +2,11 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines import figures
-from pipelines.config import Config
+from pipelines.config import STAGED, Config
 from pipelines.errors import PassStopped, UserError
 from pipelines.feature_store import FeatureStore
 from pipelines.features import FrozenFeatures
@@ -22,6 +22,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
+_RIGHT_ON_NEARLY_ALL = 0.95  # of what is held out
+
 
 def why_not_fitted(config: Config, network: TransferModel, photos: int) -> str:
     """Why a head that is asked for is not fitted to so many photos; "" where it is."""
@@ -30,7 +32,7 @@ def why_not_fitted(config: Config, network: TransferModel, photos: int) -> str:
 
 def fit_head(
     network: TransferModel,
-    training: Loader,
+    photos: Loader,
     labels: np.ndarray,
     accelerator: Accelerator,
     config: Config,
@@ -40,8 +42,8 @@ def fit_head(
 ) -> dict[str, Any]:
     """Fits `network.head`, the same on all processes; returns a row of metrics: the penalty, the folds' accuracies.
 
-    training: its photos are seen as validation sees them, each with its mirror image where the training has those.
-    labels: int [N], of all of them. The main process fits, draws head_penalty.png and says what has come out.
+    photos: those of the training, as validation sees them; each counts with its mirror image where the training has
+    those. labels: int [N], of all of them. The main process fits, draws head_penalty.png and says what has come out.
     stop: asked again and again. Where it says yes on any process, PassStopped is raised on all.
     """
     started = time.perf_counter()
@@ -50,7 +52,7 @@ def fit_head(
     body = copy.deepcopy(network.network)
     whole = TransferModel(body, frozen_stages=len(STAGES), batchnorm="frozen", test_flips=mirrored).eval()
     features = FrozenFeatures(
-        *(whole, training.central(config.resize), accelerator),
+        *(whole, photos, accelerator),
         views_per_photo=1,
         epochs=1,
         micro_batch=config.eval_batch_per_device,
@@ -61,8 +63,8 @@ def fit_head(
     head = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in network.head.parameters()]
 
     def fit() -> dict[str, Any] | None:
-        can_be_read = training.split.faults == 0
-        can_be_read[list(training.bad)] = False
+        can_be_read = photos.split.faults == 0
+        can_be_read[list(photos.bad)] = False
         known = features.rows.unflatten(0, (_views(config), -1)).cpu()
         if not known.isfinite().all():
             raise UserError("head_init: the body's features of the photos are not finite: give other --weights")
@@ -88,6 +90,25 @@ def fit_head(
         for parameter, value in zip(network.head.parameters(), head, strict=True):
             parameter.copy_(broadcast(value))
     return row
+
+
+def chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[str, str]:
+    """Up to which stage the body is frozen, as the setting `freeze` has it, and a line on what `auto` has come to.
+
+    row: what `fit_head` has returned, empty where nothing was fitted, as `why_not_fitted` says.
+    """
+    if config.freeze != "auto" or config.mode == "feature_extract":
+        return config.freeze, ""
+    if not config.arch.startswith(STAGED):
+        return "none", f"freeze: none, as the stages of {config.arch} cannot be told"
+    if why_not_fitted:
+        return "none", "freeze: none, as many photos can teach all of the body"
+    if "head/top1" not in row:
+        return "layer3", "freeze: layer3, as photos are too few for folds"
+    shown = f"as the fitted head is right on {row['head/top1']:.1%} of what its folds hold out"
+    if row["head/top1"] >= _RIGHT_ON_NEARLY_ALL:
+        return "layer3", f"freeze: layer3, {shown}: there is little that more could win"
+    return "none", f"freeze: none, {shown}: all of the body is trained"
 
 
 def _views(config: Config) -> int:

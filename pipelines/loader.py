@@ -312,8 +312,7 @@ def train_loader(
 
 def largest_training_batch(config: Config, micro_batch: int) -> int:
     """Photos that a training's engine decodes at once: a pass over frozen features has evaluation's batches."""
-    has_passes = config.views_per_photo or config.head_init == "fitted"
-    return max(micro_batch, config.eval_batch_per_device) if has_passes else micro_batch
+    return max(micro_batch, config.eval_batch_per_device) if config.views_per_photo else micro_batch
 
 
 def eval_loader(

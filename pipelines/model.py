@@ -39,7 +39,6 @@ class TransferModel(nn.Module):
         self.head_name = head_name(network)
         self.batchnorm = batchnorm if batchnorms(network) else "none"
         self.test_flips = test_flips
-        self._frozen_stages = frozen_stages
         # What it was made of, and it. In a tuple, and so no part of this module: not saved, not moved, not trained.
         self._folded_frozen_part: tuple[object, TransferModel] | None = None
         self._is_folded = False
@@ -48,13 +47,17 @@ class TransferModel(nn.Module):
         for module in dropout:
             module.p = 0.0
         self.dropout_is_left_out = bool(dropout)
-        if frozen_stages == len(STAGES):
-            network.requires_grad_(False)
-            self.head.requires_grad_(True)
-        elif frozen_stages:
+        self.freeze(frozen_stages)
+        self.train(network.training)  # a frozen BatchNorm is so from the start
+
+    def freeze(self, frozen_stages: int) -> None:
+        """Freezes the first `frozen_stages` of STAGES and no others; before an optimizer is made, or DDP."""
+        self._frozen_stages = frozen_stages
+        self.network.requires_grad_(frozen_stages < len(STAGES))
+        self.head.requires_grad_(True)
+        if 0 < frozen_stages < len(STAGES):
             for part in self._layers(STAGES[:frozen_stages]):
                 part.requires_grad_(False)
-        self.train(network.training)  # a frozen BatchNorm is so from the start
 
     @property
     def head(self) -> nn.Linear:
@@ -211,7 +214,7 @@ def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> Tra
     if batchnorm == "sync" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     model = TransferModel(
-        network, frozen_stages=_frozen_stages(config), batchnorm=batchnorm, test_flips=config.test_flips
+        network, frozen_stages=frozen_stages(config, config.freeze), batchnorm=batchnorm, test_flips=config.test_flips
     )
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
@@ -265,10 +268,11 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def _frozen_stages(config: Config) -> int:
+def frozen_stages(config: Config, freeze: str) -> int:
+    """How many of STAGES are frozen, `freeze` being the setting's value, or what `auto` has come to; 0 before that."""
     if config.mode == "feature_extract":
         return len(STAGES)
-    return 0 if config.freeze == "none" else STAGES.index(config.freeze) + 1
+    return STAGES.index(freeze) + 1 if freeze in STAGES else 0
 
 
 def _draw_head(head: nn.Linear, seed: int | None) -> None:

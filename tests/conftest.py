@@ -102,12 +102,11 @@ def trained_run(tmp_path_factory, random_weights, answers_of_evaluate) -> Traine
     import train
 
     runs = tmp_path_factory.mktemp("runs")
-    flags = ["--config=configs/feature_extract.yaml", "--epochs=1", "--tracker=none", f"--runs={runs}"]
+    flags = ["--config=configs/feature_extract.yaml", "--tracker=none", f"--runs={runs}"]
     if not {"DALITUNE_DATA", "DALITUNE_WEIGHTS"} <= set(os.environ):
         data = tmp_path_factory.mktemp("colours")
         _draw_colours(data)
         flags += [f"--data={data}", f"--weights={random_weights}", "--image-size=64", "--resize=72"]
-        flags += ["--lr=0.1", "--batch-size=6"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(train.__file__).parent)
         run = runs / "ants-and-bees"

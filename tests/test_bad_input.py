@@ -39,6 +39,7 @@ BASE = {
     "--resize": "72",
     "--weights": "none",
     "--freeze": "none",
+    "--head-init": "zeros",
     "--batchnorm": "train",
     "--tracker": "none",
     "--loader": "torch",

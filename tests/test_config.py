@@ -177,7 +177,7 @@ WRONG = [
     ("compile", "2", "true or false"),
     ("compile", "maybe", "true or false"),
     ("loader", "DALI", "auto, dali or torch"),
-    ("freeze", "layer4", "none, stem, layer1, layer2 or layer3"),
+    ("freeze", "layer4", "none, stem, layer1, layer2, layer3 or auto"),
     ("freeze", "null", "none, stem"),
     ("arch", "mobilenet_v3", "mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large or one of 68 (README)"),
     ("arch", "squeezenet1_0", "one of 68 (README)"),

@@ -207,6 +207,7 @@ def test_a_training_whose_every_picture_fails_and_whose_best_is_balanced(
     monkeypatch.setattr(train, "validation_row", validation_row)
     data = photo_folder({"train": {"ant": 4, "bee": 2}, "val": {"ant": 3, "bee": 1}})
     flags = ["--weights=none", "--freeze=none", "--batchnorm=train", "--epochs=3", "--best-by=balanced", *BARE]
+    flags += ["--head-init=zeros"]
     done = run_here(train, *flags, "--tracker=none", f"--data={data}", f"--runs={tmp_path}", "--run=r")
     assert done.returncode == 0, done.stderr
     assert "best val balanced_top1 0.8000 (top1 0.7000) at epoch 2" in done.stdout

@@ -25,6 +25,7 @@ from torchvision.models import resnet18
 
 CONFIG = Config(image_size=64, resize=72, batch_size=4, views_per_photo=2, loader="torch", loader_threads=2)
 VIEWS = ["--image-size", "64", "--resize", "72", "--freeze", "layer3", "--views-per-photo", "2", "--tracker", "none"]
+VIEWS += ["--head-init", "zeros"]
 MAPS = 256 * 4 * 4 * 4  # bytes of a photo of 64 pixels behind layer3
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import train
 from pipelines import logistic_regression
+from pipelines.config import Config
 from pipelines.errors import PassStopped
+from pipelines.fitted_head import chosen_freeze
 from pipelines.logistic_regression import PENALTIES
 
 import pytest
@@ -18,7 +20,8 @@ from test_train import FROZEN, run_script, succeeded, train_rows, val_rows
 
 @pytest.fixture(scope="module")
 def command(photos, random_weights, tmp_path_factory) -> list[object]:
-    settings = ["--data", photos, "--weights", random_weights, *FROZEN, "--head-init", "fitted", "--batch-size", "6"]
+    settings = ["--data", photos, "--weights", random_weights, *with_other(FROZEN, head_init="fitted")]
+    settings += ["--batch-size", "6"]
     return [*settings, "--log-every", "1", "--cache-gb", "0", "--runs", tmp_path_factory.mktemp("runs"), "--run"]
 
 
@@ -161,3 +164,50 @@ def test_a_head_that_the_weights_have_for_the_same_classes_is_replaced_and_that_
     said = succeeded(run_here(train, *with_other(command, weights=weights), "on", *settings))
     assert f"head: fitted anew, in place of the one of {weights}" in said
     assert not same_bits(whole.with_name("on") / "best.pt", whole / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "too_large", "freeze", "why"),
+    [
+        ({}, {"head/top1": 0.95}, "", "layer3", "right on 95.0% of what its folds hold out"),
+        ({}, {"head/top1": 0.949}, "", "none", "right on 94.9% of what its folds hold out: all of the body"),
+        ({}, {"head/penalty": 0.01}, "", "layer3", "too few for folds"),
+        ({}, {}, "9 photos", "none", "many photos"),
+        ({"arch": "mobilenet_v3_small"}, {"head/top1": 1.0}, "", "none", "the stages of mobilenet_v3_small cannot"),
+        ({"mode": "feature_extract"}, {"head/top1": 0.5}, "", "auto", None),
+        ({"freeze": "layer1"}, {"head/top1": 0.5}, "", "layer1", None),
+    ],
+)
+def test_what_is_trained_goes_by_the_folds_and_its_reason_is_said(settings, row, too_large, freeze, why):
+    config = Config(**{"head_init": "fitted", "freeze": "auto"} | settings)
+    chosen, said = chosen_freeze(config, row, too_large)
+    assert chosen == freeze
+    assert (why in said and said.startswith(f"freeze: {freeze}, ")) if why else said == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("threshold", "other", "frozen", "trained"),
+    [(1.1, 0.0, "none", {"conv1", "layer1", "layer4"}), (0.0, 1.1, "layer3", {"layer4"})],
+)
+def test_freeze_auto_trains_what_it_says_and_a_resume_goes_on_with_it(
+    threshold, other, frozen, trained, command, run_here, monkeypatch
+):
+    """threshold: from where on the folds are right on nearly all, so that both outcomes are met."""
+    monkeypatch.setattr("pipelines.fitted_head._RIGHT_ON_NEARLY_ALL", threshold)
+    run = command[-2] / f"auto-{frozen}"
+    command = [*with_other(command, freeze="auto", lr="0.01"), run.name]
+    said = succeeded(run_here(train, *command, "--epochs", "1"))
+    assert said.count(f"\nfreeze: {frozen}, as the fitted head is right on ") == 1
+    assert "freeze: auto" in said, "config.yaml keeps what was asked for"
+    state = torch.load(newest(run) / "state.pt", weights_only=True)["model"]
+    first = torch.load(command[command.index("--weights") + 1], weights_only=True)
+    moved = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, state[f"network.{name}"])}
+    assert {"conv1", "layer1", "layer4"} & moved == trained
+    monkeypatch.setattr("pipelines.fitted_head._RIGHT_ON_NEARLY_ALL", other)  # it would choose the other now
+    before = {name: value.clone() for name, value in state.items()}
+    said = succeeded(run_here(train, *command, "--epochs", "2"))
+    assert "resumed at step" in said
+    after = torch.load(newest(run) / "state.pt", weights_only=True)["model"]
+    moved = {name.split(".")[1] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {"conv1", "layer1", "layer4"} & moved == trained

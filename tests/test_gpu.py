@@ -204,7 +204,7 @@ def no_step_waits_for_the_gpu(device: str, engine: str, root: str, runs: str, we
 
     freeze, views = ("layer3", "2") if few_views else ("layer2", "null")
     settings = ["--data", root, "--weights", weights, "--freeze", freeze, "--views-per-photo", views]
-    settings += ["--loader", engine, "--log-every", "1"]
+    settings += ["--head-init", "zeros", "--loader", engine, "--log-every", "1"]
     settings += ["--epochs", "3", "--batch-size", "16", "--image-size", "64", "--resize", "72"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALITUNE_CACHE", f"{runs}/cache")
@@ -233,7 +233,7 @@ def test_a_run_trains(root, tmp_path, random_weights, device, precision, launch,
     processes = 2 if launch.endswith("two") else 1
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *LAUNCHES[launch]]
     command += ["--mixed_precision", precision, str(ROOT / "train.py")]
-    command += ["--data", str(root), "--loader", engine, "--epochs", "3", "--batch-size", "16"]
+    command += ["--data", str(root), "--loader", engine, "--epochs", "3", "--batch-size", "16", "--head-init", "zeros"]
     if few_views:
         command += ["--weights", str(random_weights), "--freeze", "layer3", "--views-per-photo", "2"]
     else:
@@ -279,7 +279,18 @@ def memory_is_flat_over_the_epochs(device: str, engine: str, root: str) -> None:
 def test_known_features_stay_on_the_gpu(root, tmp_path, random_weights, monkeypatch, capsys):
     monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
     settings = ["--data", str(root), "--weights", str(random_weights), "--freeze", "layer3", "--views-per-photo", "2"]
-    settings += ["--loader", "torch", "--epochs", "3", "--tracker", "none", "--runs", str(tmp_path)]
+    settings += [
+        "--head-init",
+        "zeros",
+        "--loader",
+        "torch",
+        "--epochs",
+        "3",
+        "--tracker",
+        "none",
+        "--runs",
+        str(tmp_path),
+    ]
     losses = {}
     for where, room in (("the GPU's memory", 2**40), ("in memory", 0)):
         monkeypatch.setattr("pipelines.features.room_on", lambda _, room=room: room)

@@ -26,6 +26,7 @@ STEPS = 12  # of an epoch
 IN_EPOCH_2 = str(STEPS + 1 + 3)  # rows: an epoch's steps, its evaluation, three steps more
 SMALL = [*("--image-size", "64", "--resize", "72", "--batch-size", "8", "--epochs", "2", "--log-every", "1")]
 SMALL += ["--tracker", "none", "--deterministic", "--lr", "0.005", "--batchnorm", "frozen"]
+SMALL += ["--freeze", "layer3", "--head-init", "zeros"]
 
 # Loaded by every Python of a job: its main process stops itself when it is about to write one row more than HOLD_AFTER
 # says, a number for each life of the job. So a test finds the training where it wants it, however fast the machine is.

@@ -100,7 +100,7 @@ def test_a_training_goes_on_whatever_becomes_of_its_prints(
     odd = os.fsdecode(b"K\xe4fer")
     data = photo_folder({split: {CHINESE: 2, odd: 2} for split in ("train", "val")})
     settings = ["--image-size=64", "--resize=72", "--weights=none", "--freeze=none", "--batchnorm=train", "--epochs=1"]
-    settings += [f"--data={data}", f"--runs={tmp_path}", "--run=r", "--tracker=none"]
+    settings += ["--head-init=zeros", f"--data={data}", f"--runs={tmp_path}", "--run=r", "--tracker=none"]
     stream = io.TextIOWrapper(io.BytesIO(), "cp1252") if stdout == "cp1252" else broken(stdout.split()[-1], 1)[0]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)

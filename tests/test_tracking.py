@@ -38,7 +38,7 @@ SWEEP = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
 LATER = "send the run later with: python -m pipelines.wandb_sync"
 SECONDS = 40  # within which nothing may be waited for any longer; on an idle machine it is a few
 TRAINING = ["--image-size", "64", "--resize", "72", "--weights", "none", "--freeze", "none", "--batchnorm", "train"]
-TRAINING += ["--batch-size", "4"]
+TRAINING += ["--head-init", "zeros", "--batch-size", "4"]
 
 
 @pytest.fixture(autouse=True)
