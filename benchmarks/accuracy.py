@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder or CSV (default: ants and bees, or DALITUNE_DATA)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of every recipe")
     parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="JSON lines, one a run")
+    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of this suite's runs")
     parser.add_argument("--tutorial", action="store_true", help="beside tutorial.py; --data has train/ and val/ then")
     options = parser.parse_args()
 
@@ -56,10 +57,11 @@ def main() -> None:
     known, rows = _read(options.out), []
     for recipe, seed in tqdm(wanted, unit="run", disable=None):
         settings = [] if recipe in TUTORIAL else options.set
-        key = {"recipe": recipe, "seed": seed, "data": options.data, "set": settings}
+        precision = "no" if recipe in TUTORIAL else options.precision
+        key = {"recipe": recipe, "seed": seed, "data": options.data, "set": settings, "precision": precision}
         row = next((row for row in known if key.items() <= row.items()), None)
         if row is None:
-            row = key | _run(recipe, seed, options.data, settings)
+            row = key | _run(recipe, seed, options.data, settings, precision)
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             tqdm.write(f"{recipe} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
@@ -70,7 +72,7 @@ def main() -> None:
     print(table(rows, recipes))
 
 
-def _run(recipe: str, seed: int, data: str | None, settings: list[str]) -> dict[str, Any]:
+def _run(recipe: str, seed: int, data: str | None, settings: list[str], precision: str) -> dict[str, Any]:
     """One training: its accuracies and times, and what they depend on."""
     with tempfile.TemporaryDirectory() as runs:
         flags = [f"--seed={seed}", *([f"--data={data}"] if data else [])]
@@ -80,7 +82,8 @@ def _run(recipe: str, seed: int, data: str | None, settings: list[str]) -> dict[
             config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
             flags += [f"--config={config}", f"--runs={runs}", "--run=run", "--tracker=none"]
             flags += [f"--{pair}" for pair in ["cache_gb=0", *settings]]  # each run pays for its own features
-            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *flags]
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
+            command = [*launch, str(ROOT / "train.py"), *flags]
         started, worked = time.perf_counter(), _processor_seconds()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds, processor = time.perf_counter() - started, _processor_seconds() - worked
@@ -135,7 +138,8 @@ def _commit() -> str | None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{"precision": "no"} | json.loads(line) for line in lines]
 
 
 def table(rows: list[dict[str, Any]], recipes: list[str]) -> str:

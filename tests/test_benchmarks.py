@@ -27,8 +27,8 @@ def test_the_table_has_mean_sample_deviation_range_and_median_seconds():
 def test_the_tutorial_takes_turns_with_the_recipes_and_ignores_their_settings(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def run(recipe, seed, data, settings):
-        asked.append((recipe, seed, settings))
+    def run(recipe, seed, data, settings, precision):
+        asked.append((recipe, seed, settings, precision))
         return row(recipe, 0.9)
 
     monkeypatch.setattr(accuracy, "_run", run)
@@ -41,13 +41,15 @@ def test_the_tutorial_takes_turns_with_the_recipes_and_ignores_their_settings(tm
         "--set",
         "lr=1",
         "--tutorial",
+        "--precision",
+        "bf16",
         "--out",
         str(tmp_path / "out"),
     ]
     monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
     accuracy.main()
-    in_turn = [("tutorial.py finetune", []), ("tutorial.py features", []), ("finetune", ["lr=1"])]
-    assert asked == [(recipe, seed, settings) for seed in range(2) for recipe, settings in in_turn]
+    in_turn = [("tutorial.py finetune", [], "no"), ("tutorial.py features", [], "no"), ("finetune", ["lr=1"], "bf16")]
+    assert asked == [(recipe, seed, *rest) for seed in range(2) for recipe, *rest in in_turn]
     assert "| `tutorial.py features` | 2 |" in capsys.readouterr().out
 
 
@@ -98,7 +100,7 @@ def test_processor_seconds_are_those_of_the_ended_children():
 @pytest.mark.slow
 def test_a_row_has_the_scores_and_what_they_depend_on():
     settings = ["epochs=1", "max_steps=1", "image_size=64", "resize=64"]
-    measured = accuracy._run("quickstart", 3, None, settings)
+    measured = accuracy._run("quickstart", 3, None, settings, "no")
     assert 0 <= measured["last"] <= measured["best"] <= 1
     assert measured["processor"] > 0
     assert measured["seconds"] > 0
@@ -111,7 +113,7 @@ def test_a_row_has_the_scores_and_what_they_depend_on():
 @pytest.mark.parametrize("recipe", accuracy.TUTORIAL)
 def test_a_row_of_the_tutorials_own_code(recipe, photos, random_weights, monkeypatch):
     monkeypatch.setenv("DALITUNE_WEIGHTS", str(random_weights))
-    measured = accuracy._run(recipe, 3, str(photos), [])
+    measured = accuracy._run(recipe, 3, str(photos), [], "no")
     assert 0 <= measured["last"] <= measured["best"] <= 1
     assert measured["last_loss"] > 0
     assert measured["processor"] > 0
