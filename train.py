@@ -44,7 +44,7 @@ from pipelines.evaluation import (
 )
 from pipelines.feature_store import FeatureStore
 from pipelines.features import MEMORY_LIMIT, FrozenFeatures, store_report
-from pipelines.fitted_head import chosen_freeze, fit_head, why_not_fitted
+from pipelines.fitted_head import Start, chosen_start, fit_head, why_not_fitted
 from pipelines.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -146,11 +146,13 @@ def main(arguments: list[str]) -> None:
     first_weights = saved.get("first_weights") if saved else weights.digest()
 
     network = build_model(config, weights, classes).to(accelerator.device)
-    too_large = why_not_fitted(config, network, len(dataset.splits["train"])) if config.head_init == "fitted" else ""
-    if too_large and not epochs:
-        raise UserError(f"head_init: fitted: {too_large}: train the head, with --epochs and --head-init zeros")
-    is_fitted = config.head_init == "fitted" and not too_large
-    to_fit = is_fitted and saved is None
+    has_own_head = has_head_for(classes, weights)
+    unfitted = why_not_fitted(config, network, len(dataset.splits["train"]), has_own_head=has_own_head)
+    if saved:
+        unfitted = "" if saved.get("head_is_fitted", config.head_init == "fitted" and not unfitted) else "it was not"
+    elif unfitted and not epochs:
+        raise UserError(f"epochs: 0: no head is fitted, as {unfitted}: give --epochs and --head-init zeros")
+    to_fit = not unfitted and saved is None
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
     class_weights: torch.Tensor | None = None
     if config.class_weights != "none":
@@ -186,7 +188,7 @@ def main(arguments: list[str]) -> None:
             print(
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
-                *([] if saved else _head_report(config, too_large, weights, has_head_for(classes, weights))),
+                *([] if saved else _head_report(config, unfitted, weights, has_own_head)),
                 f"run: {run.folder}",
                 sep="\n",
                 flush=True,
@@ -208,10 +210,10 @@ def main(arguments: list[str]) -> None:
                     raise stopped() from None
                 met = views.bad
         if saved:
-            freeze, why_frozen = saved.get("freeze", config.freeze), ""
+            start = Start(saved.get("freeze", config.freeze), saved.get("head_restarts", False))
         else:
-            freeze, why_frozen = chosen_freeze(config, fitted, too_large)
-        network.freeze(frozen_stages(config, freeze))
+            start = chosen_start(config, fitted, unfitted)
+        network.freeze(frozen_stages(config, start.freeze))
 
         # Optimizer and loaders. The loaders are not prepared by Accelerate: the plan shards.
         model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
@@ -240,11 +242,11 @@ def main(arguments: list[str]) -> None:
             watch.not_finite_in_a_row = saved["not_finite_in_a_row"]
             for loader in (training, validation):
                 loader.bad = run.still_bad(loader.split, saved["bad"][loader.split.name])
-        facts = describe_run(accelerator, dataset, network, engine) | {"frozen_up_to": freeze}
+        facts = describe_run(accelerator, dataset, network, engine) | {"frozen_up_to": start.freeze}
         tracking = Tracking(accelerator, config, run, dataset, facts)
         if state.is_main_process:
             print(
-                *([why_frozen] if why_frozen else []),
+                *([start.reason] if start.reason and epochs else []),
                 *_setup_report(config, weights, network, accelerator, facts),
                 *features.report(),
                 *store_report(features, validation_features),
@@ -261,7 +263,8 @@ def main(arguments: list[str]) -> None:
             sums = {"interval": interval, "whole_epoch": whole_epoch}
             content = asdict(at) | {name: each.state(training.wait_seconds) for name, each in sums.items()}
             content |= {"bad": {"train": sorted(training.bad), "val": sorted(validation.bad)}}
-            content |= {"first_weights": first_weights, "freeze": freeze, "settings": asdict(config)}
+            content |= {"first_weights": first_weights, "settings": asdict(config), "freeze": start.freeze}
+            content |= {"head_is_fitted": not unfitted, "head_restarts": start.head_restarts}
             for loader in (training, validation):
                 run.note_bad(loader.split, loader.bad)
             checkpoints.save(network, optimizer, content | {"not_finite_in_a_row": watch.not_finite_in_a_row})
@@ -305,10 +308,12 @@ def main(arguments: list[str]) -> None:
             run.append_metrics(fitted)
             tracking.show(run.figures / "head_penalty.png")
             tracking.log(fitted, hold=True)
-        if is_fitted and not at.global_step and best_by not in at.best:
+        if not unfitted and not at.global_step and best_by not in at.best:
             validate(0, {})
         elif saved and at.epoch >= epochs:  # what comes after is longer than these settings
             save()
+        if start.head_restarts and not at.global_step:  # after any stop, too: a checkpoint before has the fitted one
+            network.reset_head()
         while at.epoch < epochs:
             epoch, start_step = at.epoch + 1, at.global_step - at.epoch * steps_per_epoch
             network.train()
@@ -465,13 +470,13 @@ def _setup_report(
     return lines
 
 
-def _head_report(config: Config, too_large: str, weights: Weights, has_head: bool) -> list[str]:
-    """has_head: whether the weights' own head is for these classes."""
-    if config.head_init != "fitted":
+def _head_report(config: Config, unfitted: str, weights: Weights, has_own_head: bool) -> list[str]:
+    """unfitted: why no head is fitted. has_own_head: whether the weights' own head is for these classes."""
+    if config.head_init not in ("fitted", "auto"):
         return []
-    if too_large:
-        return [f"head: not fitted, as {too_large}: it is {'the one of the weights' if has_head else 'zeros'}"]
-    return [f"head: fitted anew, in place of the one of {weights.source}"] if has_head else []
+    if unfitted:
+        return [f"head: not fitted, as {unfitted}: it is {'the one of the weights' if has_own_head else 'zeros'}"]
+    return [f"head: fitted anew, in place of the one of {weights.source}"] if has_own_head else []
 
 
 def _end_report(

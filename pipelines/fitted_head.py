@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines import figures
@@ -12,7 +13,7 @@ from pipelines.feature_store import FeatureStore
 from pipelines.features import FrozenFeatures
 from pipelines.loader import Loader
 from pipelines.logistic_regression import PENALTIES, Fit, choose_and_fit, class_weights_of, why_too_large
-from pipelines.model import STAGES, TransferModel
+from pipelines.model import STAGES, TransferModel, frozen_stages
 from pipelines.processes import main_first
 from pipelines.runs import RunFolder
 from pipelines.text import counted
@@ -25,8 +26,25 @@ from accelerate.utils import broadcast
 _RIGHT_ON_NEARLY_ALL = 0.95  # of what is held out
 
 
-def why_not_fitted(config: Config, network: TransferModel, photos: int) -> str:
-    """Why a head that is asked for is not fitted to so many photos; "" where it is."""
+@dataclass(frozen=True)
+class Start:
+    """What a training starts with: up to which stage the body is frozen, as the setting `freeze` has it; whether the
+    head restarts at zeros, a fitted one having been evaluated; and a line on what `auto` has come to, or "".
+    """
+
+    freeze: str
+    head_restarts: bool = False
+    reason: str = ""
+
+
+def why_not_fitted(config: Config, network: TransferModel, photos: int, *, has_own_head: bool) -> str:
+    """Why no head is fitted to so many photos; "" where one is. has_own_head: that the weights' is for the classes."""
+    if config.head_init not in ("fitted", "auto"):
+        return f"head_init is {config.head_init}"
+    if config.head_init == "auto" and config.weights == "none":
+        return "the weights are random"
+    if config.head_init == "auto" and has_own_head:
+        return "the weights have one for these classes"
     return why_too_large(photos, _views(config), network.head.in_features, network.head.out_features)
 
 
@@ -92,17 +110,21 @@ def fit_head(
     return row
 
 
-def chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[str, str]:
-    """Up to which stage the body is frozen, as the setting `freeze` has it, and a line on what `auto` has come to.
+def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> Start:
+    """What the settings come to. row: what `fit_head` has returned; empty where none was, as `why_not_fitted` says."""
+    freeze, reason = _chosen_freeze(config, row, why_not_fitted)
+    trains_little = frozen_stages(config, freeze) >= STAGES.index("layer3") + 1
+    restarts = bool(config.head_init == "auto" and row and not trains_little)
+    return Start(freeze, restarts, reason + (", with a head that starts at zeros" if restarts and reason else ""))
 
-    row: what `fit_head` has returned, empty where nothing was fitted, as `why_not_fitted` says.
-    """
+
+def _chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[str, str]:
     if config.freeze != "auto" or config.mode == "feature_extract":
         return config.freeze, ""
     if not config.arch.startswith(STAGED):
-        return "none", f"freeze: none, as the stages of {config.arch} cannot be told"
+        return "none", f"freeze: none, as the stages of {config.arch} cannot be told: all of the body is trained"
     if why_not_fitted:
-        return "none", "freeze: none, as many photos can teach all of the body"
+        return "none", f"freeze: none, as no head is fitted ({why_not_fitted}): all of the body is trained"
     if "head/top1" not in row:
         return "layer3", "freeze: layer3, as photos are too few for folds"
     shown = f"as the fitted head is right on {row['head/top1']:.1%} of what its folds hold out"

@@ -68,6 +68,12 @@ class TransferModel(nn.Module):
         """Whether `frozen_part` does something that is always the same for a view, so that once is enough."""
         return self._frozen_stages > 0 and self.batchnorm in ("frozen", "none")
 
+    def reset_head(self) -> None:
+        """The head's weights and bias are zeros from now on."""
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.zero_()
+
     def frozen_digest(self) -> str:
         """Hex, of the frozen layers and their values: what `frozen_part` makes of a photo depends on no others."""
         is_whole = self._frozen_stages == len(STAGES)

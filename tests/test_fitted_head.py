@@ -1,6 +1,7 @@
 """A run's head, fitted before its training: what it leaves, and that nothing changes it."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import train
 from pipelines import logistic_regression
 from pipelines.config import Config
 from pipelines.errors import PassStopped
-from pipelines.fitted_head import chosen_freeze
+from pipelines.fitted_head import chosen_start, why_not_fitted
 from pipelines.logistic_regression import PENALTIES
+from pipelines.model import build_model
+from pipelines.weights import Weights
 
 import pytest
 import torch
@@ -150,7 +153,7 @@ def test_too_many_photos_are_said_and_trained_or_refused(command, run_here, monk
     monkeypatch.setattr(logistic_regression, "_MOST_BYTES", 1000)
     refused = run_here(train, *command, "large", "--epochs", "0")
     assert refused.returncode == 2
-    assert "head_init: fitted: 19 photos' features would take" in one_error_line(refused)
+    assert "no head is fitted, as 19 photos' features would take" in one_error_line(refused)
     assert not (command[-2] / "large").exists()
     said = succeeded(run_here(train, *command, "large", "--epochs", "1"))
     assert "head: not fitted, as 19 photos' features would take 0 MiB: it is zeros" in said
@@ -167,22 +170,73 @@ def test_a_head_that_the_weights_have_for_the_same_classes_is_replaced_and_that_
 
 
 @pytest.mark.parametrize(
-    ("settings", "row", "too_large", "freeze", "why"),
+    ("settings", "row", "unfitted", "freeze", "why"),
     [
         ({}, {"head/top1": 0.95}, "", "layer3", "right on 95.0% of what its folds hold out"),
         ({}, {"head/top1": 0.949}, "", "none", "right on 94.9% of what its folds hold out: all of the body"),
         ({}, {"head/penalty": 0.01}, "", "layer3", "too few for folds"),
-        ({}, {}, "9 photos", "none", "many photos"),
+        ({}, {}, "9 photos", "none", "no head is fitted (9 photos)"),
         ({"arch": "mobilenet_v3_small"}, {"head/top1": 1.0}, "", "none", "the stages of mobilenet_v3_small cannot"),
         ({"mode": "feature_extract"}, {"head/top1": 0.5}, "", "auto", None),
         ({"freeze": "layer1"}, {"head/top1": 0.5}, "", "layer1", None),
     ],
 )
-def test_what_is_trained_goes_by_the_folds_and_its_reason_is_said(settings, row, too_large, freeze, why):
-    config = Config(**{"head_init": "fitted", "freeze": "auto"} | settings)
-    chosen, said = chosen_freeze(config, row, too_large)
-    assert chosen == freeze
-    assert (why in said and said.startswith(f"freeze: {freeze}, ")) if why else said == ""
+def test_what_is_trained_goes_by_the_folds_and_its_reason_is_said(settings, row, unfitted, freeze, why):
+    fitted, auto = (
+        chosen_start(Config(**{"head_init": head_init, "freeze": "auto"} | settings), row, unfitted)
+        for head_init in ("fitted", "auto")
+    )
+    assert fitted.freeze == auto.freeze == freeze
+    assert (why in fitted.reason and fitted.reason.startswith(f"freeze: {freeze}, ")) if why else not fitted.reason
+    assert not fitted.head_restarts
+    trains_more_than_layer4 = freeze != "layer3" and settings.get("mode") != "feature_extract"
+    assert auto.head_restarts == bool(row and trains_more_than_layer4)
+    assert auto.reason.endswith("with a head that starts at zeros") == bool(auto.head_restarts and why)
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_own_head", "why"),
+    [
+        ({"head_init": "zeros"}, False, "head_init is zeros"),
+        ({"head_init": "auto", "weights": "none"}, False, "the weights are random"),
+        ({"head_init": "auto"}, True, "the weights have one for these classes"),
+        ({"head_init": "auto"}, False, ""),
+        ({"head_init": "fitted"}, True, ""),
+    ],
+)
+def test_why_no_head_is_fitted(settings, has_own_head, why):
+    network = build_model(Config(), Weights(None, "random"), ("ant", "bee"))
+    assert why_not_fitted(Config(**settings), network, 20, has_own_head=has_own_head) == why
+
+
+@pytest.mark.slow
+def test_head_init_auto_evaluates_the_fitted_head_and_then_starts_at_zeros(command, whole, run_here, monkeypatch):
+    command = with_other(command, head_init="auto", lr="1e-30")  # nothing moves
+    said = succeeded(run_here(train, *command, "auto", "--epochs", "1"))
+    assert "head: fitted to 19 photos" in said
+    run = command[-2] / "auto"
+    fitted, started = val_rows(run)
+    assert fitted["val/loss"] == val_rows(whole)[0]["val/loss"]
+    assert started["val/loss"] == pytest.approx(math.log(3)), "of zeros all classes are alike"
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.predict", interrupted)
+        assert run_here(train, *command, "stopped", "--epochs", "1").returncode == 75
+    succeeded(run_here(train, *command, "stopped", "--epochs", "1"))
+    succeeded(run_here(train, *command, "longer", "--epochs", "0"))
+    succeeded(run_here(train, *command, "longer", "--epochs", "1"))
+    for other in ("stopped", "longer"):
+        assert rows(run.with_name(other)) == rows(run), other
+
+
+@pytest.mark.slow
+def test_the_default_recipe_takes_random_weights_and_those_of_a_run(photos, whole, run_here, tmp_path):
+    settings = ["--data", photos, "--image-size", "64", "--resize", "72", "--tracker", "none", "--max-steps", "1"]
+    settings += ["--runs", tmp_path, "--run"]
+    said = succeeded(run_here(train, *settings, "random", "--weights", "none"))
+    assert "freeze: none, as no head is fitted (the weights are random): all of the body is trained" in said
+    said = succeeded(run_here(train, *settings, "again", "--weights", whole))
+    assert "head: not fitted, as the weights have one for these classes: it is the one of the weights" in said
 
 
 @pytest.mark.slow
