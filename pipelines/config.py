@@ -146,7 +146,7 @@ class Config:
     """first weights of a new head: uniform in +-1/sqrt(features), as PyTorch's own; zeros, with which all seeds begin
     alike (Kolesnikov et al. 2020); fitted before the training: logistic regression on what the body makes of the
     training photos as validation sees them, with flip_probability of their mirror images too (Kumar et al. 2022); auto:
-    fitted and evaluated, and where more than layer4 is trained, zeros from then on; with random weights zeros"""
+    fitted and evaluated, then, where some of the body is trained, zeros; with random weights zeros from the start"""
     channels_last: bool = True
     """keep tensors in channels-last memory"""
     compile: bool = False

@@ -13,7 +13,7 @@ from pipelines.feature_store import FeatureStore
 from pipelines.features import FrozenFeatures
 from pipelines.loader import Loader
 from pipelines.logistic_regression import PENALTIES, Fit, choose_and_fit, class_weights_of, why_too_large
-from pipelines.model import STAGES, TransferModel, frozen_stages
+from pipelines.model import STAGES, TransferModel
 from pipelines.processes import main_first
 from pipelines.runs import RunFolder
 from pipelines.text import counted
@@ -113,9 +113,7 @@ def fit_head(
 def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> Start:
     """What the settings come to. row: what `fit_head` has returned; empty where none was, as `why_not_fitted` says."""
     freeze, reason = _chosen_freeze(config, row, why_not_fitted)
-    trains_little = frozen_stages(config, freeze) >= STAGES.index("layer3") + 1
-    restarts = bool(config.head_init == "auto" and row and not trains_little)
-    return Start(freeze, restarts, reason + (", with a head that starts at zeros" if restarts and reason else ""))
+    return Start(freeze, bool(config.head_init == "auto" and row and config.mode == "finetune"), reason)
 
 
 def _chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[str, str]:
