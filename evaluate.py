@@ -162,8 +162,7 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
         given = {key: own[key] for key in of_the_model if own[key] != ""} | given
     flags = [f"--{key}={value}" for key, value in given.items()]
     has_config = (options.model / "config.yaml").exists()
-    # The default recipe freezes a stage that not every network has.
-    return read_run_config(options.model, *flags) if has_config else parse_config([*flags, "--freeze=none"])[0]
+    return read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
 
 
 def _check_writable(figures_folder: Path, json_file: Path | None) -> None:

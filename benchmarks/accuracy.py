@@ -16,7 +16,6 @@ it (0 on Windows, which does not tell), which a busy machine stretches less.
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -26,11 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.processes import cpu_cores
+from pipelines.hardware import machine
 from pipelines.runs import versions
 from pipelines.text import lasting_streams
 
-import torch
 import yaml
 from tqdm import tqdm
 
@@ -67,7 +65,7 @@ def main() -> None:
             tqdm.write(f"{recipe} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
         rows.append(row)
     print(
-        f"\n{shlex.join(['python', *sys.argv])}\n{hardware()}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
+        f"\n{shlex.join(['python', *sys.argv])}\n{machine()}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
     )
     print(table(rows, recipes))
 
@@ -93,7 +91,7 @@ def _run(recipe: str, seed: int, data: str | None, settings: list[str], precisio
     return scores | {
         "seconds": round(seconds, 1),
         "processor": round(processor, 1),
-        "hardware": hardware(),
+        "hardware": machine(),
         "versions": versions(),
         "commit": _commit(),
     }
@@ -116,16 +114,6 @@ def _scores(run: Path) -> dict[str, Any]:
 def _processor_seconds() -> float:
     """User and system time of all child processes that have ended, their own children included."""
     return os.times().children_user + os.times().children_system
-
-
-def hardware() -> str:
-    """The processor with its usable cores, and the GPUs."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    processor = models[0] if models else platform.processor() or platform.machine()
-    return ", ".join([f"{processor}, {cpu_cores()} cores", *gpus])
 
 
 def _commit() -> str | None:

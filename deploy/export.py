@@ -31,11 +31,12 @@ from pipelines.dataset import Dataset, load_dataset, map_labels, scan_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.evaluation import confusion_pairs, wilson_interval
 from pipelines.files import file_digest
+from pipelines.hardware import cpu_cores
 from pipelines.inference import Classifier, find_photos, import_extra, open_onnx, open_run
 from pipelines.model import restore_model
 from pipelines.photos import cache_folder
 from pipelines.pixels import Preprocess
-from pipelines.processes import cpu_cores, run_script
+from pipelines.processes import run_script
 from pipelines.run_files import read_description, read_run_config
 from pipelines.runs import refuse_links
 from pipelines.text import counted, printable

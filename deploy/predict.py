@@ -34,10 +34,11 @@ from pipelines import figures
 from pipelines.config import ScriptParser
 from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
+from pipelines.hardware import cpu_cores
 from pipelines.inference import Answer, find_photos, open_run
 from pipelines.loader import choose_engine
 from pipelines.pixels import Preprocess, view_of_file
-from pipelines.processes import cpu_cores, run_script, start_processes
+from pipelines.processes import run_script, start_processes
 from pipelines.text import check_printed, counted, printable
 
 import numpy as np

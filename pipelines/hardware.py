@@ -1,4 +1,4 @@
-"""What this machine has and PyTorch does not use: an NVIDIA GPU, or bf16 on a processor that is faster with it."""
+"""What this machine has, and what of it PyTorch does not use: an NVIDIA GPU, or bf16 on a processor fast with it."""
 
 import json
 import os
@@ -45,6 +45,22 @@ def nvidia_hint() -> str:
         f"an NVIDIA GPU is here, and PyTorch cannot use it: its driver {number} may be too old for CUDA "
         f"{torch.version.cuda}: a newer driver, or a build of PyTorch for an older CUDA (README, More GPUs)"
     )
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> str:
+    """The processor with its usable cores, and the GPUs, for a benchmark's figures."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return ", ".join([f"{processor}, {cpu_cores()} cores", *gpus])
 
 
 def has_bf16() -> bool:

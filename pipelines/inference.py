@@ -18,13 +18,13 @@ from typing import Any, Protocol
 from pipelines.dataset import Split
 from pipelines.errors import UserError
 from pipelines.files import file_digest
+from pipelines.hardware import cpu_cores
 from pipelines.headers import FAULTS
 from pipelines.layout import Findings, photos_below
 from pipelines.loader import Engine, make_engine
 from pipelines.model import restore_model
 from pipelines.pixels import Preprocess, judge_place, pixels_of_file, split_of, undecodable, views_of_sound
 from pipelines.plan import Views
-from pipelines.processes import cpu_cores
 from pipelines.run_files import check_preprocessing, read_description
 from pipelines.text import printable
 from pipelines.torch_engine import normalised, scale_and_shift

@@ -17,8 +17,9 @@ from pipelines.copies import to_device
 from pipelines.dali_check import fault_of_dali
 from pipelines.dataset import Split
 from pipelines.errors import MachineError, UserError
+from pipelines.hardware import cpu_cores
 from pipelines.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share
-from pipelines.processes import cpu_cores, local_world_size
+from pipelines.processes import local_world_size
 from pipelines.text import printable
 
 import numpy as np

@@ -22,7 +22,7 @@ from pipelines.config import Config
 from pipelines.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.files import file_digest
-from pipelines.hardware import bf16_gain, has_bf16, nvidia_hint
+from pipelines.hardware import bf16_gain, cpu_cores, has_bf16, nvidia_hint
 from pipelines.photos import cache_folder, locate
 from pipelines.text import counted, lasting_streams, printable
 
@@ -56,11 +56,6 @@ _keys = itertools.count()  # every process asks for the same tasks in the same o
 def speaks() -> bool:
     """Whether this process prints for all. Known from the launcher's environment, before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def cpu_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_processes() -> PartialState:

@@ -19,9 +19,9 @@ from socket import gethostname
 import train
 from pipelines.config import parse_config
 from pipelines.errors import MachineError, Stopped, UserError
+from pipelines.hardware import cpu_cores
 from pipelines.processes import (
     cores_hint,
-    cpu_cores,
     cpu_is_asked_for,
     local_world_size,
     main_first,

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import accuracy, gpu, tutorial
+from benchmarks import accuracy, forward, gpu, tutorial
+from pipelines.hardware import machine
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_runs_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):
     assert [json.loads(line)["best"] for line in out.read_text().splitlines()] == [0.5, 0.7, 0.7]
     printed = capsys.readouterr().out
     assert "accuracy.py --recipes finetune --seeds 3" in printed
-    assert accuracy.hardware() in printed
+    assert machine() in printed
     assert "| `finetune` | 3 |" in printed
 
 
@@ -117,6 +118,22 @@ def test_a_row_of_the_tutorials_own_code(recipe, photos, random_weights, monkeyp
     assert 0 <= measured["last"] <= measured["best"] <= 1
     assert measured["last_loss"] > 0
     assert measured["processor"] > 0
+
+
+# benchmarks/forward.py
+
+
+def test_the_ways_of_a_forward_pass_take_turns(monkeypatch, capsys):
+    monkeypatch.setattr(forward, "SIZE", 64)
+    monkeypatch.setattr(sys, "argv", ["forward.py", "--runs", "2", "--batch", "2", "--seconds", "0.01"])
+    forward.main()
+    machine_here, versions_here, title, _, *rows = capsys.readouterr().out.splitlines()
+    assert machine_here == machine()
+    assert "torch 2" in versions_here
+    assert title.startswith("| 2 photos at a time |")
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    assert names[:4] == ["as the tutorial", "channels last", "BatchNorm folded, as here", "the same, bf16"]
+    assert all(row.split(" | ")[1] == "2" for row in rows)
 
 
 # benchmarks/gpu.py

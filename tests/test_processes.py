@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from pipelines import processes
 from pipelines.config import Config
 from pipelines.errors import MachineError, Stopped, UserError
+from pipelines.hardware import cpu_cores
 from pipelines.processes import (
-    cpu_cores,
     launcher_hints,
     main_first,
     run_script,
