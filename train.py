@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +31,7 @@ if __name__ == "__main__":
 from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
 from pipelines.config import Config, dump_yaml, parse_config, recipe_given
-from pipelines.dataset import check_dataset, map_labels
+from pipelines.dataset import Split, check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
 from pipelines.evaluation import (
     BEST_BY,
@@ -44,7 +45,7 @@ from pipelines.evaluation import (
 )
 from pipelines.feature_store import FeatureStore
 from pipelines.features import MEMORY_LIMIT, FrozenFeatures, store_report
-from pipelines.fitted_head import Start, chosen_start, fit_head, why_not_fitted
+from pipelines.fitted_head import Start, chosen_start, fit_head, resolved, why_not_fitted
 from pipelines.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -89,7 +90,7 @@ from pipelines.weights import Weights, read_weights
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
@@ -149,9 +150,10 @@ def main(arguments: list[str]) -> None:
     has_own_head = has_head_for(classes, weights)
     unfitted = why_not_fitted(config, network, len(dataset.splits["train"]), has_own_head=has_own_head)
     if saved:
-        unfitted = "" if saved.get("head_is_fitted", config.head_init == "fitted" and not unfitted) else "it was not"
-    elif unfitted and not epochs:
-        raise UserError(f"epochs: 0: no head is fitted, as {unfitted}: give --epochs and --head-init zeros")
+        was_fitted = saved.get("head_is_fitted", config.head_init == "fitted" and not unfitted)
+        unfitted = "" if was_fitted else unfitted or "the run has begun without one"
+    if unfitted and not epochs:
+        raise UserError(f"epochs: 0: no head is fitted, as {unfitted}: give --epochs, as in --epochs 10 --lr 0.001")
     to_fit = not unfitted and saved is None
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
     class_weights: torch.Tensor | None = None
@@ -201,26 +203,24 @@ def main(arguments: list[str]) -> None:
         fitted: dict[str, Any] = {}  # a row of metrics
         met: set[int] = set()  # photos that it could not decode
         if to_fit:
-            with closing(eval_loader(config, *training_split)) as views:
-                try:
-                    fitted = fit_head(
-                        network, views, labels["train"], accelerator, config, store, run, stop.is_made_anywhere
-                    )
-                except PassStopped:
-                    raise stopped() from None
-                met = views.bad
+            try:
+                fitted, met = _fit(network, training_split, accelerator, config, store, run, stop.is_made_anywhere)
+            except PassStopped:
+                raise stopped() from None
         if saved:
             start = Start(saved.get("freeze", config.freeze), saved.get("head_restarts", False))
         else:
             start = chosen_start(config, fitted, unfitted)
         network.freeze(frozen_stages(config, start.freeze))
+        chosen = resolved(config, start, network)
+        assert chosen.views_per_photo != "auto"
 
         # Optimizer and loaders. The loaders are not prepared by Accelerate: the plan shards.
         model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
         model = torch.compile(model) if config.compile else model
         sizes = {name: split.sizes for name, split in photos.items()}
-        micro_batch = micro_batch_of(config, model, network, accelerator, engine, sizes)
-        training = train_loader(config, *training_split, micro_batch)
+        micro_batch = micro_batch_of(chosen, model, network, accelerator, engine, sizes)
+        training = train_loader(chosen, *training_split, micro_batch)
         to_close.callback(training.close)
         training.bad |= met
         validation = eval_loader(config, photos["val"], labels["val"], state, engine)
@@ -231,7 +231,7 @@ def main(arguments: list[str]) -> None:
         )
         kept["limit"] = MEMORY_LIMIT - validation_features.bytes * validation_features.are_kept
         features = FrozenFeatures(
-            network, training, accelerator, views_per_photo=config.views_per_photo, epochs=epochs, **kept
+            network, training, accelerator, views_per_photo=chosen.views_per_photo, epochs=epochs, **kept
         )
         last_rates: dict[str, float] = {}
         if saved:
@@ -242,8 +242,10 @@ def main(arguments: list[str]) -> None:
             watch.not_finite_in_a_row = saved["not_finite_in_a_row"]
             for loader in (training, validation):
                 loader.bad = run.still_bad(loader.split, saved["bad"][loader.split.name])
-        facts = describe_run(accelerator, dataset, network, engine) | {"frozen_up_to": start.freeze}
+        facts = describe_run(accelerator, dataset, network, engine)
+        facts["frozen_up_to"] = "layer4" if config.mode == "feature_extract" else start.freeze
         tracking = Tracking(accelerator, config, run, dataset, facts)
+        stop.listen()  # again: a tracker may have taken the signals over
         if state.is_main_process:
             print(
                 *([start.reason] if start.reason and epochs else []),
@@ -392,6 +394,23 @@ def main(arguments: list[str]) -> None:
         raise
     finally:
         to_close.close()
+
+
+def _fit(
+    network: TransferModel,
+    split: tuple[Split, np.ndarray, PartialState, str],
+    accelerator: Accelerator,
+    config: Config,
+    store: FeatureStore | None,
+    run: RunFolder,
+    stop: Callable[[], bool],
+) -> tuple[dict[str, Any], set[int]]:
+    """The row of a fitted head, and the photos that could not be decoded; the loader's memory is free again.
+
+    split: photos, labels, processes, engine, as a loader takes them.
+    """
+    with closing(eval_loader(config, *split)) as photos:
+        return fit_head(network, photos, split[1], accelerator, config, store, run, stop), photos.bad
 
 
 def _feature_store(config: Config) -> FeatureStore | None:

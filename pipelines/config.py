@@ -60,6 +60,7 @@ STAGED = ("resnet", "resnext", "wide_resnet")  # how those begin whose stages ca
 _MOST_NAMED = 12  # of a setting's values
 ImageSize = Annotated[int, Field(ge=64, le=1024)]
 Resize = Annotated[int, Field(ge=64, le=4096)]
+Freeze = Literal["none", "stem", "layer1", "layer2", "layer3", "auto"]
 Transparency = Literal["white", "black", "ignored"]
 
 
@@ -119,9 +120,10 @@ class Config:
     """smallest share of the photo that a training crop may have"""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """chance that a training photo is mirrored"""
-    views_per_photo: Annotated[int | None, Field(ge=1)] = None
+    views_per_photo: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
-    computed once, so that more epochs cost little; null: new ones every epoch"""
+    computed once, so that more epochs cost little; null: new ones every epoch; auto: 6 where stages are frozen, else
+    null"""
 
     loader: Literal["auto", "dali", "torch"] = "auto"
     """the engine that decodes; auto: DALI where it runs"""
@@ -137,9 +139,10 @@ class Config:
     folder; null: DALITUNE_WEIGHTS, or else imagenet"""
     mode: Literal["finetune", "feature_extract"] = "finetune"
     """finetune trains body and head, feature_extract only the head"""
-    freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "auto"] = "none"
+    freeze: Freeze = "none"
     """freeze the body of a ResNet up to and including this stage; auto, with head_init fitted or auto: layer3 where the
-    fitted head is right on 0.95 of what its folds hold out, as more could win little, and else none"""
+    fitted head is right on 0.95 of what its folds hold out, as more could win little, or photos are too few for folds;
+    none everywhere else"""
     batchnorm: Literal["auto", "frozen", "train", "sync"] = "auto"
     """BatchNorm's statistics; auto: frozen with pretrained weights, train from scratch"""
     head_init: Literal["uniform", "zeros", "fitted", "auto"] = "uniform"
@@ -153,7 +156,7 @@ class Config:
     """run the model through torch.compile"""
 
     epochs: Annotated[int, Field(ge=0)] = 10
-    """how often every training photo is seen; 0 with head_init fitted or auto, which is the whole training then"""
+    """how often every training photo is seen; 0 where a head is fitted, which is the whole training then"""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """end the run after this many steps, in the regular way"""
     batch_size: Annotated[int, Field(ge=1)] = 32

@@ -20,7 +20,7 @@ from pipelines.torch_engine import TorchEngine
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
 
 _READERS = ("fn.decoders.image", "fn.io.file.read", "fn.peek_image_shape")  # what fails because of a photo
 # In a row, of photos that Pillow reads: then it is the decoder that fails. Each costs a new pipeline.
@@ -162,6 +162,12 @@ class DaliEngine:
         self.cancel()
         self._pillow.close()
         del self._pipeline
+        if self._held:  # written by DALI, and read by kernels that may not have ended
+            torch.cuda.current_stream(self._device).synchronize()
+            self._held.clear()
+        if self._device.type == "cuda":
+            # Otherwise DALI's pool keeps what photos have taken.
+            backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
     def _is_for_pillow(self, views: Views) -> np.ndarray:
         return for_pillow(self._split.kinds[views.indices]) | np.isin(views.indices, list(self._not_for_dali))

@@ -3,11 +3,11 @@
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines import figures
-from pipelines.config import STAGED, Config
+from pipelines.config import STAGED, Config, Freeze
 from pipelines.errors import PassStopped, UserError
 from pipelines.feature_store import FeatureStore
 from pipelines.features import FrozenFeatures
@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
+_VIEWS = 6  # of a photo that frozen stages see: they take as long as the training of the rest
 _RIGHT_ON_NEARLY_ALL = 0.95  # of what is held out
 
 
@@ -32,7 +33,7 @@ class Start:
     head restarts at zeros, a fitted one having been evaluated; and a line on what `auto` has come to, or "".
     """
 
-    freeze: str
+    freeze: Freeze
     head_restarts: bool = False
     reason: str = ""
 
@@ -113,10 +114,19 @@ def fit_head(
 def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> Start:
     """What the settings come to. row: what `fit_head` has returned; empty where none was, as `why_not_fitted` says."""
     freeze, reason = _chosen_freeze(config, row, why_not_fitted)
-    return Start(freeze, bool(config.head_init == "auto" and row and config.mode == "finetune"), reason)
+    restarts = bool(config.head_init == "auto" and row and config.mode == "finetune")
+    return Start(freeze, restarts, f"{reason}; the head starts again, at zeros" if restarts and reason else reason)
 
 
-def _chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[str, str]:
+def resolved(config: Config, start: Start, network: TransferModel) -> Config:
+    """The settings with what `auto` has come to. network: frozen as `start` has it."""
+    views = config.views_per_photo
+    if views == "auto":
+        views = _VIEWS if network.frozen_part_is_fixed else None
+    return replace(config, freeze=start.freeze, views_per_photo=views)
+
+
+def _chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[Freeze, str]:
     if config.freeze != "auto" or config.mode == "feature_extract":
         return config.freeze, ""
     if not config.arch.startswith(STAGED):

@@ -19,7 +19,9 @@ def foldable(network: nn.Module) -> list[Pair]:
     modules = dict(network.named_modules())
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules.values()):
         return []
-    nodes = fx.Tracer().trace(network).nodes
+    tracer = fx.Tracer()
+    nodes = tracer.trace(network).nodes
+    del tracer.root  # the traced functions refer to the tracer, and it would hold the weights until a later collection
     calls = Counter(node.target for node in nodes if node.op == "call_module")
     pairs = []
     for node in nodes:
@@ -43,7 +45,7 @@ def folded(network: nn.Module, pairs: Iterable[Pair]) -> nn.Module:
             before: Any = twin.get_submodule(convolution)
             after: Any = twin.get_submodule(batchnorm)
             if not isinstance(after, nn.Identity):  # as it is where this pair has been folded before
-                twin.set_submodule(convolution, fuse_conv_bn_eval(before, after).requires_grad_(False))
+                twin.set_submodule(convolution, fuse_conv_bn_eval(before, after))
                 twin.set_submodule(batchnorm, nn.Identity())
     return twin
 

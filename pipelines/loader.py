@@ -297,8 +297,10 @@ def train_loader(
 ) -> Loader:
     """Planned random crops and flips of `split`, `config.batch_size` places a step over all processes.
 
-    micro_batch: the most photos of one batch on one process; `in_order` may ask for `config.eval_batch_per_device`.
+    micro_batch: the most photos of one batch on one process; with `views_per_photo`, which is a number or None here,
+    `in_order` may ask for `config.eval_batch_per_device`.
     """
+    assert config.views_per_photo != "auto"
     plan = TrainPlan(
         split.sizes,
         seed=config.seed,
