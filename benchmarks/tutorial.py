@@ -75,6 +75,7 @@ def compare(folder: Path, runs: int, epochs: int) -> str:
                     environment = os.environ | {"DALITUNE_CACHE": f"{empty}/cache"}
                     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
                     seconds[whose].append(time.perf_counter() - started)
+                    print(f"{mode}, seed {seed}, {whose}: {seconds[whose][-1]:.1f} s", file=sys.stderr, flush=True)
                     if done.returncode:
                         sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
                     if whose == "tutorial":

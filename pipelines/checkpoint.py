@@ -152,7 +152,7 @@ class Checkpoints:
             (unfinished / _PROGRESS).write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
             for path in (*unfinished.iterdir(), self._run.metrics, unfinished):
                 _flush(path)
-            shutil.rmtree(target, ignore_errors=True)  # there already only where it was found damaged
+            shutil.rmtree(target, ignore_errors=True)  # there where it is damaged, or of a stop right after it
             os.replace(unfinished, target)
             _flush(self._folder)
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either

@@ -1,6 +1,8 @@
 """BatchNorm folded into convolutions: the same answers, of whatever the network's weights are at the time."""
 
 import copy
+import gc
+import weakref
 
 from pipelines.config import Config
 from pipelines.folding import foldable
@@ -41,7 +43,6 @@ def assert_same_answers(model: TransferModel) -> None:
     with torch.no_grad():
         expected = model.eval().network(images())
         evaluated = model.for_evaluation()
-        assert model._is_folded is False
         for logits in (model(model.frozen_part(images())), evaluated.mean_logits(evaluated.view_features(images()))):
             assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     model.train(was_training)
@@ -81,6 +82,7 @@ def test_nothing_of_the_copy_is_saved_or_trained_and_it_follows_the_weights(sett
 
     optimizer = make_optimizer(model, Config(lr=0.1, **settings))
     kept = model._folded_frozen_part
+    assert (kept is not None) == model.frozen_part_is_fixed
     model.train()(model.frozen_part(images(3))).square().sum().backward()
     optimizer.step()
     assert_same_answers(model)
@@ -103,6 +105,18 @@ def test_the_copy_takes_memory_for_new_weights_only():
         name for name, value in model._folded_frozen_part[1].network.named_parameters() if value.data_ptr() not in own
     }
     assert {name.split(".")[0] for name in new} == {"conv1", "layer1"}
+
+
+def test_looking_for_what_can_be_folded_keeps_no_weights_alive():
+    network = get_model("resnet18", weights=None)
+    weight = weakref.ref(network.conv1.weight)
+    gc.disable()
+    try:
+        assert foldable(network)
+        del network
+        assert weight() is None, "without a collection, which may come much later"
+    finally:
+        gc.enable()
 
 
 def test_a_copy_made_in_inference_mode_serves_training():
