@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
-from pipelines.config import Config, dump_yaml, parse_config, recipe_given
+from pipelines.config import Config, dump_yaml, not_named, parse_config, recipe_given
 from pipelines.dataset import Split, check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
 from pipelines.evaluation import (
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
     main_first(state, partial(check_tracker, config))
     name = config.run or main_first(state, lambda: new_run_name(recipe, config.runs))
     config = replace(config, run=name)  # with which its config.yaml goes on with it
-    run = RunFolder(Path(config.runs) / name, writes=state.is_main_process)
+    run = RunFolder(Path(config.runs) / name, writes=state.is_main_process, not_named=not_named(arguments))
     beginning = "new" if config.prepare else main_first(state, partial(run.beginning, config))
     if not config.prepare:
         main_first(state, partial(_say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))

@@ -296,6 +296,12 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
     return _built(recipe | flags, origins), path.stem
 
 
+def not_named(argv: list[str]) -> set[str]:
+    """The settings that stand on no command line and in no recipe that it names."""
+    flags = _read_flags(argv)
+    return set() if "config" in flags else SCHEMA.keys() - flags.keys()
+
+
 def recipe_given(argv: list[str]) -> Path | None:
     """The file that `--config` names on the command line; None without it."""
     given = _read_flags(argv).get("config")

@@ -115,7 +115,8 @@ def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) ->
     """What the settings come to. row: what `fit_head` has returned; empty where none was, as `why_not_fitted` says."""
     freeze, reason = _chosen_freeze(config, row, why_not_fitted)
     restarts = bool(config.head_init == "auto" and row and config.mode == "finetune")
-    return Start(freeze, restarts, f"{reason}; the head starts again, at zeros" if restarts and reason else reason)
+    again = "the head, once it is evaluated, starts again at zeros" if restarts else ""
+    return Start(freeze, restarts, "; ".join(filter(None, [reason, again])))
 
 
 def resolved(config: Config, start: Start, network: TransferModel) -> Config:

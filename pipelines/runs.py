@@ -7,7 +7,7 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from errno import ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP
@@ -20,7 +20,7 @@ from pipelines.dataset import Dataset, Split, load_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.known_photos import in_known_places, keep_photos
 from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.resume import ask_for_the_same_photos, is_longer, other_result, spelled
+from pipelines.resume import REFUSED, ask_for_the_same_photos, is_longer, other_result, spelled
 from pipelines.run_files import (
     MEANT_BEFORE,
     MODEL_FORMAT,
@@ -38,6 +38,7 @@ from pipelines.weights import read_weights
 import numpy as np
 import torch
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from pydantic import ValidationError
 
 # What a run leaves, by name: of a folder, what is in it.
 _OWN_FILES = re.compile(
@@ -84,10 +85,14 @@ def _as_name(text: str) -> str:
 
 
 class RunFolder:
-    """One run's files under `folder`. Only the main process `writes`; on the others, what would write does nothing."""
+    """One run's files under `folder`. Only the main process `writes`; on the others, what would write does nothing.
 
-    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+    not_named: settings that neither a flag nor a recipe has named, where a run that is there goes on as it began.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True, not_named: Collection[str] = ()) -> None:
         self.folder = folder
+        self._not_named = not_named
         self._writes = writes
         self._lock: BaseFileLock = FileLock(folder / ".lock", timeout=0)
         self.best = folder / "best.pt"
@@ -156,10 +161,15 @@ class RunFolder:
         return "resumed"
 
     def meant_before(self, config: Config) -> dict[str, Any]:
-        """What settings that are not given, and are newer than the run, mean for it."""
-        before = asdict(self.settings_before())
-        are_default = {key for key in MEANT_BEFORE if getattr(config, key) == SCHEMA[key]["default"]}
-        return {key: MEANT_BEFORE[key] for key in are_default if before[key] == MEANT_BEFORE[key]}
+        """What settings that nobody has named, or that are newer than the run, mean for it."""
+        before, now = asdict(self.settings_before()), asdict(config)
+        are_default = {key for key in MEANT_BEFORE if now[key] == SCHEMA[key]["default"]}
+        meant = {key: MEANT_BEFORE[key] for key in are_default if before[key] == MEANT_BEFORE[key]}
+        own = {key: before[key] for key in self._not_named if key in REFUSED and before[key] != now[key]}
+        with suppress(ValidationError):  # with a flag that does not go with them: then all that differs is to be told
+            replace(config, **own)
+            return own | meant
+        return meant
 
     def settings_before(self) -> Config:
         """Those with which the run was trained: its newest checkpoint has them, config.yaml before there is one."""

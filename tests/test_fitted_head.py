@@ -188,6 +188,7 @@ def test_what_is_trained_goes_by_the_folds_and_its_reason_is_said(settings, row,
     )
     assert fitted.freeze == auto.freeze == freeze
     assert (why in fitted.reason and fitted.reason.startswith(f"freeze: {freeze}, ")) if why else not fitted.reason
+    assert auto.reason.endswith("starts again at zeros") == auto.head_restarts
     assert not fitted.head_restarts
     assert auto.head_restarts == bool(row and settings.get("mode") != "feature_extract")
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import train
 from pipelines import resume
-from pipelines.config import Config, dump_yaml
+from pipelines.config import SCHEMA, Config, dump_yaml, not_named
 from pipelines.errors import UserError
 from pipelines.optimizer import lr_factor, rate_jump
 from pipelines.run_files import checkpoint_folders, read_run_config, to_json
@@ -94,6 +94,33 @@ def test_what_decides_the_result_is_refused_and_all_else_goes_on_and_is_said(run
 def test_a_setting_decides_by_what_it_does(run, before, now):
     saved_run(run, Config(**before))
     assert run.beginning(Config(**before | now)) == "resumed"
+
+
+def test_settings_that_nobody_names_are_those_that_the_run_began_with(run, capsys):
+    """As where the default recipe is another one since, or was not the one that the run began with."""
+    saved_run(run, Config(lr=0.5, freeze="layer3"))
+    not_named = {"lr", "freeze", "max_steps"}
+    goes_on = RunFolder(run.folder, not_named=not_named)
+    now = Config(lr=0.1, freeze="none", max_steps=7)
+    assert goes_on.beginning(now) == "resumed"
+    assert goes_on.meant_before(now) == {"lr": 0.5, "freeze": "layer3"}
+    assert "goes on as it began, with " in (said := capsys.readouterr().err)
+    assert "lr 0.5" in said
+    goes_on.close()
+    with pytest.raises(UserError, match=r"other settings \(batch_size\)"):
+        RunFolder(run.folder, not_named=not_named).beginning(Config(batch_size=8))
+    # With a flag that does not go with what the run has, all is told.
+    of_another_kind = Config(lr=0.1, freeze="none", arch="mobilenet_v2")
+    with pytest.raises(UserError, match=r"other settings \(arch, freeze, lr\)"):
+        RunFolder(run.folder, not_named=not_named).beginning(of_another_kind)
+
+
+def test_named_is_what_stands_on_the_command_line_or_in_a_recipe_that_it_names(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("lr: 0.5\n")
+    assert not_named([]) == set(SCHEMA)
+    assert not_named(["--batch-size", "5"]) == set(SCHEMA) - {"batch_size"}
+    assert not_named(["--batch-size", "5", "--config", str(recipe)]) == set()
 
 
 @pytest.mark.parametrize(

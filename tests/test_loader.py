@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from pipelines.dataset import Split, load_dataset, scan_dataset
 from pipelines.errors import MachineError, UserError
@@ -387,7 +388,9 @@ def test_a_batch_that_a_gpu_still_reads_is_not_given_back_to_dali(split, monkeyp
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     events = EventOfABusyGpuStandIn.made = []
     monkeypatch.setattr(torch.cuda, "Event", EventOfABusyGpuStandIn)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(True))  # stands for the GPU's
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     loader = make_loader(split, "dali")
     engine, batches = loader.engine, [torch.empty(1) for _ in range(5)]
 
@@ -404,6 +407,8 @@ def test_a_batch_that_a_gpu_still_reads_is_not_given_back_to_dali(split, monkeyp
     engine._hold(batches[4])
     assert held() == [False, False, False, False, True]
     loader.close()
+    assert held() == [False] * 5
+    assert waited == [True]
 
 
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 20_000)])
