@@ -219,9 +219,9 @@ def test_a_training_whose_every_picture_fails_and_whose_best_is_balanced(
 @pytest.mark.slow
 def test_a_run_with_test_flips_is_evaluated_with_them(photos, random_weights, run_here, tmp_path: Path) -> None:
     command = ["--data", photos, "--weights", random_weights, "--freeze=layer3", *BARE, "--batch-size=4"]
-    command += ["--tracker=none", "--runs", tmp_path, "--run=r"]
+    command += ["--head-init=zeros", "--tracker=none", "--runs", tmp_path, "--run=r"]
     assert run_here(train, *command, "--epochs=2", "--test-flips", "--max-steps=5").returncode == 0
-    refused = run_here(train, *command, "--epochs=3")
+    refused = run_here(train, *command, "--epochs=3", "--test-flips=false")
     assert refused.returncode == 2
     assert "other settings (test_flips): it goes on with test_flips true" in refused.stderr
     done = run_here(train, *command, "--epochs=2", "--test-flips")
