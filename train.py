@@ -16,8 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -31,7 +30,7 @@ if __name__ == "__main__":
 from pipelines import figures
 from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
 from pipelines.config import Config, dump_yaml, not_named, parse_config, recipe_given
-from pipelines.dataset import Split, check_dataset, map_labels
+from pipelines.dataset import check_dataset, map_labels
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
 from pipelines.evaluation import (
     BEST_BY,
@@ -90,7 +89,7 @@ from pipelines.weights import Weights, read_weights
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch.nn import functional
 from torch.nn.utils import get_total_norm
 
@@ -199,12 +198,14 @@ def main(arguments: list[str]) -> None:
 
         # The head, where it is fitted, and then what of the body is trained, which may depend on it.
         store = _feature_store(config) if state.is_main_process else None
-        training_split = (photos["train"], labels["train"], state, engine)
         fitted: dict[str, Any] = {}  # a row of metrics
         met: set[int] = set()  # photos that it could not decode
         if to_fit:
             try:
-                fitted, met = _fit(network, training_split, accelerator, config, store, run, stop.is_made_anywhere)
+                fitted, met = fit_head(
+                    *(network, photos["train"], labels["train"], engine, accelerator, config, store, run),
+                    stop.is_made_anywhere,
+                )
             except PassStopped:
                 raise stopped() from None
         if saved:
@@ -220,7 +221,7 @@ def main(arguments: list[str]) -> None:
         model = torch.compile(model) if config.compile else model
         sizes = {name: split.sizes for name, split in photos.items()}
         micro_batch = micro_batch_of(chosen, model, network, accelerator, engine, sizes)
-        training = train_loader(chosen, *training_split, micro_batch)
+        training = train_loader(chosen, photos["train"], labels["train"], state, engine, micro_batch)
         to_close.callback(training.close)
         training.bad |= met
         validation = eval_loader(config, photos["val"], labels["val"], state, engine)
@@ -396,23 +397,6 @@ def main(arguments: list[str]) -> None:
         to_close.close()
 
 
-def _fit(
-    network: TransferModel,
-    split: tuple[Split, np.ndarray, PartialState, str],
-    accelerator: Accelerator,
-    config: Config,
-    store: FeatureStore | None,
-    run: RunFolder,
-    stop: Callable[[], bool],
-) -> tuple[dict[str, Any], set[int]]:
-    """The row of a fitted head, and the photos that could not be decoded; the loader's memory is free again.
-
-    split: photos, labels, processes, engine, as a loader takes them.
-    """
-    with closing(eval_loader(config, *split)) as photos:
-        return fit_head(network, photos, split[1], accelerator, config, store, run, stop), photos.bad
-
-
 def _feature_store(config: Config) -> FeatureStore | None:
     return FeatureStore(cache_folder() / "features", int(config.cache_gb * 1e9)) if config.cache_gb else None
 
@@ -491,7 +475,7 @@ def _setup_report(
 
 def _head_report(config: Config, unfitted: str, weights: Weights, has_own_head: bool) -> list[str]:
     """unfitted: why no head is fitted. has_own_head: whether the weights' own head is for these classes."""
-    if config.head_init not in ("fitted", "auto"):
+    if not config.may_fit_head:
         return []
     if unfitted:
         return [f"head: not fitted, as {unfitted}: it is {'the one of the weights' if has_own_head else 'zeros'}"]

@@ -216,13 +216,18 @@ class Config:
     log_model: Literal["never", "best", "end"] = "best"
     """when the best weights go to W&B: each time they improve, once at the end, or never"""
 
+    @property
+    def may_fit_head(self) -> bool:
+        """Whether a head is fitted where nothing speaks against it."""
+        return self.head_init in ("fitted", "auto")
+
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         if self.resize < self.image_size:
             raise Contradiction("resize must be at least image_size", "resize", "image_size")
         if self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
-        if self.epochs == 0 and self.head_init not in ("fitted", "auto"):
+        if self.epochs == 0 and not self.may_fit_head:
             raise Contradiction("nothing would teach the head: give epochs, or head_init fitted", "epochs", "head_init")
         if self.weights == "none" and self.head_init == "fitted":
             raise Contradiction("a head cannot be fitted to what a random network sees", "weights", "head_init")
@@ -232,7 +237,7 @@ class Config:
             raise Contradiction(
                 "only a ResNet's stages can be told: give freeze none, or mode feature_extract", "arch", "freeze"
             )
-        if self.mode == "finetune" and self.freeze == "auto" and self.head_init not in ("fitted", "auto"):
+        if self.mode == "finetune" and self.freeze == "auto" and not self.may_fit_head:
             raise Contradiction("freeze auto goes by the folds of a fitted head", "freeze", "head_init")
         frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze not in ("none", "auto"))]
         for key, is_frozen in [*frozen, ("batchnorm", self.batchnorm == "frozen")]:

@@ -1,17 +1,18 @@
 """A run's head, fitted before its training to what the whole body makes of the training photos."""
 
-import copy
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines import figures
 from pipelines.config import STAGED, Config, Freeze
+from pipelines.dataset import Split
 from pipelines.errors import PassStopped, UserError
 from pipelines.feature_store import FeatureStore
 from pipelines.features import FrozenFeatures
-from pipelines.loader import Loader
+from pipelines.loader import eval_loader
 from pipelines.logistic_regression import PENALTIES, Fit, choose_and_fit, class_weights_of, why_too_large
 from pipelines.model import STAGES, TransferModel
 from pipelines.processes import main_first
@@ -40,7 +41,7 @@ class Start:
 
 def why_not_fitted(config: Config, network: TransferModel, photos: int, *, has_own_head: bool) -> str:
     """Why no head is fitted to so many photos; "" where one is. has_own_head: that the weights' is for the classes."""
-    if config.head_init not in ("fitted", "auto"):
+    if not config.may_fit_head:
         return f"head_init is {config.head_init}"
     if config.head_init == "auto" and config.weights == "none":
         return "the weights are random"
@@ -51,38 +52,41 @@ def why_not_fitted(config: Config, network: TransferModel, photos: int, *, has_o
 
 def fit_head(
     network: TransferModel,
-    photos: Loader,
+    split: Split,
     labels: np.ndarray,
+    engine: str,
     accelerator: Accelerator,
     config: Config,
     store: FeatureStore | None,
     run: RunFolder,
     stop: Callable[[], bool],
-) -> dict[str, Any]:
-    """Fits `network.head`, the same on all processes; returns a row of metrics: the penalty, the folds' accuracies.
+) -> tuple[dict[str, Any], set[int]]:
+    """Fits `network.head`, the same on all processes. The body is frozen from then on, until `freeze` says otherwise.
 
-    photos: those of the training, as validation sees them; each counts with its mirror image where the training has
+    split: the training's photos, seen as validation sees them, each with its mirror image where the training has
     those. labels: int [N], of all of them. The main process fits, draws head_penalty.png and says what has come out.
     stop: asked again and again. Where it says yes on any process, PassStopped is raised on all.
+    Returns a row of metrics, with the penalty and the folds' accuracies, and the photos that could not be decoded. The
+    memory that decoding has taken is free again.
     """
     started = time.perf_counter()
     mirrored = _views(config) > 1
-    # A copy: `network` goes on with its own stages frozen, and with statistics that may move.
-    body = copy.deepcopy(network.network)
-    whole = TransferModel(body, frozen_stages=len(STAGES), batchnorm="frozen", test_flips=mirrored).eval()
-    features = FrozenFeatures(
-        *(whole, photos, accelerator),
-        views_per_photo=1,
-        epochs=1,
-        micro_batch=config.eval_batch_per_device,
-        mirrored=mirrored,
-        store=store,
-    )
-    features.prepare(0, stop)
+    frozen: Any = {"frozen_stages": len(STAGES), "batchnorm": "frozen", "test_flips": mirrored}
+    whole = TransferModel(network.network, **frozen).eval()
+    with closing(eval_loader(config, split, labels, PartialState(), engine)) as photos:
+        features = FrozenFeatures(
+            *(whole, photos, accelerator),
+            views_per_photo=1,
+            epochs=1,
+            micro_batch=config.eval_batch_per_device,
+            mirrored=mirrored,
+            store=store,
+        )
+        features.prepare(0, stop)
     head = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in network.head.parameters()]
 
     def fit() -> dict[str, Any] | None:
-        can_be_read = photos.split.faults == 0
+        can_be_read = split.faults == 0
         can_be_read[list(photos.bad)] = False
         known = features.rows.unflatten(0, (_views(config), -1)).cpu()
         if not known.isfinite().all():
@@ -108,7 +112,7 @@ def fit_head(
             raise PassStopped
         for parameter, value in zip(network.head.parameters(), head, strict=True):
             parameter.copy_(broadcast(value))
-    return row
+    return row, photos.bad
 
 
 def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> Start:

@@ -70,9 +70,7 @@ class TransferModel(nn.Module):
 
     def reset_head(self) -> None:
         """The head's weights and bias are zeros from now on."""
-        with torch.no_grad():
-            for parameter in self.head.parameters():
-                parameter.zero_()
+        _draw_head(self.head, None)
 
     def frozen_digest(self) -> str:
         """Hex, of the frozen layers and their values: what `frozen_part` makes of a photo depends on no others."""

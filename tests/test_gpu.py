@@ -279,18 +279,8 @@ def memory_is_flat_over_the_epochs(device: str, engine: str, root: str) -> None:
 def test_known_features_stay_on_the_gpu(root, tmp_path, random_weights, monkeypatch, capsys):
     monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
     settings = ["--data", str(root), "--weights", str(random_weights), "--freeze", "layer3", "--views-per-photo", "2"]
-    settings += [
-        "--head-init",
-        "zeros",
-        "--loader",
-        "torch",
-        "--epochs",
-        "3",
-        "--tracker",
-        "none",
-        "--runs",
-        str(tmp_path),
-    ]
+    settings += ["--head-init", "zeros", "--loader", "torch", "--epochs", "3", "--tracker", "none"]
+    settings += ["--runs", str(tmp_path)]
     losses = {}
     for where, room in (("the GPU's memory", 2**40), ("in memory", 0)):
         monkeypatch.setattr("pipelines.features.room_on", lambda _, room=room: room)
