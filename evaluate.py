@@ -21,21 +21,26 @@ if __name__ == "__main__":
     # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from pipelines import figures
 from pipelines.config import Config, ScriptParser, parse_config
-from pipelines.dataset import Dataset, Split, check_dataset, map_labels, spelling_notes
+from pipelines.data.dataset import Dataset, Split, check_dataset, map_labels, spelling_notes
+from pipelines.data.decode import central_views
+from pipelines.data.engines.factory import agree_on_engine
+from pipelines.data.loader import eval_loader
+from pipelines.data.open import open_dataset
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.launch import start_accelerator, start_processes
+from pipelines.distributed.sync import main_first
 from pipelines.errors import UserError
-from pipelines.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
 from pipelines.files import begins_with, check_replaceable
-from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, agree_on_engine, eval_loader
-from pipelines.model import restore_model
-from pipelines.pixels import central_views
-from pipelines.processes import main_first, open_dataset, run_script, start_accelerator, start_processes
+from pipelines.model.network import restore_model
+from pipelines.model.weights import Weights, count_classes, read_run_weights, read_weights_file
+from pipelines.run import figures
+from pipelines.run.folder import refuse_links, replacing
 from pipelines.run_files import Description, read_description, read_run_config, to_json
-from pipelines.runs import refuse_links, replacing
 from pipelines.text import check_printed, counted, listed, printable
-from pipelines.wandb_tracker import add_to_summary, check_tracked
-from pipelines.weights import Weights, count_classes, read_run_weights, read_weights_file
+from pipelines.tracking.wandb import add_to_summary, check_tracked
+from pipelines.training.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
 
 import numpy as np
 

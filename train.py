@@ -27,12 +27,39 @@ if __name__ == "__main__":
     # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from pipelines import figures
-from pipelines.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
+from pipelines.cache import cache_folder
 from pipelines.config import Config, dump_yaml, not_named, parse_config, recipe_given
-from pipelines.dataset import check_dataset, map_labels
+from pipelines.data.dataset import check_dataset, map_labels
+from pipelines.data.engines.factory import agree_on_engine
+from pipelines.data.loader import Batch, Loader, Step, eval_loader, share_bad_photos, train_loader
+from pipelines.data.open import open_dataset
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.distributed.exits import ending_of, run_script
+from pipelines.distributed.launch import launcher_hints, start_accelerator, start_processes
+from pipelines.distributed.stopping import StopRequest
+from pipelines.distributed.sync import main_first, main_then_others
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
-from pipelines.evaluation import (
+from pipelines.model.feature_store import FeatureStore
+from pipelines.model.features import MEMORY_LIMIT, FrozenFeatures, store_report
+from pipelines.model.logistic_regression import class_weights_of
+from pipelines.model.network import (
+    TransferModel,
+    average_batchnorm_statistics,
+    build_model,
+    frozen_stages,
+    has_head_for,
+)
+from pipelines.model.optimizer import learning_rates, lr_factor, make_optimizer, rate_jump, set_learning_rates
+from pipelines.model.weights import Weights, read_weights
+from pipelines.run import figures
+from pipelines.run.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
+from pipelines.run.folder import RunFolder, describe_model, new_run_name, versions
+from pipelines.run.resume import changed_settings
+from pipelines.run_files import is_run_config
+from pipelines.text import counted, printable
+from pipelines.tracking.session import Tracking, describe_run
+from pipelines.tracking.settings import check_tracker
+from pipelines.training.evaluation import (
     BEST_BY,
     answers_are_finite,
     best_scores,
@@ -42,50 +69,9 @@ from pipelines.evaluation import (
     validation_row,
     wilson_interval,
 )
-from pipelines.feature_store import FeatureStore
-from pipelines.features import MEMORY_LIMIT, FrozenFeatures, store_report
-from pipelines.fitted_head import Start, chosen_start, fit_head, resolved, why_not_fitted
-from pipelines.loader import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Batch,
-    Loader,
-    Step,
-    agree_on_engine,
-    eval_loader,
-    share_bad_photos,
-    train_loader,
-)
-from pipelines.logistic_regression import class_weights_of
-from pipelines.memory import micro_batch_of
-from pipelines.model import (
-    TransferModel,
-    average_batchnorm_statistics,
-    build_model,
-    frozen_stages,
-    has_head_for,
-)
-from pipelines.optimizer import learning_rates, lr_factor, make_optimizer, rate_jump, set_learning_rates
-from pipelines.photos import cache_folder
-from pipelines.processes import (
-    ending_of,
-    launcher_hints,
-    main_first,
-    main_then_others,
-    open_dataset,
-    run_script,
-    start_accelerator,
-    start_processes,
-)
-from pipelines.progress import EpochTable, Interval, StepWatch
-from pipelines.resume import changed_settings
-from pipelines.run_files import is_run_config
-from pipelines.runs import RunFolder, describe_model, new_run_name, versions
-from pipelines.stopping import StopRequest
-from pipelines.text import counted, printable
-from pipelines.tracker_settings import check_tracker
-from pipelines.tracking import Tracking, describe_run
-from pipelines.weights import Weights, read_weights
+from pipelines.training.fitted_head import Start, chosen_start, fit_head, resolved, why_not_fitted
+from pipelines.training.micro_batch import micro_batch_of
+from pipelines.training.progress import EpochTable, Interval, StepWatch
 
 import numpy as np
 import torch

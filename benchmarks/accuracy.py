@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.hardware import machine
-from pipelines.runs import versions
+from pipelines.distributed.hardware import machine
+from pipelines.run.folder import versions
 from pipelines.text import lasting_streams
 
 import yaml

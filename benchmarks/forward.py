@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.config import Config
-from pipelines.hardware import machine
-from pipelines.model import build_model
-from pipelines.runs import versions
-from pipelines.weights import Weights
+from pipelines.distributed.hardware import machine
+from pipelines.model.network import build_model
+from pipelines.model.weights import Weights
+from pipelines.run.folder import versions
 
 import torch
 from torchvision import models

@@ -35,16 +35,19 @@ from typing import Any
 
 import train
 from pipelines.config import parse_config
-from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.features import FrozenFeatures
-from pipelines.loader import IMAGENET_STD, Loader, Step, make_engine, train_loader
-from pipelines.model import build_model
-from pipelines.optimizer import make_optimizer
-from pipelines.plan import EvalPlan, Plan, TrainPlan
-from pipelines.processes import open_dataset, start_accelerator, start_processes
-from pipelines.progress import Interval, StepWatch
-from pipelines.runs import versions
-from pipelines.weights import read_weights
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.engines.factory import make_engine
+from pipelines.data.loader import Loader, Step, train_loader
+from pipelines.data.open import open_dataset
+from pipelines.data.plan import EvalPlan, Plan, TrainPlan
+from pipelines.data.preprocess import IMAGENET_STD
+from pipelines.distributed.launch import start_accelerator, start_processes
+from pipelines.model.features import FrozenFeatures
+from pipelines.model.network import build_model
+from pipelines.model.optimizer import make_optimizer
+from pipelines.model.weights import read_weights
+from pipelines.run.folder import versions
+from pipelines.training.progress import Interval, StepWatch
 
 import numpy as np
 import torch

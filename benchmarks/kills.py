@@ -28,7 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipelines.processes import run_script
+from pipelines.distributed.exits import run_script
 from pipelines.run_files import checkpoint_folders
 from pipelines.text import lasting_streams
 

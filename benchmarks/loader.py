@@ -19,11 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, make_engine
-from pipelines.photos import cache_folder, locate
-from pipelines.plan import TrainPlan
-from pipelines.runs import versions
+from pipelines.cache import cache_folder
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.engines.factory import make_engine
+from pipelines.data.loader import Loader
+from pipelines.data.plan import TrainPlan
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.data.samples import locate
+from pipelines.run.folder import versions
 from pipelines.text import lasting_streams
 
 import numpy as np

@@ -23,12 +23,13 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from pipelines.dataset import _LAYOUT as INDEX_LAYOUT
-from pipelines.dataset import Split, _collect, _fingerprint, _write_index, load_dataset, map_labels, scan_dataset
-from pipelines.known_photos import keep_photos
-from pipelines.loader import Loader, Pixels
-from pipelines.plan import TrainPlan, Views
-from pipelines.runs import versions
+from pipelines.data.dataset import _LAYOUT as INDEX_LAYOUT
+from pipelines.data.dataset import Split, _collect, _fingerprint, _write_index, load_dataset, map_labels, scan_dataset
+from pipelines.data.engines.base import Pixels
+from pipelines.data.known_photos import keep_photos
+from pipelines.data.loader import Loader
+from pipelines.data.plan import TrainPlan, Views
+from pipelines.run.folder import versions
 from pipelines.text import lasting_streams
 
 import numpy as np

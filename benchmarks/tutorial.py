@@ -24,10 +24,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from pipelines.cache import cache_folder
 from pipelines.config import Config
-from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.photos import cache_folder, locate
-from pipelines.weights import read_weights
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.data.samples import locate
+from pipelines.model.weights import read_weights
 
 import torch
 from torch import nn

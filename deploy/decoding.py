@@ -22,10 +22,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipelines.data.decode import pixels_of_file
+from pipelines.data.headers import judge
+from pipelines.data.preprocess import Preprocess
+from pipelines.data.structure import TOO_COSTLY
 from pipelines.errors import MachineError
-from pipelines.headers import judge
-from pipelines.pixels import Preprocess, pixels_of_file
-from pipelines.structure import TOO_COSTLY
 
 import numpy as np
 

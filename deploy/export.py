@@ -25,22 +25,22 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
-from pipelines import figures
+from pipelines.cache import cache_folder
 from pipelines.config import GROUPS, SCHEMA, Config, ScriptParser
-from pipelines.dataset import Dataset, load_dataset, map_labels, scan_dataset
+from pipelines.data.dataset import Dataset, load_dataset, map_labels, scan_dataset
+from pipelines.data.preprocess import Preprocess
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.hardware import cpu_cores
 from pipelines.errors import MachineError, UserError
-from pipelines.evaluation import confusion_pairs, wilson_interval
 from pipelines.files import file_digest
-from pipelines.hardware import cpu_cores
 from pipelines.inference import Classifier, find_photos, import_extra, open_onnx, open_run
-from pipelines.model import restore_model
-from pipelines.photos import cache_folder
-from pipelines.pixels import Preprocess
-from pipelines.processes import run_script
+from pipelines.model.network import restore_model
+from pipelines.model.weights import Weights, read_run_weights
+from pipelines.run import figures
+from pipelines.run.folder import refuse_links
 from pipelines.run_files import read_description, read_run_config
-from pipelines.runs import refuse_links
 from pipelines.text import counted, printable
-from pipelines.weights import Weights, read_run_weights
+from pipelines.training.evaluation import confusion_pairs, wilson_interval
 
 import numpy as np
 import safetensors.torch

@@ -30,15 +30,17 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends without a trace
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
-from pipelines import figures
 from pipelines.config import ScriptParser
+from pipelines.data.decode import view_of_file
+from pipelines.data.engines.factory import choose_engine
+from pipelines.data.preprocess import Preprocess
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.hardware import cpu_cores
+from pipelines.distributed.launch import start_processes
 from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
-from pipelines.hardware import cpu_cores
 from pipelines.inference import Answer, find_photos, open_run
-from pipelines.loader import choose_engine
-from pipelines.pixels import Preprocess, view_of_file
-from pipelines.processes import run_script, start_processes
+from pipelines.run import figures
 from pipelines.text import check_printed, counted, printable
 
 import numpy as np

@@ -38,14 +38,14 @@ if __name__ == "__main__":
 
 from deploy.decoding import MAX_PIXELS, Busy, Decoders
 from pipelines.config import ScriptParser
+from pipelines.distributed.exits import Terminated, run_script
+from pipelines.distributed.hardware import cpu_cores
 from pipelines.errors import UserError
-from pipelines.evaluation import wilson_interval
-from pipelines.hardware import cpu_cores
 from pipelines.inference import Answer, Classifier, answer_of, import_extra, open_onnx, open_run
-from pipelines.processes import Terminated, run_script
-from pipelines.resume import spelled
+from pipelines.run.resume import spelled
 from pipelines.run_files import read_description
 from pipelines.text import printable
+from pipelines.training.evaluation import wilson_interval
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The importable pieces of dalitune, one file per room."""
+"""The importable pieces of dalitune, in layers: each imports only from those before it (docs/design.md)."""
 
 import os
 

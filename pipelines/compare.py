@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import figures
+from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
-from pipelines.evaluation import BEST_BY
 from pipelines.files import check_replaceable
-from pipelines.processes import run_script
+from pipelines.run import figures
+from pipelines.run.folder import RunFolder
 from pipelines.run_files import read_description, read_run_config, read_status
-from pipelines.runs import RunFolder
 from pipelines.text import check_printed, printable
+from pipelines.training.evaluation import BEST_BY
 
 _NOT_COMPARED = {"run", "runs", "overwrite", "prepare"}
 _WIDEST = 28  # characters of a cell

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from pipelines.errors import UserError
+from pipelines.files import ROOT
 
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -28,7 +29,7 @@ FORMAT = 1
 # Settings that are no more, each with its new name, or None where there is none: what is old is read, and that is said.
 RETIRED: dict[str, str | None] = {}
 _LARGEST_RECIPE = 1 << 16  # bytes
-DEFAULT_RECIPE = Path(__file__).resolve().parent.parent / "configs" / "finetune.yaml"
+DEFAULT_RECIPE = ROOT / "configs" / "finetune.yaml"
 
 
 def _without_nul(text: str) -> str:

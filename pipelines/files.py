@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout
 _BLOCK = 1 << 20  # bytes in memory at once
 
 

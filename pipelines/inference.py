@@ -15,20 +15,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.dataset import Split
+from pipelines.data.dataset import Split
+from pipelines.data.decode import judge_place, pixels_of_file, split_of, undecodable, views_of_sound
+from pipelines.data.engines.base import Engine
+from pipelines.data.engines.factory import make_engine
+from pipelines.data.engines.pillow import normalised, scale_and_shift
+from pipelines.data.headers import FAULTS
+from pipelines.data.layout import Findings, photos_below
+from pipelines.data.plan import Views
+from pipelines.data.preprocess import Preprocess
+from pipelines.distributed.hardware import cpu_cores
 from pipelines.errors import UserError
 from pipelines.files import file_digest
-from pipelines.hardware import cpu_cores
-from pipelines.headers import FAULTS
-from pipelines.layout import Findings, photos_below
-from pipelines.loader import Engine, make_engine
-from pipelines.model import restore_model
-from pipelines.pixels import Preprocess, judge_place, pixels_of_file, split_of, undecodable, views_of_sound
-from pipelines.plan import Views
+from pipelines.model.network import restore_model
+from pipelines.model.weights import read_run_weights
 from pipelines.run_files import check_preprocessing, read_description
 from pipelines.text import printable
-from pipelines.torch_engine import normalised, scale_and_shift
-from pipelines.weights import read_run_weights
 
 import numpy as np
 import torch

@@ -16,15 +16,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipelines import figures
+from pipelines.cache import cache_folder
 from pipelines.config import SCHEMA, ScriptParser
-from pipelines.dataset import Dataset, Split, check_dataset, load_dataset, scan_dataset
+from pipelines.data.dataset import Dataset, Split, check_dataset, load_dataset, scan_dataset
+from pipelines.data.decode import central_views
+from pipelines.data.headers import FORMATS, TRANSPARENT
+from pipelines.data.samples import locate
+from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
-from pipelines.headers import FORMATS, TRANSPARENT
-from pipelines.photos import cache_folder, locate
-from pipelines.pixels import central_views
-from pipelines.processes import run_script
+from pipelines.run import figures
 from pipelines.text import check_printed, counted, printable
 
 import numpy as np

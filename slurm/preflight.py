@@ -18,18 +18,12 @@ from socket import gethostname
 
 import train
 from pipelines.config import parse_config
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.hardware import cpu_cores
+from pipelines.distributed.launch import cores_hint, cpu_is_asked_for, start_processes
+from pipelines.distributed.sync import local_world_size, main_first, speaks
 from pipelines.errors import MachineError, Stopped, UserError
-from pipelines.hardware import cpu_cores
-from pipelines.processes import (
-    cores_hint,
-    cpu_is_asked_for,
-    local_world_size,
-    main_first,
-    run_script,
-    speaks,
-    start_processes,
-)
-from pipelines.runs import new_run_name
+from pipelines.run.folder import new_run_name
 from pipelines.text import counted
 
 import torch

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipelines import processes
-from pipelines.evaluation import predict
+from pipelines.distributed.exits import run_script
 from pipelines.run_files import read_description
+from pipelines.training.evaluation import predict
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def run_here(capsys) -> Callable[..., subprocess.CompletedProcess]:
 
     def run(script: ModuleType, *arguments: object) -> subprocess.CompletedProcess:
         words = [str(argument) for argument in arguments]
-        code = processes.run_script(script.main, words)
+        code = run_script(script.main, words)
         said = capsys.readouterr()
         return subprocess.CompletedProcess(words, code, said.out, said.err)
 
@@ -115,7 +115,7 @@ def trained_run(tmp_path_factory, random_weights, answers_of_evaluate) -> Traine
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(train.__file__).parent)
         run = runs / "ants-and-bees"
-        assert processes.run_script(train.main, [*flags, f"--run={run.name}"]) == 0
+        assert run_script(train.main, [*flags, f"--run={run.name}"]) == 0
     return TrainedRun(run, answers_of_evaluate(run))
 
 
@@ -134,7 +134,7 @@ def answers_of_evaluate() -> Callable[[Path], Mapping[str, tuple[str, float]]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(Path(evaluate.__file__).parent)
             patch.setattr(evaluate, "predict", listen)
-            assert processes.run_script(evaluate.main, [str(run)]) == 0
+            assert run_script(evaluate.main, [str(run)]) == 0
         (loader, rows), classes = records[0], read_description(run, "run")["classes"]
         named = [classes[label] for label in rows["predicted"]]
         paths = [loader.split.path(int(index)) for index in rows["index"]]
@@ -160,5 +160,5 @@ def exported_run(trained_run) -> TrainedRun:
     """The same with its export/."""
     from deploy import export
 
-    assert processes.run_script(export.main, [str(trained_run.folder)]) == 0
+    assert run_script(export.main, [str(trained_run.folder)]) == 0
     return trained_run

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.headers import HAS_AVIF, HAS_HEIF, MAX_PIXELS
+from pipelines.data.headers import HAS_AVIF, HAS_HEIF, MAX_PIXELS
 
 import numpy as np
 from PIL import Image

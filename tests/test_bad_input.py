@@ -17,12 +17,12 @@ from pathlib import Path
 
 import train
 from pipelines.config import dump_yaml, parse_config
-from pipelines.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.engines.pillow import TorchEngine
+from pipelines.data.headers import FAULTS, judge
+from pipelines.data.plan import EvalPlan
+from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
-from pipelines.headers import FAULTS, judge
-from pipelines.plan import EvalPlan
-from pipelines.processes import run_script
-from pipelines.torch_engine import TorchEngine
 
 import numpy as np
 import pytest
@@ -485,7 +485,7 @@ def test_without_a_home_folder_the_cache_is_elsewhere_and_that_is_said_once(
 THREE_PROCESSES = """
 import os, sys
 import train
-from pipelines.processes import run_script
+from pipelines.distributed.exits import run_script
 
 rank = next((rank for rank in (1, 2) if os.fork() == 0), 0)
 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}

@@ -93,7 +93,7 @@ RUNS_IN_ONE_LAUNCH = """
 import json, os, sys
 from pathlib import Path
 import train
-from pipelines.processes import start_processes
+from pipelines.distributed.launch import start_processes
 state = start_processes()
 assert state.num_processes == 2
 for cut_off, flags in json.loads(Path(sys.argv[1]).read_text()):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import accuracy, forward, gpu, tutorial
-from pipelines.hardware import machine
+from pipelines.distributed.hardware import machine
 
 import pytest
 import torch

@@ -3,8 +3,8 @@
 import sys
 from types import SimpleNamespace
 
-from pipelines import dali_check, loader
-from pipelines.dali_check import fault_of_dali
+from pipelines.data.engines import dali_check, factory
+from pipelines.data.engines.dali_check import fault_of_dali
 from pipelines.errors import MachineError
 
 import pytest
@@ -75,27 +75,27 @@ def test_the_real_child_finds_dali_right_on_the_cpu(cache, monkeypatch):
 def test_the_other_engine_goes_on_unless_dali_was_asked_for(monkeypatch):
     """No GPU here: the check's answer is a stand-in, and what is read of DALI are two version numbers."""
     pytest.importorskip("nvidia.dali", reason="needs DALI")
-    monkeypatch.setattr(loader, "_dali_misfit", lambda: None)
+    monkeypatch.setattr(factory, "_dali_misfit", lambda: None)
     monkeypatch.setattr(
-        loader, "fault_of_dali", lambda device: "DALI does not work here: its decoder ends with SIGSEGV"
+        factory, "fault_of_dali", lambda device: "DALI does not work here: its decoder ends with SIGSEGV"
     )
-    assert loader.choose_engine("auto", GPU) == ("torch", "DALI does not work here: its decoder ends with SIGSEGV")
-    assert loader.choose_engine("torch", GPU) == ("torch", "as asked")
+    assert factory.choose_engine("auto", GPU) == ("torch", "DALI does not work here: its decoder ends with SIGSEGV")
+    assert factory.choose_engine("torch", GPU) == ("torch", "as asked")
     with pytest.raises(MachineError, match="SIGSEGV: use --loader torch"):
-        loader.choose_engine("dali", GPU)
-    monkeypatch.setattr(loader, "fault_of_dali", lambda device: "")
-    assert loader.choose_engine("auto", GPU)[0] == "dali"
+        factory.choose_engine("dali", GPU)
+    monkeypatch.setattr(factory, "fault_of_dali", lambda device: "")
+    assert factory.choose_engine("auto", GPU)[0] == "dali"
 
 
 def test_all_processes_take_the_same_engine(monkeypatch):
     """Two nodes of two processes; what the others answer is a stand-in for their part of the gathering."""
     state = SimpleNamespace(num_processes=4, is_local_main_process=True, device=CPU)
-    monkeypatch.setattr(loader, "choose_engine", lambda wanted, device: ("dali", "it works"))
+    monkeypatch.setattr(factory, "choose_engine", lambda wanted, device: ("dali", "it works"))
     elsewhere: list[object] = [(None, None), (("torch", "SIGSEGV on node2"), None), (None, None)]
-    monkeypatch.setattr(loader, "gather_object", lambda own: [*own, *elsewhere])
-    assert loader.agree_on_engine("auto", state) == ("torch", "SIGSEGV on node2")
+    monkeypatch.setattr(factory, "gather_object", lambda own: [*own, *elsewhere])
+    assert factory.agree_on_engine("auto", state) == ("torch", "SIGSEGV on node2")
     elsewhere[1] = (("dali", "it works"), None)
-    assert loader.agree_on_engine("auto", state) == ("dali", "it works")
+    assert factory.agree_on_engine("auto", state) == ("dali", "it works")
     elsewhere[1] = (None, (MachineError, "SIGSEGV on node2"))
     with pytest.raises(MachineError, match="SIGSEGV on node2"):
-        loader.agree_on_engine("dali", state)
+        factory.agree_on_engine("dali", state)

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines import dataset as room
-from pipelines.dataset import (
+from pipelines.data import dataset as room
+from pipelines.data.dataset import (
     Dataset,
     Split,
     _read_index,
@@ -22,8 +22,8 @@ from pipelines.dataset import (
     map_labels,
     scan_dataset,
 )
+from pipelines.data.headers import FAULTS, MAX_PIXELS, Judgement, exif_orientation
 from pipelines.errors import MachineError, UserError
-from pipelines.headers import FAULTS, MAX_PIXELS, Judgement, exif_orientation
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ from pathlib import Path
 import train
 from pipelines.config import Config
 from pipelines.errors import UserError
-from pipelines.runs import RunFolder
+from pipelines.run.folder import RunFolder
 
 import pytest
 from test_train import ROOT, SMALL
@@ -109,7 +109,7 @@ def test_nothing_is_written_to_the_data_folder(tmp_path, photo_folder, small_dis
 def test_a_second_run_into_one_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     folder = tmp_path / "r"
     holder = "import sys, time; from pathlib import Path; from pipelines.config import Config; "
-    holder += "from pipelines.runs import RunFolder; r = RunFolder(Path(sys.argv[1])); "
+    holder += "from pipelines.run.folder import RunFolder; r = RunFolder(Path(sys.argv[1])); "
     holder += "r.create(Config()); print('in', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", holder, str(folder)], stdout=subprocess.PIPE, cwd=ROOT)
     assert other.stdout is not None

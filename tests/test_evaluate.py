@@ -8,11 +8,11 @@ from pathlib import Path
 import evaluate
 import train
 from deploy import export, predict, serve
-from pipelines import figures
 from pipelines.config import Config, dump_yaml
-from pipelines.dataset import load_dataset, scan_dataset
+from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.inference import open_run
-from pipelines.runs import describe_model
+from pipelines.run import figures
+from pipelines.run.folder import describe_model
 from tests.test_train import run_script
 
 import numpy as np

@@ -4,9 +4,14 @@ import tracemalloc
 from pathlib import Path
 
 from pipelines.config import Config
-from pipelines.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.engines.factory import make_engine
+from pipelines.data.loader import Loader, eval_loader
+from pipelines.data.plan import EvalPlan, Views
 from pipelines.errors import UserError
-from pipelines.evaluation import (
+from pipelines.model.features import FrozenFeatures
+from pipelines.model.network import TransferModel
+from pipelines.training.evaluation import (
     _RECORD,
     _outcomes,
     confusion_matrix,
@@ -17,10 +22,6 @@ from pipelines.evaluation import (
     validation_row,
     wilson_interval,
 )
-from pipelines.features import FrozenFeatures
-from pipelines.loader import Loader, eval_loader, make_engine
-from pipelines.model import TransferModel
-from pipelines.plan import EvalPlan, Views
 
 import numpy as np
 import pytest

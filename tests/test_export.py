@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy import export, predict, serve
+from pipelines.data.decode import _UPRIGHT, pixels_of_file, view_of_file
+from pipelines.data.headers import exif_orientation
+from pipelines.data.preprocess import Preprocess
 from pipelines.errors import UserError
-from pipelines.headers import exif_orientation
 from pipelines.inference import Answer, PictureClassifier, ViewClassifier, answer_of, open_onnx, open_run
-from pipelines.pixels import _UPRIGHT, Preprocess, pixels_of_file, view_of_file
+from pipelines.model.weights import read_run_weights
 from pipelines.run_files import read_description
-from pipelines.weights import read_run_weights
 from tests.corpus import encoded, exif, picture
 
 import numpy as np

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipelines.feature_store import FeatureStore
+from pipelines.model.feature_store import FeatureStore
 
 import numpy as np
 import pytest
@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_while_it_writes_leaves_no_table_and_its_rest_goes(
     script = f"""
 import os, signal, numpy as np, torch
 from pathlib import Path
-from pipelines.feature_store import FeatureStore
+from pipelines.model.feature_store import FeatureStore
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 FeatureStore(Path({str(tmp_path)!r}), 10**6).keep({MAKER!r}, np.arange(5), torch.zeros(5, 50))
 """

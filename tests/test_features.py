@@ -7,12 +7,12 @@ from pathlib import Path
 
 import train
 from pipelines.config import Config
-from pipelines.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.loader import Loader, eval_loader, train_loader
 from pipelines.errors import PassStopped, UserError
-from pipelines.feature_store import FeatureStore
-from pipelines.features import FrozenFeatures
-from pipelines.loader import Loader, eval_loader, train_loader
-from pipelines.model import TransferModel
+from pipelines.model.feature_store import FeatureStore
+from pipelines.model.features import FrozenFeatures
+from pipelines.model.network import TransferModel
 
 import numpy as np
 import pytest
@@ -263,7 +263,9 @@ def test_few_views_stopped_anywhere_and_on_two_processes(photos, random_weights,
         assert same_bits(newest(run) / "state.pt", newest(tmp_path / "whole") / "state.pt")
 
     with monkeypatch.context() as patch:  # within the pass before the second epoch
-        patch.setattr("pipelines.features.FrozenFeatures.prepare", stop_in_the_second(train.FrozenFeatures.prepare))
+        patch.setattr(
+            "pipelines.model.features.FrozenFeatures.prepare", stop_in_the_second(train.FrozenFeatures.prepare)
+        )
         stopped = run_here(train, *command, "--run", "pass")
     assert stopped.returncode == 75
     assert "stopped at step 5" in stopped.stderr

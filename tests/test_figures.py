@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines import figures
 from pipelines.errors import MachineError
-from pipelines.figures import (
+from pipelines.run import figures
+from pipelines.run.figures import (
     save_comparison,
     save_confusion_matrix,
     save_curves,
@@ -243,7 +243,7 @@ def test_the_settings_of_the_machine_neither_change_nor_matter(tmp_path: Path) -
 
 
 def test_pyplot_is_never_imported() -> None:
-    code = "import sys, pipelines.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, pipelines.run.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(figures.__file__).parents[1])
 
 

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 
 import train
-from pipelines import logistic_regression
 from pipelines.config import Config
 from pipelines.errors import PassStopped
-from pipelines.fitted_head import chosen_start, why_not_fitted
-from pipelines.logistic_regression import PENALTIES
-from pipelines.model import build_model
-from pipelines.weights import Weights
+from pipelines.model import logistic_regression
+from pipelines.model.logistic_regression import PENALTIES
+from pipelines.model.network import build_model
+from pipelines.model.weights import Weights
+from pipelines.training.fitted_head import chosen_start, why_not_fitted
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def interrupted(*_: object, **__: object) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "is_saved"),
-    [("pipelines.fitted_head.FrozenFeatures.prepare", False), ("train.predict", True)],
+    [("pipelines.training.fitted_head.FrozenFeatures.prepare", False), ("train.predict", True)],
 )
 def test_stopped_before_its_first_epoch_a_run_goes_on(command, whole, where, is_saved, run_here, monkeypatch):
     run = command[-2] / where
@@ -142,7 +142,7 @@ def test_stopped_before_its_first_epoch_a_run_goes_on(command, whole, where, is_
 @pytest.mark.slow
 def test_a_stop_within_the_fit_is_answered(command, whole, run_here, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.fitted_head.choose_and_fit", lambda *_: None)
+        patch.setattr("pipelines.training.fitted_head.choose_and_fit", lambda *_: None)
         assert run_here(train, *command, "within", "--epochs", "0").returncode == 75
     succeeded(run_here(train, *command, "within", "--epochs", "0"))
     assert rows(command[-2] / "within") == rows(whole)
@@ -247,7 +247,7 @@ def test_freeze_auto_trains_what_it_says_and_a_resume_goes_on_with_it(
     threshold, other, frozen, trained, command, run_here, monkeypatch
 ):
     """threshold: from where on the folds are right on nearly all, so that both outcomes are met."""
-    monkeypatch.setattr("pipelines.fitted_head._RIGHT_ON_NEARLY_ALL", threshold)
+    monkeypatch.setattr("pipelines.training.fitted_head._RIGHT_ON_NEARLY_ALL", threshold)
     run = command[-2] / f"auto-{frozen}"
     command = [*with_other(command, freeze="auto", lr="0.01"), run.name]
     said = succeeded(run_here(train, *command, "--epochs", "1"))
@@ -257,7 +257,7 @@ def test_freeze_auto_trains_what_it_says_and_a_resume_goes_on_with_it(
     first = torch.load(command[command.index("--weights") + 1], weights_only=True)
     moved = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, state[f"network.{name}"])}
     assert {"conv1", "layer1", "layer4"} & moved == trained
-    monkeypatch.setattr("pipelines.fitted_head._RIGHT_ON_NEARLY_ALL", other)  # it would choose the other now
+    monkeypatch.setattr("pipelines.training.fitted_head._RIGHT_ON_NEARLY_ALL", other)  # it would choose the other now
     before = {name: value.clone() for name, value in state.items()}
     said = succeeded(run_here(train, *command, "--epochs", "2"))
     assert "resumed at step" in said

@@ -5,10 +5,10 @@ import gc
 import weakref
 
 from pipelines.config import Config
-from pipelines.folding import foldable
-from pipelines.model import TransferModel, batchnorms, build_model
-from pipelines.optimizer import make_optimizer
-from pipelines.weights import Weights
+from pipelines.model.folding import foldable
+from pipelines.model.network import TransferModel, batchnorms, build_model
+from pipelines.model.optimizer import make_optimizer
+from pipelines.model.weights import Weights
 
 import pytest
 import torch

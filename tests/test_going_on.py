@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import train
-from pipelines import resume
 from pipelines.config import SCHEMA, Config, dump_yaml, not_named
 from pipelines.errors import UserError
-from pipelines.optimizer import lr_factor, rate_jump
+from pipelines.model.optimizer import lr_factor, rate_jump
+from pipelines.run import resume
+from pipelines.run.folder import RunFolder, versions
 from pipelines.run_files import checkpoint_folders, read_run_config, to_json
-from pipelines.runs import RunFolder, versions
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ TABLES = (resume.REFUSED, resume.SAID, resume.LOOKED_INTO, resume.OF_NO_ACCOUNT)
 
 
 def test_each_setting_says_what_becomes_of_a_run_that_goes_on_with_another_value():
-    """A new setting must be put into one of the tables in pipelines/resume.py."""
+    """A new setting must be put into one of the tables in pipelines/run/resume.py."""
     assert sorted(key for table in TABLES for key in table) == sorted(field.name for field in fields(Config))
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import train
-from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.loader import Loader, make_engine
-from pipelines.plan import EvalPlan, Plan, TrainPlan
-from pipelines.processes import run_script
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.engines.factory import make_engine
+from pipelines.data.loader import Loader
+from pipelines.data.plan import EvalPlan, Plan, TrainPlan
+from pipelines.distributed.exits import run_script
 
 import numpy as np
 import pytest
@@ -283,7 +284,7 @@ def test_known_features_stay_on_the_gpu(root, tmp_path, random_weights, monkeypa
     settings += ["--runs", str(tmp_path)]
     losses = {}
     for where, room in (("the GPU's memory", 2**40), ("in memory", 0)):
-        monkeypatch.setattr("pipelines.features.room_on", lambda _, room=room: room)
+        monkeypatch.setattr("pipelines.model.features.room_on", lambda _, room=room: room)
         assert run_script(train.main, [*settings, "--run", f"room-{room}"]) == 0
         assert where in capsys.readouterr().out
         rows = [json.loads(line) for line in (tmp_path / f"room-{room}" / "metrics.jsonl").read_text().splitlines()]

@@ -2,8 +2,8 @@
 
 import json
 
-from pipelines import hardware
-from pipelines.hardware import bf16_gain, has_bf16, nvidia_hint
+from pipelines.distributed import hardware
+from pipelines.distributed.hardware import bf16_gain, has_bf16, nvidia_hint
 
 import pytest
 import torch

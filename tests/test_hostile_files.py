@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.data.decode import view_of_file
+from pipelines.data.headers import HAS_AVIF, HAS_HEIF, judge
+from pipelines.data.preprocess import Preprocess
+from pipelines.data.structure import TOO_COSTLY
 from pipelines.errors import UserError
-from pipelines.headers import HAS_AVIF, HAS_HEIF, judge
-from pipelines.pixels import Preprocess, view_of_file
-from pipelines.structure import TOO_COSTLY
-from pipelines.weights import read_weights_file
+from pipelines.model.weights import read_weights_file
 from tests.corpus import encoded, picture
 
 import numpy as np

@@ -6,9 +6,9 @@ from pathlib import Path
 import evaluate
 import train
 from pipelines.config import parse_config
-from pipelines.model import build_model
-from pipelines.optimizer import lr_factor, make_optimizer
-from pipelines.weights import Weights
+from pipelines.model.network import build_model
+from pipelines.model.optimizer import lr_factor, make_optimizer
+from pipelines.model.weights import Weights
 
 import numpy as np
 import pytest

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import train
 from pipelines.config import Config
-from pipelines.dataset import Dataset, check_dataset, load_dataset, scan_dataset
+from pipelines.data.dataset import Dataset, check_dataset, load_dataset, scan_dataset
+from pipelines.data.known_photos import in_known_places
 from pipelines.errors import UserError
-from pipelines.known_photos import in_known_places
+from pipelines.run.folder import RunFolder
 from pipelines.run_files import checkpoint_folders
-from pipelines.runs import RunFolder
 
 import numpy as np
 import pytest

@@ -4,8 +4,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from pipelines.data.layout import Findings, list_csv, list_folder, photos_below, split_of
 from pipelines.errors import UserError
-from pipelines.layout import Findings, list_csv, list_folder, photos_below, split_of
 
 import pytest
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from pipelines.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.engines.factory import choose_engine, make_engine
+from pipelines.data.loader import Loader
+from pipelines.data.plan import EvalPlan, Plan, TrainPlan, Views
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import MachineError, UserError
-from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD, Loader, choose_engine, make_engine
-from pipelines.plan import EvalPlan, Plan, TrainPlan, Views
 
 import numpy as np
 import pytest
@@ -342,7 +344,7 @@ def test_damaged_photos_are_the_same_photos_for_both_engines_and_any_crop(tmp_pa
 def test_the_gpu_graph_can_be_made_without_a_gpu():
     """DALI checks operators and arguments when the graph is made; only building it needs a driver."""
     pytest.importorskip("nvidia.dali", reason="needs DALI")
-    from pipelines.dali_engine import image_pipeline
+    from pipelines.data.engines.dali import image_pipeline
 
     settings = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "largest": (3000, 4000)}
     graph = image_pipeline(device="gpu", batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1, **settings)

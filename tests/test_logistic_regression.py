@@ -1,7 +1,7 @@
 """The fit that a fitted head is: the optimum, its folds, its penalty."""
 
-import pipelines.logistic_regression as regression
-from pipelines.logistic_regression import (
+import pipelines.model.logistic_regression as regression
+from pipelines.model.logistic_regression import (
     PENALTIES,
     choose_and_fit,
     class_weights_of,

@@ -1,7 +1,7 @@
 """How many photos a GPU takes at a time; what its memory would say is a stand-in, as there is none here."""
 
 from pipelines.config import Config
-from pipelines.memory import decoded_bytes, largest_that_fits
+from pipelines.training.micro_batch import decoded_bytes, largest_that_fits
 
 import numpy as np
 import pytest

@@ -3,8 +3,8 @@
 from typing import get_args
 
 from pipelines.config import Arch, Config
-from pipelines.loader import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.model import (
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.model.network import (
     STAGES,
     TransferModel,
     average_batchnorm_statistics,
@@ -14,9 +14,9 @@ from pipelines.model import (
     resolve_batchnorm,
     restore_model,
 )
-from pipelines.optimizer import make_optimizer
-from pipelines.runs import RunFolder
-from pipelines.weights import Weights, head_name
+from pipelines.model.optimizer import make_optimizer
+from pipelines.model.weights import Weights, head_name
+from pipelines.run.folder import RunFolder
 
 import pytest
 import torch

@@ -5,16 +5,16 @@ import struct
 import zlib
 from pathlib import Path
 
-from pipelines import headers
 from pipelines.config import Config, dump_yaml
-from pipelines.dataset import Split, load_dataset, scan_dataset
-from pipelines.headers import FAULTS
+from pipelines.data import headers
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.decode import view_of_file
+from pipelines.data.engines.factory import make_engine
+from pipelines.data.headers import FAULTS
+from pipelines.data.plan import EvalPlan
 from pipelines.inference import PictureClassifier, find_photos, read_preprocess
-from pipelines.loader import make_engine
-from pipelines.pixels import view_of_file
-from pipelines.plan import EvalPlan
-from pipelines.resume import other_result
-from pipelines.runs import RunFolder
+from pipelines.run.folder import RunFolder
+from pipelines.run.resume import other_result
 
 import numpy as np
 import pytest

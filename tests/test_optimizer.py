@@ -3,8 +3,8 @@
 import random
 
 from pipelines.config import Config
-from pipelines.model import TransferModel
-from pipelines.optimizer import lr_factor, make_optimizer, set_learning_rates
+from pipelines.model.network import TransferModel
+from pipelines.model.optimizer import lr_factor, make_optimizer, set_learning_rates
 
 import pytest
 import torch

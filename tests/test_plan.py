@@ -3,7 +3,7 @@
 from collections import Counter
 from itertools import permutations
 
-from pipelines.plan import (
+from pipelines.data.plan import (
     EvalPlan,
     TrainPlan,
     Views,

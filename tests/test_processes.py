@@ -10,19 +10,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from pipelines import processes
 from pipelines.config import Config
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.hardware import cpu_cores
+from pipelines.distributed.launch import launcher_hints, start_accelerator, start_processes
+from pipelines.distributed.sync import main_first, share_file, speaks
 from pipelines.errors import MachineError, Stopped, UserError
-from pipelines.hardware import cpu_cores
-from pipelines.processes import (
-    launcher_hints,
-    main_first,
-    run_script,
-    share_file,
-    speaks,
-    start_accelerator,
-    start_processes,
-)
 
 import numpy as np
 import pytest
@@ -39,15 +32,18 @@ from pathlib import Path
 
 import numpy as np
 from pipelines.config import Config
-from pipelines.dataset import load_dataset
-from pipelines.evaluation import predict
-from pipelines.feature_store import FeatureStore
-from pipelines.features import FrozenFeatures
-from pipelines.loader import eval_loader
-from pipelines.model import TransferModel, average_batchnorm_statistics, batchnorms
-from pipelines.processes import main_first, open_dataset, run_script, share_file, start_accelerator, start_processes
-from pipelines.runs import RunFolder
-from pipelines.tracking import Tracking
+from pipelines.data.dataset import load_dataset
+from pipelines.training.evaluation import predict
+from pipelines.model.feature_store import FeatureStore
+from pipelines.model.features import FrozenFeatures
+from pipelines.data.loader import eval_loader
+from pipelines.model.network import TransferModel, average_batchnorm_statistics, batchnorms
+from pipelines.data.open import open_dataset
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.launch import start_accelerator, start_processes
+from pipelines.distributed.sync import main_first, share_file
+from pipelines.run.folder import RunFolder
+from pipelines.tracking.session import Tracking
 
 import torch
 import torch.distributed as dist
@@ -138,9 +134,11 @@ sys.exit(run_script(main, sys.argv[1:]))
 # The main process fails while the other one waits for it.
 FAILING = """
 import sys, time
-from pipelines import processes
+from pipelines.distributed import sync
 from pipelines.errors import UserError
-from pipelines.processes import main_first, run_script, start_processes
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.launch import start_processes
+from pipelines.distributed.sync import main_first
 
 
 def fail():
@@ -152,7 +150,7 @@ def main(arguments):
     state = start_processes()
     assert state.num_processes == 2, state.num_processes
     main_first(state, lambda: None)
-    processes._POLL_SECONDS = (0.2, 1.0)[state.process_index]  # the other one looks half a second after the failure
+    sync._POLL_SECONDS = (0.2, 1.0)[state.process_index]  # the other one looks half a second after the failure
     main_first(state, fail)
     print("not reached")
 
@@ -340,12 +338,12 @@ def test_what_the_launcher_leaves_unused_is_said_with_the_flag(monkeypatch):
     """GPUs and their number are stand-ins: none is here."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr("pipelines.processes.cpu_cores", lambda: 16)
+    monkeypatch.setattr("pipelines.distributed.launch.cpu_cores", lambda: 16)
     lines = hints("cuda")
     assert ["--num_processes 4" in lines[0], "--mixed_precision bf16" in lines[1]] == [True, True]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert hints("cuda", "bf16") == []
-    monkeypatch.setattr("pipelines.processes.cpu_cores", lambda: 15)
+    monkeypatch.setattr("pipelines.distributed.launch.cpu_cores", lambda: 15)
     assert hints("cuda", "bf16") == ["3 CPU cores for each GPU, which wants 4 or more to be fed"]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert hints("cuda", "bf16")[0].endswith("to be fed: sbatch --cpus-per-task=32")
@@ -409,7 +407,7 @@ def test_a_precision_that_accelerate_refuses_is_one_line(monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("bf16 mixed precision requires a supported device.")
 
-    monkeypatch.setattr(processes, "Accelerator", refuse)
+    monkeypatch.setattr("pipelines.distributed.launch.Accelerator", refuse)
     with pytest.raises(UserError, match="Accelerate does not start: bf16 mixed precision requires a supported device"):
         start_accelerator(Config(), PartialState(cpu=True), None)
 

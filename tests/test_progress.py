@@ -4,9 +4,9 @@ import json
 import re
 from types import SimpleNamespace
 
-from pipelines import progress
 from pipelines.errors import UserError
-from pipelines.progress import EpochTable, Interval, StepWatch
+from pipelines.training import progress
+from pipelines.training.progress import EpochTable, Interval, StepWatch
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import train
-from pipelines import processes
+from pipelines.distributed import exits
 from pipelines.run_files import checkpoint_folders
 
 import psutil
@@ -55,7 +55,7 @@ def command(photos, tmp_path_factory) -> list[object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(command) -> Path:
-    assert processes.run_script(train.main, [*map(str, command), "--run", "undisturbed"]) == 0
+    assert exits.run_script(train.main, [*map(str, command), "--run", "undisturbed"]) == 0
     return Path(str(command[-1])) / "undisturbed"
 
 
@@ -126,7 +126,7 @@ def stopped(command, undisturbed) -> Path:
             return update(*arguments)
 
         patch.setattr(train, "update", asked)
-        assert processes.run_script(train.main, [*map(str, command), "--run", run.name]) == 75
+        assert exits.run_script(train.main, [*map(str, command), "--run", run.name]) == 75
     assert "the file" in status(run)["reason"]
     assert not (run / "STOP").exists(), "it has been answered"
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from pipelines.config import Config, dump_yaml, parse_config
-from pipelines.dataset import Dataset, load_dataset, scan_dataset
+from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, UserError
-from pipelines.runs import RunFolder, describe_model, new_run_name, replacing, versions
+from pipelines.run.folder import RunFolder, describe_model, new_run_name, replacing, versions
 
 import pytest
 import torch
@@ -313,7 +313,7 @@ LIFE = """
 import os, sys
 from pathlib import Path
 from pipelines.config import Config
-from pipelines.runs import RunFolder
+from pipelines.run.folder import RunFolder
 import torch
 
 def life(folder, step, overwrite):
@@ -513,5 +513,5 @@ def test_model_json_names_the_photos_so_that_they_are_found_again(photo_folder, 
 def test_versions_name_the_libraries_and_do_without_an_installed_dalitune(monkeypatch):
     assert {"torch", "torchvision", "accelerate", "numpy", "pillow"} <= versions().keys()
     assert torch.__version__.startswith(versions()["torch"])
-    monkeypatch.setattr("pipelines.runs._LIBRARIES", ("torch", "no-such-library"))
+    monkeypatch.setattr("pipelines.run.folder._LIBRARIES", ("torch", "no-such-library"))
     assert versions().keys() == {"torch"}

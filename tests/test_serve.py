@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy import connections, decoding, serve
+from pipelines.data.decode import pixels_of_file
+from pipelines.data.preprocess import Preprocess
 from pipelines.inference import open_onnx, open_run
-from pipelines.pixels import Preprocess, pixels_of_file
 from tests.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, encoded, picture
 
 import numpy as np

@@ -5,13 +5,13 @@ from typing import Any
 
 import train
 from pipelines.config import Config
-from pipelines.copies import to_device
-from pipelines.evaluation import _outcomes
-from pipelines.features import FrozenFeatures
-from pipelines.loader import Batch, Step
-from pipelines.model import TransferModel
-from pipelines.optimizer import make_optimizer
-from pipelines.progress import Interval
+from pipelines.data.loader import Batch, Step
+from pipelines.distributed.copies import to_device
+from pipelines.model.features import FrozenFeatures
+from pipelines.model.network import TransferModel
+from pipelines.model.optimizer import make_optimizer
+from pipelines.training.evaluation import _outcomes
+from pipelines.training.progress import Interval
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train
 from deploy import predict
-from pipelines.processes import run_script
+from pipelines.distributed.exits import run_script
 from pipelines.text import LastingStream, counted, lasting_streams, printable
 
 import pytest

@@ -19,12 +19,12 @@ import evaluate
 import train
 from pipelines import wandb_sync
 from pipelines.config import Config, parse_config
-from pipelines.dataset import Dataset, load_dataset, scan_dataset
+from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import UserError
-from pipelines.runs import RunFolder, new_run_name
-from pipelines.tracker_settings import TrackerNames, check_tracker, tracker_names
-from pipelines.tracking import Tracking
-from pipelines.wandb_sync import has_key, history_row, life_folders, read_records
+from pipelines.run.folder import RunFolder, new_run_name
+from pipelines.tracking.session import Tracking
+from pipelines.tracking.settings import TrackerNames, check_tracker, tracker_names
+from pipelines.tracking.wandb_files import has_key, history_row, life_folders, read_records, steps_on_disk
 
 import psutil
 import pytest
@@ -246,13 +246,13 @@ def test_a_killed_life_offline(folder, dataset, monkeypatch):
 
     def life() -> None:
         first = Life(folder, dataset).steps(12)
-        wait_until(lambda: wandb_sync.steps_on_disk(lives(folder)))
+        wait_until(lambda: steps_on_disk(lives(folder)))
         first.steps(20)
 
     killed(life)
     (first,) = lives(folder)
     (file,) = first.glob("run-*.wandb")
-    kept = wandb_sync.steps_on_disk([first])
+    kept = steps_on_disk([first])
     assert kept
     assert not [record for record in read_records(file) if record.WhichOneof("record_type") == "exit"]
     time.sleep(1.1)

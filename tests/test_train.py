@@ -11,10 +11,10 @@ from pathlib import Path
 import evaluate
 import train
 from pipelines.config import parse_config
-from pipelines.dataset import load_dataset, scan_dataset
-from pipelines.loader import train_loader
-from pipelines.model import build_model
-from pipelines.weights import read_weights
+from pipelines.data.dataset import load_dataset, scan_dataset
+from pipelines.data.loader import train_loader
+from pipelines.model.network import build_model
+from pipelines.model.weights import read_weights
 
 import pytest
 import torch

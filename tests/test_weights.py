@@ -11,12 +11,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipelines import weights as weights_module
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
-from pipelines.model import build_model, restore_model
-from pipelines.weights import Weights, count_classes, read_run_weights, read_weights, read_weights_file
+from pipelines.model import weights as weights_module
+from pipelines.model.network import build_model, restore_model
+from pipelines.model.weights import Weights, count_classes, read_run_weights, read_weights, read_weights_file
 
 import pytest
 import safetensors.torch

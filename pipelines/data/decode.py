@@ -1,0 +1,178 @@
+"""From a photo's file to its pixels, upright and RGB, with Pillow: the same for whoever asks. Loads no PyTorch."""
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from pipelines.data.dataset import Split
+from pipelines.data.headers import FAULTS, MAX_PIXELS, exif_orientation, judge, white_level
+from pipelines.data.plan import EvalPlan, Views
+from pipelines.data.preprocess import Preprocess
+from pipelines.data.structure import TOO_COSTLY
+from pipelines.text import printable
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+# Odd EXIF data and transparent palettes are no news: the scan has judged the file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+SIZE_HAS_CHANGED = "its size has changed since the scan"
+LARGEST_RESIZED = MAX_PIXELS // 4  # pixels; a graph that resizes computes all of a strip, to gigabytes
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF 2.32, tag 0x0112: what turns the stored picture upright
+
+
+def pixels_of_file(path: str, preprocess: Preprocess, *, whole: bool) -> np.ndarray | str:
+    """What a model is given of any file, uint8 [H, W, 3]; or why there is no picture in it. No file raises an error.
+
+    whole: the upright photo, for a graph that resizes; else the square of image_size that the network sees.
+    """
+    split = split_of([path], preprocess)
+    judge_place(split, 0)
+    if fault := FAULTS[split.faults[0]]:
+        return fault
+    views = views_of_sound(split, preprocess, range(1))
+    if whole and views.resized[0].prod(dtype=np.int64) > LARGEST_RESIZED:
+        return "too long and narrow for the ONNX graph"
+    try:
+        return np.asarray(window_of(split, views, 0) if whole else view_of(split, views, 0, preprocess.image_size))
+    except MemoryError:
+        return TOO_COSTLY
+    except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
+        return undecodable(decoding_error(error))
+
+
+def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
+    """uint8 [image_size, image_size, 3]: what a network sees of a sound photo. Raises whatever Pillow raises."""
+    split = split_of([path], preprocess)
+    judge_place(split, 0)
+    return np.asarray(view_of(split, views_of_sound(split, preprocess, range(1)), 0, preprocess.image_size))
+
+
+def view_of(split: Split, views: Views, position: int, image_size: int) -> Image.Image:
+    """The RGB picture, image_size x image_size, of one view (not flipped).
+
+    Of a larger resized window only the square that is kept is computed. Raises as `window_of` does.
+    """
+    picture = window_of(split, views, position)
+    # resize(box=...) computes the pixels that resizing the whole window and cutting out would give, but for roundings:
+    # by the sizes Pillow chooses which axis comes first, and rounds to 8 bits in between.
+    (top, left), resized = views.anchors[position], views.resized[position]
+    scale_y, scale_x = picture.height / resized[0], picture.width / resized[1]
+    box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
+    return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+
+
+def window_of(split: Split, views: Views, position: int) -> Image.Image:
+    """The window of one view in the photo's own pixels, upright and RGB; nothing beside it is turned or converted.
+
+    Raises ValueError where the photo is not of the size that was planned for, and whatever Pillow raises.
+    """
+    index = int(views.indices[position])
+    with Image.open(split.path(index)) as photo:
+        _scale_key(photo)
+        photo.load()  # Pillow turns a TIFF now, and reads what stands behind the pixels of a PNG
+        orientation = exif_orientation(photo)
+        upright = photo.size if orientation >= 5 else photo.size[::-1]
+        if upright != tuple(split.sizes[index].tolist()):
+            raise ValueError(SIZE_HAS_CHANGED)
+        white = white_level(photo) if photo.mode[0] in "IF" else None
+        window = photo.crop(_stored_box(views.windows[position], orientation, photo.size))
+        picture = _to_rgb(window, white, split.transparency)
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def central_views(split: Split, indices: np.ndarray, *, image_size: int, resize: int) -> list[np.ndarray]:
+    """What the network sees of validation photos (positions in the split): uint8 [image_size, image_size, 3] each."""
+    views = EvalPlan(split.sizes, image_size=image_size, resize=resize).views(0, indices)
+    return [np.asarray(view_of(split, views, position, image_size)) for position in range(len(views))]
+
+
+def decoding_error(error: Exception) -> str:
+    """Why a photo cannot be decoded, in a few words and without its path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture in it"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _stored_box(window: np.ndarray, orientation: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in the stored picture of a window that is given in the upright one."""
+    top, left, height, width = (int(value) for value in window)
+    if orientation in (5, 6, 7, 8):
+        top, left, height, width = left, top, width, height
+    if orientation in (2, 3, 7, 8):
+        left = size[0] - left - width
+    if orientation in (3, 4, 6, 7):
+        top = size[1] - top - height
+    return left, top, left + width, top + height
+
+
+def _scale_key(photo: ImageFile.ImageFile) -> None:
+    """Brings the transparent colour of a PNG of 2, 4 or 16 bits to the 8 bits that Pillow brings the pixels to."""
+    key, mode = photo.info.get("transparency"), photo.tile[0][3] if photo.format == "PNG" and photo.tile else None
+    if isinstance(key, int) and mode in ("L;2", "L;4"):
+        photo.info["transparency"] = key * 255 // (3 if mode == "L;2" else 15)
+    elif isinstance(key, tuple) and mode == "RGB;16B":
+        photo.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _to_rgb(picture: Image.Image, white: int | None, transparency: str) -> Image.Image:
+    """white: of a grey picture of 16 or 32 bits, whose values Pillow's own conversion cuts off at 255."""
+    if white:
+        values = np.asarray(picture)
+        grey = (values.astype(np.float32) * (255 / white)).round().astype(np.uint8)
+        opaque = np.where(values == picture.info.get("transparency"), 0, 255).astype(np.uint8)
+        picture = Image.fromarray(np.stack([grey, opaque], axis=2), "LA")
+    if transparency != "ignored" and picture.has_transparency_data:
+        ground = Image.new("RGBA", picture.size, transparency)
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
+    """Any files as a split without labels; `judge_place` fills in sizes and faults as the files' turn comes."""
+    names = [os.fsencode(os.path.abspath(path)) for path in paths]
+    count = len(names)
+    return Split(
+        name="",
+        classes=(),
+        labels=np.zeros(count, np.int32),
+        sizes=np.zeros((count, 2), np.int32),
+        faults=np.zeros(count, np.uint8),
+        root=b"",
+        path_blob=np.frombuffer(b"".join(names), np.uint8),
+        path_offsets=np.cumsum([0, *map(len, names)]).astype(np.uint64),
+        signatures=np.zeros(count, np.uint64),
+        mtimes=np.zeros(count, np.int64),
+        kinds=np.zeros(count, np.uint8),
+        transparency=preprocess.transparency,
+    )
+
+
+def judge_place(split: Split, place: int) -> None:
+    """Fills in a file's size, kind and fault."""
+    fault, split.sizes[place], _, split.kinds[place] = judge(split.path_bytes(place))
+    split.faults[place] = FAULTS.index(fault)
+
+
+def views_of_sound(split: Split, preprocess: Preprocess, places: range) -> Views:
+    """The views of the sound files at `places`."""
+    plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize)
+    sound = np.asarray(places)[split.faults[places.start : places.stop] == 0]
+    return plan.views(0, sound)
+
+
+def undecodable(reason: str) -> str:
+    """The error of an answer."""
+    return f"cannot be decoded ({printable(reason)})"

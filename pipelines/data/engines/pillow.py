@@ -1,0 +1,81 @@
+"""The PyTorch engine: Pillow in threads on the CPU, normalisation on the device. Runs everywhere.
+
+Threads, not worker processes: Pillow lets go of Python's lock while it decodes and resizes, so threads use all cores,
+start at once, share the memory and die with their process.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pipelines.data.dataset import Split
+from pipelines.data.decode import decoding_error, view_of
+from pipelines.data.engines.base import Pixels
+from pipelines.data.plan import Views
+
+import numpy as np
+import torch
+
+
+class TorchEngine:
+    """See `loader.Engine`. `threads` photos are decoded at a time."""
+
+    def __init__(
+        self,
+        split: Split,
+        image_size: int,
+        device: torch.device,
+        threads: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self._split = split
+        self._image_size = image_size
+        self._device = device
+        self._scale, self._shift = (part.to(device) for part in scale_and_shift(mean, std))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._submitted: deque[tuple[torch.Tensor, list[Future[str | None]]]] = deque()
+
+    def submit(self, views: Views) -> None:
+        size = self._image_size
+        pixels = torch.empty((len(views), size, size, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        target = pixels.numpy()
+        jobs = [self._pool.submit(self._execute, views, position, target) for position in range(len(views))]
+        self._submitted.append((pixels, jobs))
+
+    def fetch(self) -> Pixels:
+        pixels, jobs = self._submitted.popleft()
+        failed = {position: reason for position, job in enumerate(jobs) if (reason := job.result())}
+        if failed:
+            kept = [position for position in range(len(jobs)) if position not in failed]
+            pixels = pixels[kept]
+        return Pixels(normalised(pixels.to(self._device, non_blocking=True), self._scale, self._shift), failed)
+
+    def cancel(self) -> None:
+        for _, jobs in self._submitted:
+            for job in jobs:
+                job.cancel()
+        self._submitted.clear()
+
+    def close(self) -> None:
+        self.cancel()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _execute(self, views: Views, position: int, target: np.ndarray) -> str | None:
+        """Puts one view's pixels in its place; returns a reason where the photo cannot be decoded."""
+        try:
+            pixels = np.asarray(view_of(self._split, views, position, self._image_size))
+        except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
+            return decoding_error(error)
+        target[position] = pixels[:, ::-1] if views.flips[position] else pixels
+        return None
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [3] each, of `normalised`: (x / 255 - mean) / std == x * scale + shift."""
+    return 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
+
+
+def normalised(pixels: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, H, W, 3] -> float32 [n, 3, H, W], channels last in memory."""
+    return pixels.float().mul_(scale).add_(shift).permute(0, 3, 1, 2)

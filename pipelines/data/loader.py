@@ -1,0 +1,287 @@
+"""The loader: walks through a plan in global steps and hands this process its share, as normalised images.
+
+An engine (`engines`) is given `Views` and returns pixels; order, sharding and the short ends of an epoch are decided
+here, for all of them.
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipelines.config import Config
+from pipelines.data.dataset import Split
+from pipelines.data.engines.base import Engine
+from pipelines.data.engines.factory import make_engine
+from pipelines.data.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.distributed.copies import to_device
+from pipelines.distributed.hardware import cpu_cores
+from pipelines.distributed.sync import local_world_size
+from pipelines.errors import UserError
+from pipelines.text import printable
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of this process.
+
+    images: float32 [n, 3, H, W], normalised, on the device, in channels-last memory; [0, 3, H, W] where the epoch was
+    asked for without them.
+    labels: int64 [n], on the device.
+    indices: int64 [n], on the CPU: positions in the dataset's split.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One global batch: `places` places of the plan over all processes, and this process's micro-batches (maybe none).
+
+    rounds: how many micro-batches the process with the most has; the same on all processes. The micro-batches are made
+    ready in the background and must be taken in order, before the next step.
+    """
+
+    places: int
+    rounds: int
+    batches: Iterator[Batch]
+
+
+class Loader:
+    """Executes `plan` on the photos of `split` through `engine`.
+
+    labels: int [N], the model's class of each photo. batch_size: places of a global step. micro_batch: the most
+    photos of one `Batch`. prefetch: how many micro-batches are kept in the making. skip_bad_files: leave out a photo
+    that cannot be decoded, its place staying empty, instead of ending with a UserError that names it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        split: Split,
+        labels: np.ndarray,
+        engine: Engine,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        prefetch: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        skip_bad_files: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.split = split
+        self.engine = engine
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-plan.length // batch_size)
+        self.wait_seconds = 0.0  # how long the loop has waited for photos, all in all
+        self.bad: set[int] = set()  # photos that were met and could not be decoded: they are left out from then on
+        self._labels = labels
+        self._micro_batch = micro_batch
+        self._prefetch = prefetch
+        self._device = device
+        self._rank, self._world_size = rank, world_size
+        self._skip_bad_files = skip_bad_files
+
+    def epoch(self, epoch: int, start_step: int = 0, *, images: bool = True) -> Iterator[Step]:
+        """The steps of `epoch` (0 is the first) from `start_step` on. May be abandoned anywhere for another epoch.
+
+        images: False where the labels and indices are all that is wanted; then nothing is decoded.
+        """
+        self.engine.cancel()
+        ahead = self._submitted(epoch, start_step) if images else self._views(epoch, start_step)
+        pending: list[Views] = []
+        next_batch = self._next_batch if images else self._next_batch_without_images
+        for step in range(start_step, self.steps_per_epoch):
+            places, mine = self._my_places(step)
+            largest_share = -(-places // self._world_size)
+            count, rounds = (-(-photos // self._micro_batch) for photos in (len(mine), largest_share))
+            yield Step(places, rounds, (next_batch(ahead, pending) for _ in range(count)))
+
+    def in_order(self, micro_batch: int) -> "Loader":
+        """The same photos in the dataset's order, as each epoch shows them, `micro_batch` at a time on each process.
+
+        The two share an engine, which must have been made for so many at a time: an epoch of one ends what the other
+        has begun. Of a training's loader only with `views_per_photo`.
+        """
+        other = copy.copy(self)
+        other.plan = ViewsInOrder(self.plan) if isinstance(self.plan, TrainPlan) else self.plan
+        other._micro_batch, other.batch_size = micro_batch, micro_batch * self._world_size
+        other.steps_per_epoch = -(-self.plan.length // other.batch_size)
+        return other
+
+    def central(self, resize: int) -> "Loader":
+        """Of a training's loader: the same photos as validation sees them. The two share an engine, as above."""
+        other = copy.copy(self)
+        other.plan = EvalPlan(self.split.sizes, image_size=self.plan.image_size, resize=resize)
+        return other
+
+    def empty_batch(self) -> Batch:
+        """A batch of no photos, for a process without a share in a step: it takes part in forward and backward."""
+        return self._batch(self._no_images(), np.empty(0, np.int64))
+
+    def close(self) -> None:
+        """Ends the engine. The loader cannot be used any more."""
+        self.engine.close()
+
+    def _my_places(self, step: int) -> tuple[int, range]:
+        first = step * self.batch_size
+        places = min(self.batch_size, self.plan.length - first)
+        start, stop = share(places, self._rank, self._world_size)
+        return places, range(first + start, first + stop)
+
+    def _views(self, epoch: int, start_step: int) -> Iterator[Views]:
+        """This process's micro-batches, one after another, without the photos that cannot be read."""
+        for step in range(start_step, self.steps_per_epoch):
+            _, mine = self._my_places(step)
+            for first in range(mine.start, mine.stop, self._micro_batch):
+                views = self.plan.views(epoch, np.arange(first, min(first + self._micro_batch, mine.stop)))
+                yield views.select(self._readable(views))
+
+    def _submitted(self, epoch: int, start_step: int) -> Iterator[Views]:
+        """Gives the engine one micro-batch after another; each is yielded as soon as it is in the making."""
+        for views in self._views(epoch, start_step):
+            if len(views):
+                self.engine.submit(views)
+            yield views
+
+    def _readable(self, views: Views) -> np.ndarray:
+        sound = self.split.faults[views.indices] == 0
+        return sound & ~np.isin(views.indices, list(self.bad)) if self.bad else sound
+
+    def _next_batch(self, ahead: Iterator[Views], pending: list[Views]) -> Batch:
+        while len(pending) <= self._prefetch and (views := next(ahead, None)) is not None:
+            pending.append(views)
+        views = pending.pop(0)
+        if not len(views):
+            return self.empty_batch()
+        started = time.perf_counter()
+        pixels = self.engine.fetch()
+        self.wait_seconds += time.perf_counter() - started
+        if pixels.failed:
+            views = self._without_failed(views, pixels.failed)
+        return self._batch(pixels.images, views.indices)
+
+    def _next_batch_without_images(self, ahead: Iterator[Views], _: list[Views]) -> Batch:
+        return self._batch(self._no_images(), next(ahead).indices)
+
+    def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
+        labels = torch.from_numpy(self._labels[indices].astype(np.int64))
+        return Batch(images, to_device(labels, self._device), torch.from_numpy(indices))
+
+    def _no_images(self) -> torch.Tensor:
+        size = self.plan.image_size
+        return torch.empty((0, 3, size, size), device=self._device, memory_format=torch.channels_last)
+
+    def _without_failed(self, views: Views, failed: dict[int, str]) -> Views:
+        for position, reason in failed.items():
+            index = int(views.indices[position])
+            line = f"{printable(self.split.path(index))}: cannot be decoded ({printable(reason)})"
+            if not self._skip_bad_files:
+                advice = "repair or remove it, or leave such photos out with --skip-bad-files"
+                raise UserError(f"{line}: {advice}", on_one_process=True, bad_photo=(self.split.name, index))
+            tqdm.write(f"left out: {line}", file=sys.stderr)  # above a progress bar, not into it
+            self.bad.add(index)
+        kept = np.ones(len(views), bool)
+        kept[list(failed)] = False
+        return views.select(kept)
+
+
+def share_bad_photos(loader: Loader) -> None:
+    """Tells all processes which photos any of them could not decode, so that each is met, and said, once."""
+    loader.bad.update(*gather_object([loader.bad]))
+
+
+def train_loader(
+    config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str, micro_batch: int
+) -> Loader:
+    """Planned random crops and flips of `split`, `config.batch_size` places a step over all processes.
+
+    micro_batch: the most photos of one batch on one process; with `views_per_photo`, which is a number or None here,
+    `in_order` may ask for `config.eval_batch_per_device`.
+    """
+    assert config.views_per_photo != "auto"
+    plan = TrainPlan(
+        split.sizes,
+        seed=config.seed,
+        image_size=config.image_size,
+        crop_scale_min=config.crop_scale_min,
+        flip_probability=config.flip_probability,
+        views_per_photo=config.views_per_photo,
+    )
+    largest = largest_training_batch(config, micro_batch)
+    return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
+
+
+def largest_training_batch(config: Config, micro_batch: int) -> int:
+    """Photos that a training's engine decodes at once: a pass over frozen features has evaluation's batches."""
+    return max(micro_batch, config.eval_batch_per_device) if config.views_per_photo else micro_batch
+
+
+def eval_loader(
+    config: Config,
+    split: Split,
+    labels: np.ndarray,
+    state: PartialState,
+    engine: str,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Loader:
+    """The central view of every photo of `split`, `config.eval_batch_per_device` at a time on each process."""
+    plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize)
+    micro_batch = config.eval_batch_per_device
+    batch_size = micro_batch * state.num_processes
+    return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, micro_batch, mean, std)
+
+
+def _loader(
+    config: Config,
+    plan: Plan,
+    split: Split,
+    labels: np.ndarray,
+    state: PartialState,
+    engine: str,
+    batch_size: int,
+    micro_batch: int,
+    largest: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Loader:
+    threads = config.loader_threads or max(1, cpu_cores() // local_world_size())
+    return Loader(
+        plan,
+        split,
+        labels,
+        make_engine(
+            engine,
+            split,
+            image_size=plan.image_size,
+            micro_batch=largest,
+            device=state.device,
+            threads=threads,
+            mean=mean,
+            std=std,
+        ),
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        prefetch=config.prefetch,
+        device=state.device,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        skip_bad_files=config.skip_bad_files,
+    )

@@ -1,0 +1,71 @@
+"""The optimizer and the learning-rate schedule, a pure function of `global_step`."""
+
+import math
+from collections.abc import Mapping
+
+from pipelines.config import Config
+from pipelines.model.network import TransferModel
+
+import torch
+
+
+def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trained parameters, in the groups "head" and (where the body is trained) "body"."""
+    head = list(model.head.parameters())
+    body = [each for each in model.parameters() if each.requires_grad and not any(each is own for own in head)]
+    groups = [{"params": head, "name": "head", "base_lr": config.lr}]
+    if body:
+        groups.append(
+            {"params": body, "name": "body", "base_lr": config.lr if config.lr_body is None else config.lr_body}
+        )
+    for group in groups:
+        group["lr"] = group["base_lr"]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def lr_factor(config: Config, steps_per_epoch: int, global_step: int) -> float:
+    """What the base learning rates are multiplied by for the update at `global_step` (0 is the first).
+
+    Linear warm-up over `warmup_epochs`, then `constant`, `step` (x step_gamma every step_epochs epochs, as StepLR) or
+    `cosine` (to 0 at the end of `epochs`; Loshchilov & Hutter 2017, without restarts).
+    """
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    if global_step < warmup_steps:
+        return (global_step + 1) / (warmup_steps + 1)
+    if config.schedule == "step":
+        return config.step_gamma ** (global_step // steps_per_epoch // config.step_epochs)
+    if config.schedule == "cosine":
+        remaining = max(1, config.epochs * steps_per_epoch - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * (global_step - warmup_steps) / remaining))
+    return 1.0
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Sets every group's learning rate to `factor` times its base; returns them as `lr/head` and `lr/body`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return learning_rates(optimizer)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rates that are set, as `lr/head` and `lr/body`."""
+    return {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+
+
+def rate_jump(config: Config, steps_per_epoch: int, global_step: int, last_rates: Mapping[str, float]) -> list[str]:
+    """For a run that goes on at `global_step`: a line where the rate is off its course, as other `epochs` make it.
+
+    last_rates: those of the last update, as in the checkpoint; {} where there was none.
+    """
+    if not last_rates or not global_step:
+        return []
+    last, following = (lr_factor(config, steps_per_epoch, step) for step in (global_step - 1, global_step))
+    was, next_rate = last_rates["lr/head"], config.lr * following
+    if math.isclose(was, config.lr * last, rel_tol=1e-6, abs_tol=1e-12):
+        return []
+    return [
+        f"lr: the last step was at {was:.3g} and the next is at {next_rate:.3g}, as the {config.schedule} schedule is "
+        f"over {config.epochs} epochs now"
+    ]

@@ -1,0 +1,257 @@
+"""Checkpoints: all that a training needs to go on from a step as if it had never stopped.
+
+    runs/NAME/checkpoints/epoch-0003-step-00000120/
+        state.pt             weights, optimizer, fp16 scaler, each process's BatchNorm statistics; tensors only
+        best.pt, model.json  the best weights so far (hard links)
+        progress.json        the loop's counters and sums, the settings, and the digest of every file
+
+One is written under another name, flushed and then renamed, so it is whole or not there.
+
+Accelerate's `save_state` is not used: under DDP its weights have names that a single process cannot load, each process
+writes the scaler into the same file, and the random states that it keeps have no part here, as all is planned.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.dataset import Dataset
+from pipelines.distributed.sync import main_first
+from pipelines.errors import UserError
+from pipelines.files import file_digest
+from pipelines.model.network import TransferModel
+from pipelines.model.tensors import load_tensors
+from pipelines.run.folder import RunFolder, cannot_save, versions
+from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, checkpoint_folders, read_progress, to_json
+from pipelines.text import printable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+_KEPT = 2
+_MOST_NAMES = 1 << 26  # bytes; of each process's statistics too
+_FOLDER, _STATE, _PROGRESS = "checkpoints", "state.pt", "progress.json"
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    epoch: epochs trained and evaluated. global_step: updates. skipped_steps: those that the fp16 scaler has skipped.
+    best: the row of the best evaluation, with its `correct` and `count`.
+    """
+
+    epoch: int = 0
+    global_step: int = 0
+    skipped_steps: int = 0
+    best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})
+
+
+class CheckpointClock:
+    """Says when the next checkpoint is due."""
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds = 60 * minutes
+        self.start()
+
+    def start(self) -> None:
+        """A checkpoint has been written."""
+        self._started = time.monotonic()
+
+    def has_run_out(self) -> bool:
+        """Whether the time between two checkpoints is over."""
+        return time.monotonic() - self._started > self._seconds
+
+
+class Checkpoints:
+    """The checkpoints of a run. All methods are called on all processes; the main process reads and writes."""
+
+    def __init__(self, run: RunFolder, dataset: Dataset, accelerator: Accelerator) -> None:
+        self._run = run
+        self._folder = run.folder / _FOLDER
+        self._dataset = dataset
+        self._accelerator = accelerator
+
+    def save(self, network: TransferModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and removes all but the last two. progress: JSON, with `epoch` and `global_step`.
+
+        MachineError where the disk is full; the earlier checkpoints stay whole.
+        """
+        statistics = []
+        if network.batchnorm == "train" and self._accelerator.num_processes > 1:
+            # Each process's own between evaluations: their mean alone would not lead to the same bits.
+            statistics = gather_object([_statistics(network)])
+        main_first(self._accelerator.state, partial(self._write, network, optimizer, progress, statistics))
+
+    def load(self, progress: Mapping[str, Any], network: TransferModel, optimizer: torch.optim.Optimizer) -> None:
+        """Puts weights, optimizer and scaler back where they were at `progress`, and the run's best weights.
+
+        UserError where they are not of this network.
+        """
+        folder = self._folder / progress["checkpoint"]
+        try:
+            self._load_state(folder / _STATE, network, optimizer)
+        except (OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of PyTorch and its unpickler, of many kinds
+            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            raise UserError(f"{folder / _STATE} does not hold the state of this network ({reason})") from None
+        main_first(self._accelerator.state, partial(self._restore_best, folder))
+
+    def _load_state(self, file: Path, network: TransferModel, optimizer: torch.optim.Optimizer) -> None:
+        state = load_tensors(file, most_names=_MOST_NAMES)
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if self._accelerator.scaler is not None and state["scaler"]:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        if state["batchnorm"]:
+            own = _own_or_mean(state["batchnorm"], self._accelerator.process_index, self._accelerator.num_processes)
+            network.load_state_dict(own, strict=False)
+
+    def _write(
+        self,
+        network: TransferModel,
+        optimizer: torch.optim.Optimizer,
+        progress: Mapping[str, Any],
+        statistics: Sequence[Mapping[str, torch.Tensor]],
+    ) -> None:
+        name = f"epoch-{progress['epoch']:04}-step-{progress['global_step']:08}"
+        target, unfinished = self._folder / name, self._folder / ".unfinished"
+        scaler = self._accelerator.scaler
+        state = {
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "batchnorm": list(statistics),
+        }
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            with open(unfinished / _STATE, "wb") as file:
+                torch.save(state, file)
+            for path in self._run.best_files():
+                _link(path, unfinished / path.name)
+            content = {
+                "format": CHECKPOINT_FORMAT,
+                **progress,
+                "world_size": self._accelerator.num_processes,
+                "precision": self._accelerator.mixed_precision,
+                "dataset_fingerprint": self._dataset.fingerprint,
+                "metrics_bytes": self._run.metrics_bytes(),
+                "versions": versions(),
+                "files": {path.name: file_digest(path) for path in unfinished.iterdir()},
+            }
+            (unfinished / _PROGRESS).write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+            for path in (*unfinished.iterdir(), self._run.metrics, unfinished):
+                _flush(path)
+            shutil.rmtree(target, ignore_errors=True)  # there where it is damaged, or of a stop right after it
+            os.replace(unfinished, target)
+            _flush(self._folder)
+        except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise cannot_save(target, error) from None
+        for old in checkpoint_folders(self._folder)[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _restore_best(self, folder: Path) -> None:
+        # A life that was cut off may have found better ones after the checkpoint; they are found again.
+        for path in self._run.best_files():
+            path.unlink()
+        for name in ("best.pt", "model.json"):
+            if (folder / name).exists():
+                _link(folder / name, self._run.folder / name)
+
+
+def newest_checkpoint(run: RunFolder, dataset: Dataset) -> dict[str, Any] | None:
+    """The progress of a run's newest whole checkpoint, with its folder's name as `checkpoint`; None where none is.
+
+    UserError where there are some and none is whole, or the newest is of other photos.
+    """
+    folders = checkpoint_folders(run.folder / _FOLDER)
+    for folder in reversed(folders):
+        try:
+            progress = _read(folder)
+        except NewerFormat:
+            raise
+        except (OSError, UserError) as error:
+            print(
+                f"{printable(folder)} is damaged ({printable(error)}): the checkpoint before it is used",
+                file=sys.stderr,
+                flush=True,
+            )
+            continue
+        if progress["dataset_fingerprint"] != dataset.fingerprint:
+            raise UserError(
+                f"run: {run.folder} was trained on other photos than {dataset.root} has now: "
+                "give another --run name, or start it anew with --overwrite"
+            )
+        return progress
+    if folders:
+        raise UserError(
+            f"run: no whole checkpoint among {len(folders)} in {run.folder / _FOLDER}: put a whole one back, "
+            "or start the run anew with --overwrite"
+        )
+    return None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The progress of a checkpoint. Raises OSError or UserError where the checkpoint is not whole."""
+    progress = read_progress(folder)
+    for name, digest in progress["files"].items():
+        if file_digest(folder / name) != digest:
+            raise UserError(f"{name} is not what was written")
+    return {**progress, "checkpoint": folder.name}
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself: a rename may reach it before what was written earlier."""
+    if not path.exists():
+        return
+    with suppress(PermissionError):  # a folder, on Windows
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(source: Path, target: Path) -> None:
+    """No second copy of weights that are replaced, never changed; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _statistics(network: TransferModel) -> dict[str, torch.Tensor]:
+    """BatchNorm's running statistics, on the CPU: networks that have any have no other buffers."""
+    return {name: buffer.detach().cpu() for name, buffer in network.named_buffers()}
+
+
+def _own_or_mean(
+    statistics: Sequence[dict[str, torch.Tensor]], process_index: int, num_processes: int
+) -> dict[str, torch.Tensor]:
+    """A process's own BatchNorm statistics; on another number of processes than they come from, their mean.
+
+    The mean is weighted by the batches that each process has seen, as before an evaluation.
+    """
+    if len(statistics) == num_processes:
+        return statistics[process_index]
+    mean = {}
+    for name, first in statistics[0].items():
+        values = torch.stack([each[name] for each in statistics])
+        if name.endswith("num_batches_tracked"):
+            mean[name] = values.amax(dim=0)
+            continue
+        counts = [each[f"{name.rpartition('.')[0]}.num_batches_tracked"] for each in statistics]
+        weights = torch.stack(counts).to(first.dtype)
+        mean[name] = (values * (weights / weights.sum().clamp(min=1))[:, None]).sum(dim=0)
+    return mean

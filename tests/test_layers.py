@@ -1,0 +1,52 @@
+"""The layers of the code: a module imports from its own layer and from those before it, and never in a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("inference", "compare", "inspect_data", "wandb_sync")  # addresses that people type
+LAYERS = ("base", "distributed", "data", "model", "run", "tracking", "training", "commands")  # what docs/design.md says
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "pipelines").rglob("*.py"))
+}
+
+
+def layer_of(module: str) -> str:
+    _, first, *below = *module.split("."), ""
+    return first if any(below) else "commands" if first in COMMANDS else "base"
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules of ours that a file imports anywhere in it, in its functions too, as absolute names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.update({f"{node.module}.{name.name}" for name in node.names} & MODULES.keys() or {str(node.module)})
+    return {name for name in found if name in MODULES and name != "pipelines"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "pipelines"])
+def test_imports_point_down(module: str) -> None:
+    for other in imported_by(MODULES[module]):
+        assert LAYERS.index(layer_of(other)) <= LAYERS.index(layer_of(module)), f"{module} imports {other}"
+
+
+def test_there_is_no_circle() -> None:
+    waiting = {module: imported_by(path) for module, path in MODULES.items()}
+    while ready := [module for module, needed in waiting.items() if not needed & waiting.keys()]:
+        for module in ready:
+            del waiting[module]
+    assert not waiting, "these import each other"
+
+
+def test_scripts_are_imported_by_nothing() -> None:
+    for module, path in MODULES.items():
+        source = ast.parse(path.read_text(encoding="utf-8"))
+        names = {str(node.module).split(".")[0] for node in ast.walk(source) if isinstance(node, ast.ImportFrom)}
+        assert not names & {"train", "evaluate", "deploy"}, module
