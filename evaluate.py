@@ -36,7 +36,7 @@ from pipelines.files import begins_with, check_replaceable
 from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, count_classes, read_run_weights, read_weights_file
 from pipelines.run import figures
-from pipelines.run.folder import refuse_links, replacing
+from pipelines.run.folder import atomic_write, refuse_links
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.text import check_printed, counted, listed, printable
 from pipelines.tracking.wandb import add_to_summary, check_tracked
@@ -245,7 +245,7 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in content.items()}
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(to_json(plain, indent=2) + "\n", "utf-8", "backslashreplace")
 
 

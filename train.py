@@ -34,7 +34,7 @@ from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.loader import Batch, Loader, Step, eval_loader, share_bad_photos, train_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.distributed.exits import ending_of, run_script
+from pipelines.distributed.exits import exit_status_of, run_script
 from pipelines.distributed.launch import launcher_hints, start_accelerator, start_processes
 from pipelines.distributed.stopping import StopRequest
 from pipelines.distributed.sync import main_first, main_then_others
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> None:
     clock = CheckpointClock(config.checkpoint_minutes)
     best_by = BEST_BY[config.best_by]
     tracking: Tracking | None = None
-    records: Any = None  # of the last evaluation in this life of the run
+    records: Any = None  # of the last evaluation in this attempt at the run
     before = run.settings_before() if beginning == "resumed" else None
     main_first(state, partial(run.create, config, resumed=beginning == "resumed"))
 
@@ -318,9 +318,9 @@ def main(arguments: list[str]) -> None:
             steps = training.epoch(epoch - 1, start_step, images=not features.are_kept)
             for step in islice(steps, max(0, last_step - at.global_step)):
                 rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, at.global_step))
-                wishes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
+                votes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
                 sums, batch = update(
-                    *(model, features, optimizer, step, wishes, training, accelerator, config, class_weights)
+                    *(model, features, optimizer, step, votes, training, accelerator, config, class_weights)
                 )
                 if at.global_step == 0 and state.is_main_process:
                     figures.attempt("train_batch.png", partial(_save_train_batch, run, batch, training, classes))
@@ -367,7 +367,7 @@ def main(arguments: list[str]) -> None:
             seconds = time.perf_counter() - started
             print(*_end_report(at.best, best_by, run, (training, validation), seconds), sep="\n")
     except BaseException as error:
-        ending = ending_of(error)
+        ending = exit_status_of(error)
         is_stop = ending.exit_code == Stopped.exit_code
         with suppress(MachineError):  # on a full disk; what ended the run is what is to be told
             if ending.bad_photo:
@@ -392,7 +392,7 @@ def update(
     features: FrozenFeatures,
     optimizer: torch.optim.Optimizer,
     step: Step,
-    wishes: tuple[bool, bool],
+    votes: tuple[bool, bool],
     loader: Loader,
     accelerator: Accelerator,
     config: Config,
@@ -400,18 +400,18 @@ def update(
 ) -> tuple[torch.Tensor, Batch]:
     """One optimizer update from one global batch.
 
-    wishes: whether this process wants to stop, to save. class_weights: float32 [C], of the photos in the loss.
+    votes: whether this process wants to stop, to save. class_weights: float32 [C], of the photos in the loss.
     Returns float32 [7], sums over all processes: loss, correct answers, photos, norm of the gradient before it is
-    clipped (0 where it is not finite), 1 where it is finite, wishes to stop, to save; and this process's first
+    clipped (0 where it is not finite), 1 where it is finite, votes to stop, to save; and this process's first
     micro-batch.
-    The loss is the sum over this process's photos divided by the global number of places. DDP takes the mean of the
+    The loss is the sum over this process's photos divided by the global number of positions. DDP takes the mean of the
     processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
     """
     optimizer.zero_grad()
     sums = torch.zeros(7, device=accelerator.device)
-    for place, wish in enumerate(wishes, start=5):
-        if wish:  # filled, as a copy from the host would wait for all of the step before
-            sums[place].fill_(1)
+    for position, vote in enumerate(votes, start=5):
+        if vote:  # filled, as a copy from the host would wait for all of the step before
+            sums[position].fill_(1)
     for number in range(step.rounds):
         # A process without a share takes part with a batch of no photos, as the others wait for its gradients.
         batch = next(step.batches, None) or loader.empty_batch()
@@ -427,7 +427,7 @@ def update(
                 label_smoothing=config.label_smoothing,
                 reduction="sum",
             )
-            accelerator.backward(losses * (accelerator.num_processes / step.places))
+            accelerator.backward(losses * (accelerator.num_processes / step.size))
         correct = (logits.argmax(dim=1) == batch.labels).sum()
         sums[:3] += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])
     if config.clip_grad_norm is not None:

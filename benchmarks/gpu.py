@@ -61,7 +61,7 @@ PILLOW_MEAN = 1.0  # grey levels of 255 by which a GPU's decoder may be off Pill
 
 
 @dataclass(frozen=True)
-class Place:
+class Setup:
     """Where a check runs. folder: photos, weights, logs. engine: dali, or torch where DALI does not decode."""
 
     folder: Path
@@ -93,7 +93,7 @@ class Check:
     name: str
     minutes: float
     expected: str
-    run: Callable[[Place], Finding]
+    run: Callable[[Setup], Finding]
     dali: bool = False
     figures: bool = False
 
@@ -101,23 +101,23 @@ class Check:
 # The photos
 
 
-def make_photos(place: Place) -> Finding:
+def make_photos(setup: Setup) -> Finding:
     """JPEGs with colour noise, 4:2:0: many of 500 x 375 pixels and some of 12 megapixels; and random weights."""
     started, jobs = time.perf_counter(), []
-    for split, photos in (("train", place.of(4096, 24)), ("val", place.of(256, 8))):
+    for split, photos in (("train", setup.of(4096, 24)), ("val", setup.of(256, 8))):
         jobs += [
-            (place.folder / "photos" / split / "ab"[n % 2] / f"{n}.jpg", 375, 500, n, photos) for n in range(photos)
+            (setup.folder / "photos" / split / "ab"[n % 2] / f"{n}.jpg", 375, 500, n, photos) for n in range(photos)
         ]
-        large = place.of(256, 8) if split == "train" else 4
-        height, width = place.of(3000, 375), place.of(4000, 500)
+        large = setup.of(256, 8) if split == "train" else 4
+        height, width = setup.of(3000, 375), setup.of(4000, 500)
         jobs += [
-            (place.folder / "large" / split / "ab"[n % 2] / f"{n}.jpg", height, width, n % 16, 0) for n in range(large)
+            (setup.folder / "large" / split / "ab"[n % 2] / f"{n}.jpg", height, width, n % 16, 0) for n in range(large)
         ]
     for file, *_ in jobs:
         file.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda job: job[0].write_bytes(_encoded(_picture(*job[1:]), quality=90)), jobs))
-    torch.save(resnet18().state_dict(), place.folder / "weights.pth")
+    torch.save(resnet18().state_dict(), setup.folder / "weights.pth")
     return Finding(f"{len(jobs)} photos in {time.perf_counter() - started:.0f} s", True)
 
 
@@ -139,15 +139,15 @@ def _encoded(photo: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 # What is there, and what decodes
 
 
-def versions_here(place: Place) -> Finding:
+def versions_here(setup: Setup) -> Finding:
     """GPU, driver, libraries, and what DALI's codec says of its hardware decoder as it starts."""
     known = versions() | {"nvJPEG": _nvjpeg_version()}
     gpu, hardware = "no GPU", []
-    if not place.dry:
+    if not setup.dry:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         gpu = _output(query) or torch.cuda.get_device_name(0)
     if _has_dali():
-        said = _output(_command(place, "decode whole, hw load 1.0"), DALI_NVIMGCODEC_LOG_LEVEL="3")
+        said = _output(_command(setup, "decode whole, hw load 1.0"), DALI_NVIMGCODEC_LOG_LEVEL="3")
         hardware = list(dict.fromkeys(re.findall(r"[^\n\]]*(?:HW decoder|num_hw_engines)[^\n]*", said)))
     listed = ", ".join(f"{name} {version}" for name, version in known.items())
     found = f"{gpu}; {os.cpu_count()} CPU cores; {listed}; {'; '.join(hardware).strip() or 'no word of a HW decoder'}"
@@ -166,11 +166,11 @@ def _nvjpeg_version() -> str:
     return "not found"
 
 
-def decodes(place: Place, *, what: str, load: float | None) -> Finding:
+def decodes(setup: Setup, *, what: str, load: float | None) -> Finding:
     """16 photos through DALI's decoder alone, compared with Pillow."""
-    files = _files(place, 16)
+    files = _files(setup, 16)
     differences = []
-    for file, pixels in zip(files, _decoded(place, files, 16, what, load), strict=True):
+    for file, pixels in zip(files, _decoded(setup, files, 16, what, load), strict=True):
         expected = np.asarray(Image.open(file).convert("RGB")).astype(np.int16)
         expected = expected if what == "whole" else expected[8:72, 8:72]
         differences.append(np.abs(pixels - expected).mean())
@@ -178,26 +178,26 @@ def decodes(place: Place, *, what: str, load: float | None) -> Finding:
     return Finding(f"{len(files)} photos, mean {mean:.2f} levels off Pillow", mean <= PILLOW_MEAN, {"mean": mean})
 
 
-def _files(place: Place, photos: int) -> list[Path]:
-    return sorted((place.folder / "photos" / "train").rglob("*.jpg"))[:photos]
+def _files(setup: Setup, photos: int) -> list[Path]:
+    return sorted((setup.folder / "photos" / "train").rglob("*.jpg"))[:photos]
 
 
-def _decoded(place: Place, files: Sequence[Path], batch: int, what: str, load: float | None) -> Iterator[np.ndarray]:
+def _decoded(setup: Setup, files: Sequence[Path], batch: int, what: str, load: float | None) -> Iterator[np.ndarray]:
     """uint8 [H, W, 3] of each file. what: whole; slice, 64 x 64 cut out of it; roi, the decoder's own window."""
-    for pixels in _decoder(place, files, batch, what, load):
-        pixels = pixels if place.dry else pixels.as_cpu()
+    for pixels in _decoder(setup, files, batch, what, load):
+        pixels = pixels if setup.dry else pixels.as_cpu()
         yield from (np.array(pixels.at(number)) for number in range(len(pixels)))
 
 
-def _decoder(place: Place, files: Sequence[Path], batch: int, what: str, load: float | None) -> Iterator[Any]:
+def _decoder(setup: Setup, files: Sequence[Path], batch: int, what: str, load: float | None) -> Iterator[Any]:
     """The batches as DALI has them: file.read, decoder, and nothing else of the suite."""
     from nvidia.dali import fn, pipeline_def, types
 
-    options = {"device": "cpu" if place.dry else "mixed", "output_type": types.RGB, "jpeg_fancy_upsampling": True}
+    options = {"device": "cpu" if setup.dry else "mixed", "output_type": types.RGB, "jpeg_fancy_upsampling": True}
     options |= {} if load is None else {"hw_decoder_load": load}
     window: dict[str, Any] = {"start": [8, 8], "shape": [64, 64], "axis_names": "HW"}
 
-    @pipeline_def(batch_size=batch, num_threads=8, device_id=None if place.dry else 0, prefetch_queue_depth=1)
+    @pipeline_def(batch_size=batch, num_threads=8, device_id=None if setup.dry else 0, prefetch_queue_depth=1)
     def graph() -> Any:
         encoded = fn.io.file.read(fn.external_source(name="paths", dtype=types.UINT8, ndim=1))
         if what == "roi":
@@ -216,11 +216,11 @@ def _decoder(place: Place, files: Sequence[Path], batch: int, what: str, load: f
 # The tests
 
 
-def tests(place: Place, *, chosen: str, small: str) -> Finding:
+def tests(setup: Setup, *, chosen: str, small: str) -> Finding:
     """tests/test_gpu.py, a part of it; each failed test is named."""
     if not importlib.util.find_spec("pytest"):
         return Finding("pytest is not installed")
-    words = ["-k", small] if place.dry else ["-m", "gpu", "-k", chosen]
+    words = ["-k", small] if setup.dry else ["-m", "gpu", "-k", chosen]
     files = ["tests/test_gpu.py", "tests/test_progress.py"]
     said = _output([sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *files, *words])
     failed = re.findall(r"^FAILED (\S+)", said, re.MULTILINE)
@@ -231,9 +231,9 @@ def tests(place: Place, *, chosen: str, small: str) -> Finding:
 # Pixels
 
 
-def odd_photos(place: Place) -> Finding:
+def odd_photos(setup: Setup) -> Finding:
     """Every kind of JPEG, and a PNG, through the suite's DALI engine beside Pillow; and one that is cut off."""
-    root, kinds = place.folder / "odd", dict[str, bytes]()
+    root, kinds = setup.folder / "odd", dict[str, bytes]()
     photo = _picture(230, 310, 1)
     for orientation in range(1, 9):
         data = Image.Exif()
@@ -251,7 +251,7 @@ def odd_photos(place: Place) -> Finding:
     cut = next(index for index in range(len(split)) if split.path(index).endswith("cut.jpg"))
     Path(split.path(cut)).write_bytes(kinds["cut.jpg"][: len(kinds["cut.jpg"]) // 2])  # after the scan, which finds it
     images, left_out = {}, []
-    for engine, device in (("torch", torch.device("cpu")), ("dali", place.device)):
+    for engine, device in (("pillow", torch.device("cpu")), ("dali", setup.device)):
         with _loader(split, engine, device, len(split), train=False) as loader:
             batch = next(next(loader.epoch(0)).batches)
             images[engine] = dict(zip(batch.indices.tolist(), batch.images.cpu(), strict=True))
@@ -259,7 +259,7 @@ def odd_photos(place: Place) -> Finding:
     std = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
     means = {
         Path(split.path(index)).name: ((images["dali"][index] - pixels).abs() * std).mean().item()
-        for index, pixels in images["torch"].items()
+        for index, pixels in images["pillow"].items()
         if index in images["dali"] and index != cut
     }
     worst = max(means, key=lambda name: means[name])
@@ -294,19 +294,19 @@ def _loader(split: Split, engine: str, device: torch.device, batch: int, *, trai
         loader.close()
 
 
-def company(place: Place) -> Finding:
+def batch_composition(setup: Setup) -> Finding:
     """Whether a photo's pixels depend on its batch or on the run: the decoder alone, and the suite's engine."""
-    files, small = _files(place, place.of(256, 16)), place.of(16, 4)
+    files, small = _files(setup, setup.of(256, 16)), setup.of(16, 4)
     numbers: dict[str, Any] = {}
     for load in LOADS:
         runs = [
-            [pixels.tobytes() for pixels in _decoded(place, files, batch, "whole", load)]
+            [pixels.tobytes() for pixels in _decoded(setup, files, batch, "whole", load)]
             for batch in (small, small, 4 * small)
         ]
         numbers[f"load {load:g}"] = [sum(a != b for a, b in zip(runs[0], other, strict=True)) for other in runs[1:]]
-    split, sums = _split(place.folder / "photos", "train"), []
+    split, sums = _split(setup.folder / "photos", "train"), []
     for batch in (small, small, 4 * small):
-        with _loader(split, "dali", place.device, batch) as loader:
+        with _loader(split, "dali", setup.device, batch) as loader:
             steps = islice(loader.epoch(0), 4 * small * 4 // batch)
             sums.append(torch.cat([next(step.batches).images.cpu() for step in steps]))
     numbers["the engine"] = [int((sums[0] != other).flatten(1).any(dim=1).sum()) for other in sums[1:]]
@@ -317,15 +317,15 @@ def company(place: Place) -> Finding:
 # Speed
 
 
-def loader_rates(place: Place) -> Finding:
+def loader_rates(setup: Setup) -> Finding:
     """benchmarks/loader.py on the photos: each engine, and others beside it."""
-    rows = place.folder / "loader.jsonl"
+    rows = setup.folder / "loader.jsonl"
     rows.unlink(missing_ok=True)
-    words = ["--runs", str(place.of(3, 1)), "--epochs", str(place.of(4, 1)), "--batch-size", str(place.of(256, 8))]
-    words += ["--out", str(rows), "--workers", "1" if place.dry else "16"]
-    words += ["--threads", *(["1"] if place.dry else ["4", "16"])]
+    words = ["--runs", str(setup.of(3, 1)), "--epochs", str(setup.of(4, 1)), "--batch-size", str(setup.of(256, 8))]
+    words += ["--out", str(rows), "--workers", "1" if setup.dry else "16"]
+    words += ["--threads", *(["1"] if setup.dry else ["4", "16"])]
     script = str(ROOT / "benchmarks" / "loader.py")
-    said = _output([sys.executable, script, "--data", str(place.folder / "photos"), *words])
+    said = _output([sys.executable, script, "--data", str(setup.folder / "photos"), *words])
     if not rows.exists():
         return Finding(said.strip().splitlines()[-1] if said.strip() else "no word", False)
     rates: dict[str, list[float]] = {}
@@ -337,13 +337,13 @@ def loader_rates(place: Place) -> Finding:
     return Finding(f"photos/s: {listed}", best >= 10_000, medians)
 
 
-def decoder_rates(place: Place) -> Finding:
+def decoder_rates(setup: Setup) -> Finding:
     """Photos a second of DALI's decoder alone, by the share of its hardware; in turn, median of 3."""
-    files, batch = _files(place, place.of(4096, 16)), place.of(256, 8)
+    files, batch = _files(setup, setup.of(4096, 16)), setup.of(256, 8)
     rates: dict[str, list[float]] = {f"load {load:g}": [] for load in LOADS}
     for turn in range(4):  # the first warms up
         for load in LOADS:
-            batches = _decoder(place, files, batch, "slice", load)
+            batches = _decoder(setup, files, batch, "slice", load)
             next(batches)
             started = time.perf_counter()
             rest = sum(len(pixels) for pixels in batches)
@@ -356,10 +356,10 @@ def decoder_rates(place: Place) -> Finding:
 class Training:
     """train.py's own step and what belongs to it, in bf16: a ResNet-18 from random weights, configs/imagenet.yaml."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, setup: Setup) -> None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as the launcher would say it
-        words = ["--config", str(ROOT / "configs" / "imagenet.yaml"), "--data", str(place.folder / "photos")]
-        words += ["--batch-size", str(place.of(256, 8)), "--lr", "0.01", "--tracker", "none", *_small(place)]
+        words = ["--config", str(ROOT / "configs" / "imagenet.yaml"), "--data", str(setup.folder / "photos")]
+        words += ["--batch-size", str(setup.of(256, 8)), "--lr", "0.01", "--tracker", "none", *_small(setup)]
         self.config, _ = parse_config(words)
         self.state = start_processes()
         self.split = open_dataset(self.state, self.config).splits["train"]
@@ -405,8 +405,8 @@ class Training:
             torch.cuda.synchronize()
 
 
-def _small(place: Place) -> list[str]:
-    return ["--image-size", "64", "--resize", "72"] if place.dry else []
+def _small(setup: Setup) -> list[str]:
+    return ["--image-size", "64", "--resize", "72"] if setup.dry else []
 
 
 @contextmanager
@@ -418,56 +418,56 @@ def _cuda_says_where_it_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def synchronisation(place: Place) -> Finding:
+def synchronisation(setup: Setup) -> Finding:
     """20 steps under CUDA's own check, and where each warning comes from."""
-    training = Training(place)
-    loader = training.loader(place.engine)
+    training = Training(setup)
+    loader = training.loader(setup.engine)
     steps = training.steps(loader)
-    training.train(loader, steps, place.of(5, 1))
+    training.train(loader, steps, setup.of(5, 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watched = nullcontext if place.dry else _cuda_says_where_it_waits
-        training.train(loader, steps, place.of(20, 2), watched)
+        watched = nullcontext if setup.dry else _cuda_says_where_it_waits
+        training.train(loader, steps, setup.of(20, 2), watched)
     loader.close()
-    places = Counter(
-        f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)
-    )
-    listed = ", ".join(f"{where} ({times})" for where, times in places.most_common()) or "nowhere"
-    return Finding(f"waits {listed}", not places, dict(places))
+    spots = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message))
+    listed = ", ".join(f"{where} ({times})" for where, times in spots.most_common()) or "nowhere"
+    return Finding(f"waits {listed}", not spots, dict(spots))
 
 
-def training_rates(place: Place) -> Finding:
+def training_rates(setup: Setup) -> Finding:
     """Photos a second of the loop, batch 256, in turn, median of 3: a batch that lies on the GPU, and each engine."""
-    batch, number = place.of(256, 8), place.of(60, 2)
-    training = Training(place)
-    loaders = {engine: training.loader(engine) for engine in dict.fromkeys(("torch", place.engine))}
-    ways = {"resident": (loaders["torch"], training.resident(loaders["torch"]))}
+    batch, number = setup.of(256, 8), setup.of(60, 2)
+    training = Training(setup)
+    loaders = {engine: training.loader(engine) for engine in dict.fromkeys(("pillow", setup.engine))}
+    ways = {"resident": (loaders["pillow"], training.resident(loaders["pillow"]))}
     ways |= {engine: (loader, training.steps(loader)) for engine, loader in loaders.items() if engine == "dali"}
     rates, waits = dict[str, list[float]](), dict[str, float]()
-    for turn in range(place.of(4, 2)):  # the first warms up
+    for turn in range(setup.of(4, 2)):  # the first warms up
         for name, (loader, steps) in ways.items():
             waited = loader.wait_seconds
             seconds = training.train(loader, steps, number)
             if turn:
                 rates.setdefault(name, []).append(batch * number / seconds)
                 waits[name] = (loader.wait_seconds - waited) / seconds
-    steps = training.steps(loaders["torch"])  # last, as it takes the loader from the resident batch
-    rates["torch"] = [batch * number / 4 / training.train(loaders["torch"], steps, number // 4 or 1) for _ in range(3)]
+    steps = training.steps(loaders["pillow"])  # last, as it takes the loader from the resident batch
+    rates["pillow"] = [
+        batch * number / 4 / training.train(loaders["pillow"], steps, number // 4 or 1) for _ in range(3)
+    ]
     for loader in loaders.values():
         loader.close()
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratio = medians[place.engine] / medians["resident"]
+    ratio = medians[setup.engine] / medians["resident"]
     found = ", ".join(f"{name} {rate:,.0f}/s" for name, rate in medians.items())
-    found += f"; {place.engine} {ratio:.2f} of resident, waiting {waits.get(place.engine, 0):.1%}"
+    found += f"; {setup.engine} {ratio:.2f} of resident, waiting {waits.get(setup.engine, 0):.1%}"
     return Finding(found, ratio >= 0.95, medians | {"ratio": ratio, "data_wait": waits})
 
 
-def without_a_search(place: Place) -> Finding:
+def without_a_search(setup: Setup) -> Finding:
     """The resident batch again, without cuDNN's search for the fastest algorithms, which a short run does without."""
-    batch, number = place.of(256, 8), place.of(60, 1)
-    training = Training(place)
+    batch, number = setup.of(256, 8), setup.of(60, 1)
+    training = Training(setup)
     torch.backends.cudnn.benchmark = False
-    loader = training.loader("torch")
+    loader = training.loader("pillow")
     steps = training.resident(loader)
     training.train(loader, steps, number)
     rate = statistics.median(batch * number / training.train(loader, steps, number) for _ in range(3))
@@ -475,17 +475,17 @@ def without_a_search(place: Place) -> Finding:
     return Finding(f"resident {rate:,.0f}/s", None, {"rate": rate})
 
 
-def profile(place: Place) -> Finding:
+def profile(setup: Setup) -> Finding:
     """The share of 20 steps in which the GPU works, and what of that work is DALI's and what is largest."""
     from torch.profiler import ProfilerActivity
 
-    training = Training(place)
-    loader = training.loader(place.engine)
+    training = Training(setup)
+    loader = training.loader(setup.engine)
     steps = training.steps(loader)
-    training.train(loader, steps, place.of(20, 1))
-    wanted = "CPU" if place.dry else "CUDA"
+    training.train(loader, steps, setup.of(20, 1))
+    wanted = "CPU" if setup.dry else "CUDA"
     with torch.profiler.profile(activities=[getattr(ProfilerActivity, wanted)]) as profiler:
-        training.train(loader, steps, place.of(20, 1))
+        training.train(loader, steps, setup.of(20, 1))
     loader.close()
     spans = [
         (each.time_range.start, each.time_range.end, each.name)
@@ -508,41 +508,41 @@ def profile(place: Place) -> Finding:
 # Whole runs
 
 
-def recipe(place: Place, *, launcher: Sequence[str], flags: Sequence[str] = (), small: bool = False) -> Finding:
+def recipe(setup: Setup, *, launcher: Sequence[str], flags: Sequence[str] = (), small: bool = False) -> Finding:
     """The default recipe through `accelerate launch`: its pass over the photos, and some hundred steps of batch 8."""
-    if place.dry and not small:
+    if setup.dry and not small:
         return Finding("left out of a dry run: the same code with other flags")
     name = re.sub(r"\W+", "-", " ".join([*launcher, *flags])).strip("-")[:80]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", *launcher]
-    command += [str(ROOT / "train.py"), "--data", str(place.folder / "photos"), "--weights"]
-    command += [str(place.folder / "weights.pth"), "--epochs", "2", "--views-per-photo", "1", "--loader", place.engine]
-    command += ["--max-steps", str(place.of(700, 4)), "--tracker", "none", *flags, *_small(place)]
-    command += ["--runs", str(place.folder / "runs"), "--run", name]
+    command += [str(ROOT / "train.py"), "--data", str(setup.folder / "photos"), "--weights"]
+    command += [str(setup.folder / "weights.pth"), "--epochs", "2", "--views-per-photo", "1", "--loader", setup.engine]
+    command += ["--max-steps", str(setup.of(700, 4)), "--tracker", "none", *flags, *_small(setup)]
+    command += ["--runs", str(setup.folder / "runs"), "--run", name]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT)
     seconds = time.perf_counter() - started
     if done.returncode:
         return Finding(f"exit code {done.returncode}: {done.stderr.strip()[-400:]}", False)
-    rows = map(json.loads, (place.folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, (setup.folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     last = [row for row in rows if "train/loss" in row][-1]
     found = f"exit code 0, {seconds:.0f} s, {last['perf/images_per_s']:,.0f} photos/s, loss {last['train/loss']:.3f}"
     return Finding(found, True, {"seconds": seconds} | last)
 
 
-def memory(place: Place) -> Finding:
+def memory(setup: Setup) -> Finding:
     """256 photos of 12 megapixels a batch, 5 batches: the GPU's memory, DALI's included."""
-    split = _split(place.folder / "large", "train")
-    before, used = _memory_used(place), []
-    with _loader(split, place.engine, place.device, place.of(256, 4)) as loader:
+    split = _split(setup.folder / "large", "train")
+    before, used = _memory_used(setup), []
+    with _loader(split, setup.engine, setup.device, setup.of(256, 4)) as loader:
         for step in islice((step for epoch in count() for step in loader.epoch(epoch)), 5):
             next(step.batches)
-            used.append((_memory_used(place) - before) / 1e9)
+            used.append((_memory_used(setup) - before) / 1e9)
     found = f"{max(used):.1f} GB at most, after each batch: {', '.join(f'{value:.1f}' for value in used)}"
     return Finding(found, max(used) <= 30, {"gigabytes": used})
 
 
-def _memory_used(place: Place) -> int:
-    if place.dry:
+def _memory_used(setup: Setup) -> int:
+    if setup.dry:
         return 0
     free, total = torch.cuda.mem_get_info()
     return total - free
@@ -562,7 +562,9 @@ CHECKS = [
     Check("tests without DALI", 3, "all pass", partial(tests, chosen="not dali", small="crash")),
     Check("tests with DALI", 5, "all pass", partial(tests, chosen="dali", small="cut_off and dali and cpu"), dali=True),
     Check("odd photos", 1, f"mean at most {PILLOW_MEAN:g} level; cut off: left out by both", odd_photos, dali=True),
-    Check("company", 1.5, "loads 0 and 1 and the engine: 0, 0; load 0.65: not 0", company, dali=True),
+    Check(
+        "batch composition", 1.5, "loads 0 and 1 and the engine: 0, 0; load 0.65: not 0", batch_composition, dali=True
+    ),
     Check("loader", 4, "dali 10,000 or more; Pillow, 16 threads, 3,500 to 4,500", loader_rates, True, True),
     Check("decoder alone", 1.5, "14,000 to 16,000", decoder_rates, True, True),
     Check("waiting", 1.5, "waits nowhere", synchronisation),
@@ -595,9 +597,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         name, folder, engine = options.child
-        place = Place(Path(folder), options.dry_run, engine)
-        finding = next(check for check in CHECKS if check.name == name).run(place)
-        (place.folder / f"{_slug(name)}.json").write_text(json.dumps(asdict(finding)), encoding="utf-8")
+        setup = Setup(Path(folder), options.dry_run, engine)
+        finding = next(check for check in CHECKS if check.name == name).run(setup)
+        (setup.folder / f"{_slug(name)}.json").write_text(json.dumps(asdict(finding)), encoding="utf-8")
         return 0
     if not options.dry_run and not torch.cuda.is_available():
         print(
@@ -607,18 +609,18 @@ def main() -> int:
     (options.out / "logs").mkdir(parents=True, exist_ok=True)
     wanted = [c for c in CHECKS if c.name == "photos" or not options.only or c.name.startswith(tuple(options.only))]
     with tempfile.TemporaryDirectory(prefix="dalitune-gpu-") as folder:
-        rows = run_all(wanted, Place(Path(folder), options.dry_run, "dali"), options.out, 60 * options.minutes)
+        rows = run_all(wanted, Setup(Path(folder), options.dry_run, "dali"), options.out, 60 * options.minutes)
     return 1 if any(row["ok"] is False for row in rows) else 0
 
 
-def run_all(checks: Sequence[Check], place: Place, out: Path, seconds: float) -> list[dict[str, Any]]:
+def run_all(checks: Sequence[Check], setup: Setup, out: Path, seconds: float) -> list[dict[str, Any]]:
     """Runs the checks in order, each in a process of its own, and writes the page after each of them."""
     started, rows = time.monotonic(), list[dict[str, Any]]()
     fits = _has_dali()
     for number, check in enumerate(checks, start=1):
         whole = [row["ok"] for row in rows if row["name"].startswith("decode whole")]
         decodes_here = fits and (any(whole) or not whole)
-        place = Place(place.folder, place.dry, "dali" if decodes_here else "torch")
+        setup = Setup(setup.folder, setup.dry, "dali" if decodes_here else "pillow")
         begun = time.monotonic()
         left = seconds - (begun - started)
         if check.dali and not decodes_here:
@@ -626,29 +628,29 @@ def run_all(checks: Sequence[Check], place: Place, out: Path, seconds: float) ->
         elif left < 5:
             finding = Finding("left out: the time was up")
         else:
-            finding = run_check(check, place, out / "logs" / f"{_slug(check.name)}.log", min(60 * check.minutes, left))
+            finding = run_check(check, setup, out / "logs" / f"{_slug(check.name)}.log", min(60 * check.minutes, left))
         # A decoder that crashes by region is expected, and nothing rests on it; a dry run has no figures to judge.
-        if (finding.numbers and place.dry and check.figures) or "roi" in check.name:
+        if (finding.numbers and setup.dry and check.figures) or "roi" in check.name:
             finding = Finding(finding.found, None, finding.numbers)
         row = {"name": check.name, "expected": check.expected, **asdict(finding), "seconds": time.monotonic() - begun}
         rows.append(row)
         at = time.monotonic() - started
         print(f"[{number}/{len(checks)}, {at:.0f} s] {check.name}: {_verdict(row)} {finding.found}", flush=True)
-        _write_page(out, rows, place)
+        _write_page(out, rows, setup)
     return rows
 
 
-def run_check(check: Check, place: Place, log: Path, limit: float) -> Finding:
+def run_check(check: Check, setup: Setup, log: Path, limit: float) -> Finding:
     """One check in a process of its own; what ends it early is what is found. limit: seconds."""
-    answer = place.folder / f"{_slug(check.name)}.json"
+    answer = setup.folder / f"{_slug(check.name)}.json"
     answer.unlink(missing_ok=True)  # `versions` has one of the decoders run, too
     with open(log, "wb") as file:
         child = subprocess.Popen(
-            _command(place, check.name),
+            _command(setup, check.name),
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=_environment(place),
+            env=_environment(setup),
             start_new_session=True,
         )
         try:
@@ -666,16 +668,16 @@ def run_check(check: Check, place: Place, log: Path, limit: float) -> Finding:
     return Finding(f"{ended}: {lines[-1][:300] if lines else 'no word'}", False)
 
 
-def _command(place: Place, name: str) -> list[str]:
-    words = ["--dry-run"] if place.dry else []
-    return [sys.executable, str(Path(__file__).resolve()), *words, "--child", name, str(place.folder), place.engine]
+def _command(setup: Setup, name: str) -> list[str]:
+    words = ["--dry-run"] if setup.dry else []
+    return [sys.executable, str(Path(__file__).resolve()), *words, "--child", name, str(setup.folder), setup.engine]
 
 
-def _environment(place: Place) -> dict[str, str]:
+def _environment(setup: Setup) -> dict[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment["DALITUNE_CACHE"] = str(place.folder / "cache")
-    return environment | ({"ACCELERATE_USE_CPU": "true"} if place.dry else {})
+    environment["DALITUNE_CACHE"] = str(setup.folder / "cache")
+    return environment | ({"ACCELERATE_USE_CPU": "true"} if setup.dry else {})
 
 
 def _output(command: Sequence[str], **variables: str) -> str:
@@ -707,19 +709,19 @@ def _verdict(row: dict[str, Any]) -> str:
     return {True: "as expected.", False: "NOT as expected.", None: "noted."}[row["ok"]]
 
 
-def _write_page(out: Path, rows: list[dict[str, Any]], place: Place) -> None:
+def _write_page(out: Path, rows: list[dict[str, Any]], setup: Setup) -> None:
     """page.md and page.json, after every check anew, so that what ends the whole leaves what was found."""
-    gpu = "a CPU" if place.dry else torch.cuda.get_device_name(0)
+    gpu = "a CPU" if setup.dry else torch.cuda.get_device_name(0)
     commit = _output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    lines = [DRY if place.dry else f"# What a GPU shows: {gpu}", ""]
+    lines = [DRY if setup.dry else f"# What a GPU shows: {gpu}", ""]
     lines += [f"`python benchmarks/gpu.py`, commit {commit}, {date}; each check once unless it says otherwise.", ""]
     lines += ["| check | expected | found | | s |", "|---|---|---|---|---|"]
     for row in rows:
         cells = [row["name"], row["expected"], row["found"], _verdict(row), f"{row['seconds']:.0f}"]
         lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     (out / "page.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    page = {"dry_run": place.dry, "gpu": None if place.dry else gpu, "commit": commit, "date": date, "checks": rows}
+    page = {"dry_run": setup.dry, "gpu": None if setup.dry else gpu, "commit": commit, "date": date, "checks": rows}
     (out / "page.json").write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
 
 

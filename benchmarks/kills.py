@@ -10,7 +10,7 @@ must have the same rows, each once (but for the speeds in them).
 
 With --calls N a short training is killed before each N-th call to the operating system that touches its folder: while
 the folder is made, or emptied of an earlier run, while all is saved in it, and while it ends. It is started again as
-Slurm does, which lets an --overwrite of its first life be.
+Slurm does, which lets an --overwrite of its first attempt be.
 """
 
 import argparse
@@ -126,12 +126,12 @@ def kill_at_calls(folder: Path, every: int, *, overwrite: bool) -> tuple[int, li
         call = 1 + kills * every
         if _short_life(folder, run.name, *(["--overwrite"] if overwrite else []), die_at=call):
             return kills, differences
-        # Slurm's second life lets --overwrite be, and would refuse to go on with an earlier run that is still whole.
+        # Slurm's second attempt lets --overwrite be, and would refuse to go on with an earlier run that is still whole.
         is_whole = not (run / ".unbegun").exists() and "\nlr: 0.5\n" in _text_of(run / "config.yaml")
         if _short_life(folder, run.name, "--overwrite", requeued=not (overwrite and is_whole)):
             differences += [f"{name} after call {call}" for name in _differences(runs / "undisturbed", run)]
         else:
-            differences.append(f"no second life after call {call}")
+            differences.append(f"no second attempt after call {call}")
         shutil.rmtree(run)
     raise AssertionError
 
@@ -187,7 +187,7 @@ class _Moment:
 
 
 def _live(folder: Path, name: str, processes: int, epochs: int, kill: _Moment | None = None) -> bool:
-    """One life of the run. Returns True if it was killed, False if it ended by itself, as it should."""
+    """One attempt at the run. Returns True if it was killed, False if it ended by itself, as it should."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["--mixed_precision", "no", "--num_processes", str(processes)]
     command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []

@@ -54,7 +54,7 @@ def main() -> None:
     dataset = load_dataset(scan_dataset(locate(options.data, cache), cache, 0.2))
     split = dataset.splits["train"]
     variants: dict[str, Callable[[int], int]] = {}
-    for engine in ("torch", "dali"):
+    for engine in ("pillow", "dali"):
         for threads in options.threads:
             variants[f"{engine}, {threads} threads"] = partial(_planned, split, engine, threads, device, options)
     for threads in options.threads:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines.data.decode import pixels_of_file
-from pipelines.data.headers import judge
+from pipelines.data.headers import inspect_file
 from pipelines.data.preprocess import Preprocess
 from pipelines.data.structure import TOO_COSTLY
 from pipelines.errors import MachineError
@@ -264,7 +264,7 @@ def main() -> None:
             head: Any = found if isinstance(found, str) else {"shape": found.shape}
         else:
             found = ""
-            head = judge(os.fsencode(path))[:2]
+            head = inspect_file(os.fsencode(path))[:2]
             _limit_time(0)
         answers.write(json.dumps(head).encode() + b"\n")
         if isinstance(found, np.ndarray):

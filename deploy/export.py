@@ -259,14 +259,14 @@ def compare(reference: Classifier, other: Classifier, paths: Sequence[str]) -> C
     count, differing, largest, margin = 0, [], 0.0, 0.0
     predicted = np.full(len(paths), -1, np.int64)
     answers = zip(reference.classify(paths), other.classify(paths), strict=True)
-    for place, (ours, theirs) in enumerate(tqdm(answers, "check", len(paths), leave=False, disable=None)):
+    for index, (ours, theirs) in enumerate(tqdm(answers, "check", len(paths), leave=False, disable=None)):
         if ours.logits is None or theirs.logits is None:
             print(f"not checked: {printable(ours.path)} ({ours.error or theirs.error})", file=sys.stderr)
             continue
         count += 1
-        predicted[place] = ours.logits.argmax()
+        predicted[index] = ours.logits.argmax()
         largest = max(largest, float(np.abs(ours.logits - theirs.logits).max()))
-        if (other_class := theirs.logits.argmax()) != predicted[place]:
+        if (other_class := theirs.logits.argmax()) != predicted[index]:
             differing.append(ours.path)
             odds = np.exp(ours.logits.astype(np.float64) - ours.logits.max())
             margin = max(margin, float((1 - odds[other_class]) / odds.sum()))

@@ -30,7 +30,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends without a trace
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
 
-from pipelines.config import ScriptParser
+from pipelines.config import ScriptParser, engine_name
 from pipelines.data.decode import view_of_file
 from pipelines.data.engines.factory import choose_engine
 from pipelines.data.preprocess import Preprocess
@@ -109,9 +109,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--csv", metavar="FILE", help="write the answers there instead of a table; - is stdout")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, one object a line")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="a picture of the 16 least sure answers")
-    parser.add_argument(
-        "--loader", choices=("auto", "dali", "torch"), default="auto", help="the engine (default: auto)"
-    )
+    engines, engine_help = ("auto", "dali", "pillow"), "the engine (default: auto)"
+    parser.add_argument("--loader", type=engine_name, choices=engines, default="auto", help=engine_help)
     parser.add_argument("--eval-batch-per-device", type=int, default=64, metavar="N", help="of a batch (default: 64)")
     parser.add_test_flips()
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")

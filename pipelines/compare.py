@@ -52,7 +52,7 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        """Time spent in updates, of all lives of the run: from steps, batch size and photos a second."""
+        """Time spent in updates, of all attempts at the run: from steps, batch size and photos a second."""
         seconds, before = 0.0, 0
         for row in self.rows:
             if speed := row.get("perf/images_per_s"):

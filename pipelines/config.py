@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 from pipelines.files import ROOT
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 # The format of the config.yaml in a run folder. It goes up when an older version would misread one. What a new setting
@@ -63,6 +63,14 @@ ImageSize = Annotated[int, Field(ge=64, le=1024)]
 Resize = Annotated[int, Field(ge=64, le=4096)]
 Freeze = Literal["none", "stem", "layer1", "layer2", "layer3", "auto"]
 Transparency = Literal["white", "black", "ignored"]
+
+
+def engine_name(written: str) -> str:
+    """The engine that is meant: until 0.2.0 the one of Pillow was called after PyTorch, and old recipes have that."""
+    return "pillow" if written == "torch" else written
+
+
+EngineName = Annotated[Literal["auto", "dali", "pillow"], BeforeValidator(engine_name)]
 
 
 class Contradiction(ValueError):
@@ -126,7 +134,7 @@ class Config:
     computed once, so that more epochs cost little; null: new ones every epoch; auto: 6 where stages are frozen, else
     null"""
 
-    loader: Literal["auto", "dali", "torch"] = "auto"
+    loader: EngineName = "auto"
     """the engine that decodes; auto: DALI where it runs"""
     loader_threads: Annotated[int | None, Field(ge=1)] = None
     """decoding threads of a process; null: chosen from the cores"""
@@ -219,7 +227,7 @@ class Config:
 
     @property
     def may_fit_head(self) -> bool:
-        """Whether a head is fitted where nothing speaks against it."""
+        """Whether a head is fitted where nothing stands against it."""
         return self.head_init in ("fitted", "auto")
 
     @model_validator(mode="after")

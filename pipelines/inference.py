@@ -1,7 +1,7 @@
 """A trained model and any files: one way from a file to the network's answer, whoever asks.
 
-What is done to a photo stands in the run's `model.json`. The scan's judge, the plan's central view and the engines do
-it, as in an evaluation: the same pixels.
+What is done to a photo stands in the run's `model.json`. The scan's inspection of a file, the
+plan's central view and the engines do it, as in an evaluation: the same pixels.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.data.dataset import Split
-from pipelines.data.decode import judge_place, pixels_of_file, split_of, undecodable, views_of_sound
+from pipelines.data.decode import inspect_at, pixels_of_file, split_of, undecodable, views_of_sound
 from pipelines.data.engines.base import Engine
 from pipelines.data.engines.factory import make_engine
 from pipelines.data.engines.pillow import normalised, scale_and_shift
@@ -118,17 +118,17 @@ class ViewClassifier:
             submitted = self._submitted(split, engine)
             ahead = deque(islice(submitted, 1 + _PREFETCH))
             while ahead:
-                places, views = ahead.popleft()
-                errors = {place: FAULTS[split.faults[place]] for place in places if split.faults[place]}
+                indices, views = ahead.popleft()
+                errors = {index: FAULTS[split.faults[index]] for index in indices if split.faults[index]}
                 logits: Iterator[np.ndarray] = iter(())
                 if len(views):
                     pixels = engine.fetch()
                     logits = iter(self.network(pixels.images) if len(pixels.images) else ())
                     for position, reason in pixels.failed.items():
                         errors[int(views.indices[position])] = undecodable(reason)
-                for place in places:
-                    error = errors.get(place, "")
-                    yield Answer(paths[place], None, error) if error else _answer(paths[place], next(logits))
+                for index in indices:
+                    error = errors.get(index, "")
+                    yield Answer(paths[index], None, error) if error else _answer(paths[index], next(logits))
                 ahead.extend(islice(submitted, 1))
         finally:
             engine.close()
@@ -146,12 +146,12 @@ class ViewClassifier:
     def _submitted(self, split: Split, engine: Engine) -> Iterator[tuple[range, Views]]:
         with ThreadPoolExecutor(min(32, 4 * cpu_cores(), self.batch_size)) as pool:
             for first in range(0, len(split), self.batch_size):
-                places = range(first, min(first + self.batch_size, len(split)))
-                list(pool.map(lambda place: judge_place(split, place), places))
-                views = views_of_sound(split, self.preprocess, places)
+                indices = range(first, min(first + self.batch_size, len(split)))
+                list(pool.map(lambda index: inspect_at(split, index), indices))
+                views = views_of_sound(split, self.preprocess, indices)
                 if len(views):
                     engine.submit(views)
-                yield places, views
+                yield indices, views
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,12 @@ def open_run(
     run: Path,
     device: torch.device,
     *,
-    engine: str = "torch",
+    engine: str = "pillow",
     batch_size: int = 1,
     threads: int = 1,
     test_flips: bool | None = None,
 ) -> ViewClassifier:
-    """The best weights of a run folder, through PyTorch. engine: "torch" or "dali", with `threads` decoding threads.
+    """The best weights of a run folder, through PyTorch. engine: "pillow" or "dali", with `threads` decoding threads.
 
     test_flips: None for the run's own setting. UserError where `best.pt` or `model.json` is missing or damaged.
     """
@@ -243,7 +243,7 @@ def open_onnx(file: Path, *, threads: int = 1, made_of: Path | None = None) -> C
     if name == "pictures":
         return PictureClassifier(classes, chosen, graph, flips)
     return ViewClassifier(
-        classes, chosen, lambda images: graph(images.contiguous().numpy()), torch.device("cpu"), "torch", 1, 1, flips
+        classes, chosen, lambda images: graph(images.contiguous().numpy()), torch.device("cpu"), "pillow", 1, 1, flips
     )
 
 

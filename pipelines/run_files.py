@@ -60,8 +60,8 @@ def _check_best(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _check_place(row: dict[str, Any]) -> dict[str, Any]:
-    if not all(isinstance(place, int) and place >= 0 for place in (row.get("epoch", 0), row.get("global_step"))):
+def _check_counts(row: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(count, int) and count >= 0 for count in (row.get("epoch", 0), row.get("global_step"))):
         raise ValueError("epoch and global_step must be counts")
     return row
 
@@ -140,7 +140,7 @@ class SavedProgress(TypedDict):
 
 _PREPROCESSING, _DESCRIPTION, _STATUS = TypeAdapter(Preprocessing), TypeAdapter(Description), TypeAdapter(Status)
 _PROGRESS, _TEXTS = TypeAdapter(SavedProgress), TypeAdapter(dict[str, str], config=_READING)
-_ROW = TypeAdapter(Annotated[dict[str, Number], AfterValidator(_check_place)], config=_READING)
+_ROW = TypeAdapter(Annotated[dict[str, Number], AfterValidator(_check_counts)], config=_READING)
 
 
 def read_description(run: Path, named: str) -> Description:

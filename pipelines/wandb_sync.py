@@ -19,10 +19,10 @@ from pipelines.text import counted, lasting_streams, printable
 from pipelines.tracking.settings import wandb_names
 from pipelines.tracking.wandb_files import (
     ID_FILE,
+    attempt_folders,
     has_key,
     history_row,
     is_sent,
-    life_folders,
     read_records,
     wandb_files,
     write_records,
@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 @lasting_streams()
 def main(arguments: list[str]) -> int:
-    """Sends what the lives of these runs have left. Returns 0 where nothing is left to send, 1 otherwise."""
+    """Sends what the attempts at these runs have left. Returns 0 where nothing is left to send, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.wandb_sync", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
@@ -54,36 +54,36 @@ def main(arguments: list[str]) -> int:
 
 
 def send_run(run: Path) -> bool:
-    """Sends, in order, each life of a run that is not sent as a whole. Returns whether all is sent."""
+    """Sends, in order, each attempt at a run that is not sent as a whole. Returns whether all is sent."""
     run_id = (run / ID_FILE).read_text(encoding="utf-8").strip()
-    lives = life_folders(Path(os.environ.get("WANDB_DIR") or run), run_id)
-    lives = [life for life in lives if not is_sent(life)]
+    attempts = attempt_folders(Path(os.environ.get("WANDB_DIR") or run), run_id)
+    attempts = [attempt for attempt in attempts if not is_sent(attempt)]
     try:
         FileLock(run / ".lock", timeout=0).acquire().lock.release()
         with FileLock(run / ".sync.lock", timeout=0):
-            return all(_is_sent_now(life) for life in lives)
+            return all(_is_sent_now(attempt) for attempt in attempts)
     except Timeout:
         print(f"{printable(run)}: is being trained, or sent; what it leaves then is sent the next time")
         return False
 
 
-def _is_sent_now(life: Path) -> bool:
+def _is_sent_now(attempt: Path) -> bool:
     try:
-        rows = _send_life(life)
+        rows = _send_attempt(attempt)
     except Exception as error:
         print(
-            f"{printable(life)}: not sent ({' '.join(str(error).split())[:300] or type(error).__name__})",
+            f"{printable(attempt)}: not sent ({' '.join(str(error).split())[:300] or type(error).__name__})",
             file=sys.stderr,
         )
         return False
     told = "nothing to send" if rows is None else f"sent, {counted(rows, 'row')}"
-    print(f"{printable(life)}: {told}")
+    print(f"{printable(attempt)}: {told}")
     return True
 
 
-def _send_life(life: Path) -> int | None:
+def _send_attempt(attempt: Path) -> int | None:
     """Sends what the server has not; returns the number of rows, None where there was nothing to send."""
-    file = next(iter(wandb_files([life])), None)
+    file = next(iter(wandb_files([attempt])), None)
     if file is None:
         return None
     records = list(read_records(file))
@@ -93,9 +93,9 @@ def _send_life(life: Path) -> int | None:
         last_step = _last_step_of_server(start)
         records = [record for record in records if not (row := history_row(record)) or row["_step"] > last_step]
         rows = sum(bool(history_row(record)) for record in records)
-        # What an online life has left besides rows went to the server as it happened; later lives have newer.
-        if rows or life.name.startswith("offline-"):
-            _sync(life, file.name, records)
+        # What an online attempt has left besides rows went to the server as it happened; later attempts have newer.
+        if rows or attempt.name.startswith("offline-"):
+            _sync(attempt, file.name, records)
         else:
             rows = None
     file.with_name(f"{file.name}.synced").touch()
@@ -116,12 +116,12 @@ def _last_step_of_server(run: Any) -> int:
         raise
 
 
-def _sync(life: Path, name: str, records: list[Any]) -> None:
-    """`wandb sync` of a life whose file holds only these records."""
+def _sync(attempt: Path, name: str, records: list[Any]) -> None:
+    """`wandb sync` of an attempt whose file holds only these records."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / f"offline-{life.name.removeprefix('offline-')}"
+        copy = Path(folder) / f"offline-{attempt.name.removeprefix('offline-')}"
         copy.mkdir()
-        (copy / "files").symlink_to((life / "files").resolve())
+        (copy / "files").symlink_to((attempt / "files").resolve())
         write_records(copy / name, records)
         call = [sys.executable, "-m", "wandb", "sync", str(copy)]
         done = subprocess.run(call, capture_output=True, text=True, errors="replace")

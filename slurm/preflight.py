@@ -21,7 +21,7 @@ from pipelines.config import parse_config
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import cores_hint, cpu_is_asked_for, start_processes
-from pipelines.distributed.sync import local_world_size, main_first, speaks
+from pipelines.distributed.sync import is_global_rank_zero, local_world_size, main_first
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.run.folder import new_run_name
 from pipelines.text import counted
@@ -92,7 +92,7 @@ def _name_the_nodes(state: PartialState) -> None:
     count, seconds = int(total.item()), time.perf_counter() - started
     for node, number, its_device, its_hint in gather_object([(gethostname(), state.process_index, device, hint)]):
         processes[node, its_device, its_hint].append(number)
-    if speaks():
+    if is_global_rank_zero():
         for (node, its_device, its_hint), numbers in processes.items():
             print(f"preflight: {node}: processes {', '.join(map(str, numbers))}; {its_device}")
             if its_hint:

@@ -18,8 +18,8 @@ from pathlib import Path
 import train
 from pipelines.config import dump_yaml, parse_config
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
-from pipelines.data.engines.pillow import TorchEngine
-from pipelines.data.headers import FAULTS, judge
+from pipelines.data.engines.pillow import PillowEngine
+from pipelines.data.headers import FAULTS, inspect_file
 from pipelines.data.plan import EvalPlan
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
@@ -42,7 +42,7 @@ BASE = {
     "--head-init": "zeros",
     "--batchnorm": "train",
     "--tracker": "none",
-    "--loader": "torch",
+    "--loader": "pillow",
     "--max-steps": "1",
 }
 
@@ -339,8 +339,8 @@ WEIGHTS: Refused = {
     ),
 }
 REFUSED = {
-    f"{room}: {name}": case
-    for room, cases in {"data": SCANNED, "csv": CSV, "settings": SETTINGS, "weights": WEIGHTS}.items()
+    f"{group}: {name}": case
+    for group, cases in {"data": SCANNED, "csv": CSV, "settings": SETTINGS, "weights": WEIGHTS}.items()
     for name, case in cases.items()
 }
 
@@ -370,7 +370,7 @@ def assert_refused(code: int, out: str, lines: list[str], *told: str) -> None:
 
 def test_dali_where_it_is_not_installed(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what Python keeps of an import that must fail
-    assert_refused(*run("--loader=dali"), "dali is not installed", "--loader torch")
+    assert_refused(*run("--loader=dali"), "dali is not installed", "--loader pillow")
     assert not (tmp_path / "runs").exists()
 
 
@@ -525,7 +525,7 @@ def test_the_scan_gives_each_specimen_its_verdict_and_is_quick(tmp_path: Path) -
     found, seconds = {}, {}
     for name in ZOO:
         started = time.monotonic()
-        found[name] = judge(os.fsencode(tmp_path / "zoo" / name))[:2]
+        found[name] = inspect_file(os.fsencode(tmp_path / "zoo" / name))[:2]
         seconds[name] = time.monotonic() - started
     assert found == {name: (specimen.fault, specimen.size) for name, specimen in ZOO.items()}
     assert max(seconds.values()) < 1, max(seconds, key=seconds.__getitem__)
@@ -541,7 +541,7 @@ def test_pillow_decodes_what_the_scan_passes_unless_it_is_broken_inside(tmp_path
     write_zoo(tmp_path / "data" / "val" / "zoo", ZOO)
     split = load_dataset(scan_dataset(tmp_path / "data", tmp_path / "cache", 0.2)).splits["val"]
     rows = np.flatnonzero(split.faults == 0)
-    engine = TorchEngine(split, 64, torch.device("cpu"), 2, (0.5,) * 3, (0.5,) * 3)
+    engine = PillowEngine(split, 64, torch.device("cpu"), 2, (0.5,) * 3, (0.5,) * 3)
     engine.submit(EvalPlan(split.sizes, image_size=64, resize=72).views(0, rows))
     pixels = engine.fetch()
     engine.close()
@@ -586,8 +586,8 @@ def test_a_damaged_photo_has_one_verdict_and_stops_neither_scan_nor_engine(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(damaged(SOUND[name].content, changes))
-    fault, size, signature, kind = judge(os.fsencode(path))
-    assert (fault, size, signature, kind) == judge(os.fsencode(path))
+    fault, size, signature, kind = inspect_file(os.fsencode(path))
+    assert (fault, size, signature, kind) == inspect_file(os.fsencode(path))
     assert fault in FAULTS
     assert (min(size) > 0) == (not fault)
     if fault or size[0] * size[1] > 10_000_000:  # it may be decoded, which takes seconds
@@ -596,7 +596,7 @@ def test_a_damaged_photo_has_one_verdict_and_stops_neither_scan_nor_engine(
     zero = np.zeros(1, np.int32)
     ends, kinds = np.array([0, len(blob)]), np.array([kind])
     split = Split("val", ("a",), zero, sizes, zero, os.fsencode(path.parent), blob, ends, zero, zero, kinds)
-    engine = TorchEngine(split, 64, torch.device("cpu"), 1, (0.5,) * 3, (0.5,) * 3)
+    engine = PillowEngine(split, 64, torch.device("cpu"), 1, (0.5,) * 3, (0.5,) * 3)
     engine.submit(EvalPlan(sizes, image_size=64, resize=72).views(0, np.array([0])))
     pixels = engine.fetch()
     engine.close()

@@ -110,7 +110,7 @@ def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here):
     """Runs that share one launch, since each costs ten seconds of imports."""
     (tmp_path / "script.py").write_text(RUNS_IN_ONE_LAUNCH)
     runs, plan = tmp_path / "runs", []
-    engines = ["torch", "dali"] if HAS_DALI else ["torch"]
+    engines = ["pillow", "dali"] if HAS_DALI else ["pillow"]
     for engine in engines:
         root = tmp_path / engine
         shutil.copytree(dirty, root)
@@ -134,7 +134,7 @@ def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here):
 def test_a_photo_that_fails_on_one_process_is_said_once_and_stands_in_the_status(
     dirty, tmp_path, random_weights, run_here
 ):
-    flags = settings(dirty, random_weights, tmp_path / "runs", "torch")[:-1]
+    flags = settings(dirty, random_weights, tmp_path / "runs", "pillow")[:-1]
     assert run_here(train, *flags, "--run", "sound", "--max-steps", 1).returncode == 0
     break_unseen(dirty / BAD[0])
     done = run_script("train.py", *flags, "--run", "met", processes=2)

@@ -139,8 +139,8 @@ def test_the_ways_of_a_forward_pass_take_turns(monkeypatch, capsys):
 # benchmarks/gpu.py
 
 
-def place(tmp_path: Path) -> gpu.Place:
-    return gpu.Place(tmp_path, dry=True, engine="torch")
+def setup(tmp_path: Path) -> gpu.Setup:
+    return gpu.Setup(tmp_path, dry=True, engine="pillow")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -169,9 +169,9 @@ def test_a_check_that_crashes_or_hangs_is_a_line_and_the_next_goes_on(code, foun
         "one": [sys.executable, "-c", code],
         "other": [sys.executable, "-c", answer, str(tmp_path / "other.json")],
     }
-    monkeypatch.setattr(gpu, "_command", lambda place, name: commands[name])
+    monkeypatch.setattr(gpu, "_command", lambda setup, name: commands[name])
     (tmp_path / "logs").mkdir()
-    rows = gpu.run_all([check, other], place(tmp_path), tmp_path, 600)
+    rows = gpu.run_all([check, other], setup(tmp_path), tmp_path, 600)
     assert found in rows[0]["found"]
     assert [row["ok"] for row in rows] == [False, True]
     assert len(capsys.readouterr().out.splitlines()) == 2, "a line of progress each"
@@ -188,17 +188,17 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch):
     checks += [gpu.Check("with", 1, "", lambda _: passing, dali=True), gpu.Check("either", 1, "", lambda _: passing)]
     engines = []
 
-    def stand_in(check: gpu.Check, where: gpu.Place, *_: object) -> gpu.Finding:
+    def stand_in(check: gpu.Check, where: gpu.Setup, *_: object) -> gpu.Finding:
         engines.append(where.engine)
         return check.run(where)
 
     monkeypatch.setattr(gpu, "run_check", stand_in)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
-    rows = gpu.run_all(checks, place(tmp_path), tmp_path, 600)
+    rows = gpu.run_all(checks, setup(tmp_path), tmp_path, 600)
     assert [row["ok"] for row in rows] == [None, False, False, None, True]
     assert rows[3]["found"] == "left out: DALI does not decode here"
-    assert engines == ["dali", "dali", "torch", "torch"]
-    assert gpu.run_all(checks, place(tmp_path), tmp_path, 0)[0]["found"] == "left out: the time was up"
+    assert engines == ["dali", "dali", "pillow", "pillow"]
+    assert gpu.run_all(checks, setup(tmp_path), tmp_path, 0)[0]["found"] == "left out: the time was up"
 
 
 @pytest.mark.slow

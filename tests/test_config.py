@@ -176,7 +176,7 @@ WRONG = [
     ("val_fraction", "1", "a finite number > 0 and < 1"),
     ("compile", "2", "true or false"),
     ("compile", "maybe", "true or false"),
-    ("loader", "DALI", "auto, dali or torch"),
+    ("loader", "DALI", "auto, dali or pillow"),
     ("freeze", "layer4", "none, stem, layer1, layer2, layer3 or auto"),
     ("freeze", "null", "none, stem"),
     ("arch", "mobilenet_v3", "mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large or one of 68 (README)"),
@@ -465,3 +465,9 @@ def test_the_tutorial_recipes_are_the_tutorial(name: str, mode: str) -> None:
     tutorial |= {"weight_decay": 0.0, "schedule": "step", "step_epochs": 5, "step_gamma": 0.1, "warmup_epochs": 0.0}
     tutorial |= {"clip_grad_norm": None, "data": None, "weights": None}
     assert dataclasses.asdict(parse("--config", str(path))) == dataclasses.asdict(Config(**tutorial))
+
+
+def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
+    (tmp_path / "old.yaml").write_text("loader: torch\n")
+    assert parse_config(["--config", str(tmp_path / "old.yaml")])[0].loader == "pillow"
+    assert parse_config(["--loader=torch"])[0].loader == "pillow"

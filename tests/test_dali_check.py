@@ -79,9 +79,9 @@ def test_the_other_engine_goes_on_unless_dali_was_asked_for(monkeypatch):
     monkeypatch.setattr(
         factory, "fault_of_dali", lambda device: "DALI does not work here: its decoder ends with SIGSEGV"
     )
-    assert factory.choose_engine("auto", GPU) == ("torch", "DALI does not work here: its decoder ends with SIGSEGV")
-    assert factory.choose_engine("torch", GPU) == ("torch", "as asked")
-    with pytest.raises(MachineError, match="SIGSEGV: use --loader torch"):
+    assert factory.choose_engine("auto", GPU) == ("pillow", "DALI does not work here: its decoder ends with SIGSEGV")
+    assert factory.choose_engine("pillow", GPU) == ("pillow", "as asked")
+    with pytest.raises(MachineError, match="SIGSEGV: use --loader pillow"):
         factory.choose_engine("dali", GPU)
     monkeypatch.setattr(factory, "fault_of_dali", lambda device: "")
     assert factory.choose_engine("auto", GPU)[0] == "dali"
@@ -91,9 +91,9 @@ def test_all_processes_take_the_same_engine(monkeypatch):
     """Two nodes of two processes; what the others answer is a stand-in for their part of the gathering."""
     state = SimpleNamespace(num_processes=4, is_local_main_process=True, device=CPU)
     monkeypatch.setattr(factory, "choose_engine", lambda wanted, device: ("dali", "it works"))
-    elsewhere: list[object] = [(None, None), (("torch", "SIGSEGV on node2"), None), (None, None)]
+    elsewhere: list[object] = [(None, None), (("pillow", "SIGSEGV on node2"), None), (None, None)]
     monkeypatch.setattr(factory, "gather_object", lambda own: [*own, *elsewhere])
-    assert factory.agree_on_engine("auto", state) == ("torch", "SIGSEGV on node2")
+    assert factory.agree_on_engine("auto", state) == ("pillow", "SIGSEGV on node2")
     elsewhere[1] = (("dali", "it works"), None)
     assert factory.agree_on_engine("auto", state) == ("dali", "it works")
     elsewhere[1] = (None, (MachineError, "SIGSEGV on node2"))

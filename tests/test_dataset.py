@@ -1,4 +1,4 @@
-"""The index: the same reading as torchvision's, the judgement of files, the cache, CSV files, the set-aside split."""
+"""The index: the same reading as torchvision's, the inspection of files, the cache, CSV files, the set-aside split."""
 
 import io
 import itertools
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.data import dataset as room
+from pipelines.data import dataset as dataset_module
 from pipelines.data.dataset import (
     Dataset,
     Split,
@@ -22,7 +22,7 @@ from pipelines.data.dataset import (
     map_labels,
     scan_dataset,
 )
-from pipelines.data.headers import FAULTS, MAX_PIXELS, Judgement, exif_orientation
+from pipelines.data.headers import FAULTS, MAX_PIXELS, Inspection, exif_orientation
 from pipelines.errors import MachineError, UserError
 
 import numpy as np
@@ -66,7 +66,7 @@ def scan(data: Path, tmp_path: Path, val_fraction: float = 0.2) -> Dataset:
     return load_dataset(scan_dataset(data, tmp_path / "cache", val_fraction))
 
 
-def judge(tmp_path: Path, content: bytes, name: str = "x.jpg") -> tuple[str, tuple[int, int]]:
+def inspect_file(tmp_path: Path, content: bytes, name: str = "x.jpg") -> tuple[str, tuple[int, int]]:
     """What a scan says of one file: the reason and (height, width)."""
     root = tmp_path / "judged"
     shutil.rmtree(root, ignore_errors=True)
@@ -84,8 +84,8 @@ def paths(split: Split) -> list[str]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The paths of the files that scans open."""
     seen: list[bytes] = []
-    judge_file = room.judge
-    monkeypatch.setattr(room, "judge", lambda path: (seen.append(path), judge_file(path))[1])
+    real_inspect_file = dataset_module.inspect_file
+    monkeypatch.setattr(dataset_module, "inspect_file", lambda path: (seen.append(path), real_inspect_file(path))[1])
     return seen
 
 
@@ -245,7 +245,7 @@ def test_the_share_depends_on_nothing_but_the_path(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0.001, 0.999))
 def test_the_share_of_any_class_is_close_and_never_all(labels: list[int], fraction: float) -> None:
     hashes = np.random.default_rng(0).integers(0, 2**63, len(labels)).astype(np.uint64)
-    chosen = room._choose_val(np.array(labels), np.ones(len(labels), bool), hashes, fraction)
+    chosen = dataset_module._choose_val(np.array(labels), np.ones(len(labels), bool), hashes, fraction)
     for label in set(labels):
         rows = np.flatnonzero(np.array(labels) == label)
         took = np.isin(rows, chosen)
@@ -257,7 +257,7 @@ def test_the_share_of_any_class_is_close_and_never_all(labels: list[int], fracti
             assert hashes[rows[took]].max() < hashes[rows[~took]].min()
 
 
-# The judgement of a file
+# The inspection of a file
 
 SOUND = {
     "jpeg": encoded(),
@@ -283,14 +283,14 @@ SOUND = {
 
 @pytest.mark.parametrize("name", SOUND)
 def test_a_sound_file_is_found_sound(tmp_path: Path, name: str) -> None:
-    assert judge(tmp_path, SOUND[name]) == ("", (20, 30))
+    assert inspect_file(tmp_path, SOUND[name]) == ("", (20, 30))
 
 
 @pytest.mark.parametrize("name", sorted(set(SOUND) - {"plain ppm"}))
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_a_cut_file_is_found_cut(tmp_path: Path, name: str, share: float) -> None:
     content = encoded("MPO", save_all=True) if "further" in name else SOUND[name].removesuffix(b"\0" * 10_000)
-    reason, size = judge(tmp_path, content[: int(len(content) * share)])
+    reason, size = inspect_file(tmp_path, content[: int(len(content) * share)])
     assert reason in ("truncated", "broken header")
     assert size == (0, 0)
     if share == 0.9:
@@ -302,13 +302,13 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photo(tmp_path: Path) -> N
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 8) + b"Exif\0\0" + thumbnail
     photo = encoded(size=(200, 200))
     photo = photo[:2] + segment + photo[2:]
-    assert judge(tmp_path, photo) == ("", (200, 200))
+    assert inspect_file(tmp_path, photo) == ("", (200, 200))
     start = len(segment) + 2
     for cut in (start, start + 300, start + 2000):
-        assert judge(tmp_path, photo[:cut])[0] in ("truncated", "broken header")
+        assert inspect_file(tmp_path, photo[:cut])[0] in ("truncated", "broken header")
     # As long as the last bytes that are read, and longer: the marker is looked for behind the start of scan only.
-    assert judge(tmp_path, photo[: start + 2000] + b"\0" * 9000)[0] == "truncated"
-    assert judge(tmp_path, photo + b"\0" * 9000) == ("", (200, 200))
+    assert inspect_file(tmp_path, photo[: start + 2000] + b"\0" * 9000)[0] == "truncated"
+    assert inspect_file(tmp_path, photo + b"\0" * 9000) == ("", (200, 200))
 
 
 @pytest.mark.parametrize("name", [name for name in SOUND if name.endswith("jpeg")])
@@ -316,22 +316,22 @@ def test_a_marker_among_the_pixels_of_a_jpeg_is_damage(tmp_path: Path, name: str
     content = SOUND[name]
     at = content.rindex(b"\xff\xda") + 20
     for marker, reason in ((b"\xff\x3c", "damaged"), (b"\xff\xc0", "damaged"), (b"\xff\xd3", ""), (b"\xff\x00", "")):
-        assert judge(tmp_path, content[:at] + marker + content[at + 2 :])[0] == reason
+        assert inspect_file(tmp_path, content[:at] + marker + content[at + 2 :])[0] == reason
     comment = b"\xff\xfe\x00\x08" + b"\xff\x3c\xff\xd9\xff\x01"
-    assert judge(tmp_path, content[:-2] + comment + content[-2:]) == ("", (20, 30))
-    assert judge(tmp_path, content[:-2] + comment[:4] + b"\xff\xff" + content[-2:])[0] == "truncated"
+    assert inspect_file(tmp_path, content[:-2] + comment + content[-2:]) == ("", (20, 30))
+    assert inspect_file(tmp_path, content[:-2] + comment[:4] + b"\xff\xff" + content[-2:])[0] == "truncated"
 
 
 def test_what_is_no_photo_is_named(tmp_path: Path) -> None:
-    assert judge(tmp_path, b"") == ("empty file", (0, 0))
+    assert inspect_file(tmp_path, b"") == ("empty file", (0, 0))
     for content in (encoded("GIF"), b"<html>", b"\xff\xd8", b"RIFF\x10\0\0\0WAVE"):
-        assert judge(tmp_path, content) == ("not an image of a known format", (0, 0))
-    assert judge(tmp_path, b"BM, not a bitmap") == ("broken header", (0, 0))
-    assert judge(tmp_path, b"\xff\xd8\xff" + b"\0" * 500)[0] in ("broken header", "truncated")
+        assert inspect_file(tmp_path, content) == ("not an image of a known format", (0, 0))
+    assert inspect_file(tmp_path, b"BM, not a bitmap") == ("broken header", (0, 0))
+    assert inspect_file(tmp_path, b"\xff\xd8\xff" + b"\0" * 500)[0] in ("broken header", "truncated")
 
 
 def test_the_format_counts_and_not_the_name(tmp_path: Path) -> None:
-    assert judge(tmp_path, encoded("PNG"), "x.jpg") == ("", (20, 30))
+    assert inspect_file(tmp_path, encoded("PNG"), "x.jpg") == ("", (20, 30))
 
 
 def huge_png(width: int, height: int) -> bytes:
@@ -348,12 +348,12 @@ def test_a_photo_too_large_to_decode_is_refused_from_its_header(
 ) -> None:
     assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
     assert MAX_PIXELS == 14_351 * 12_470
-    assert judge(tmp_path, huge_png(14_351, 12_471)) == ("too many pixels", (0, 0))
-    assert judge(tmp_path, huge_png(14_351, 12_470)) == ("", (12_470, 14_351))
-    assert judge(tmp_path, huge_png(1, 65_535)) == ("", (65_535, 1))
-    assert judge(tmp_path, huge_png(1, 65_536)) == ("a side of more than 65,535 pixels", (0, 0))
+    assert inspect_file(tmp_path, huge_png(14_351, 12_471)) == ("too many pixels", (0, 0))
+    assert inspect_file(tmp_path, huge_png(14_351, 12_470)) == ("", (12_470, 14_351))
+    assert inspect_file(tmp_path, huge_png(1, 65_535)) == ("", (65_535, 1))
+    assert inspect_file(tmp_path, huge_png(1, 65_536)) == ("a side of more than 65,535 pixels", (0, 0))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert judge(tmp_path, huge_png(2**31 - 1, 2**31 - 1)) == ("too many pixels", (0, 0))
+    assert inspect_file(tmp_path, huge_png(2**31 - 1, 2**31 - 1)) == ("too many pixels", (0, 0))
     assert not recwarn.list
 
 
@@ -364,7 +364,7 @@ def test_sizes_are_those_of_the_upright_photo(tmp_path: Path, kind: str, orienta
     content = encoded(kind, **options)
     with Image.open(io.BytesIO(content)) as photo:
         upright = ImageOps.exif_transpose(photo)
-    assert judge(tmp_path, content) == ("", (upright.height, upright.width))
+    assert inspect_file(tmp_path, content) == ("", (upright.height, upright.width))
     assert (upright.height > upright.width) == (5 <= orientation <= 8)
 
 
@@ -374,10 +374,10 @@ def test_orientation_is_exif_only_and_broken_exif_is_none(tmp_path: Path) -> Non
     behind = (
         png[:-12] + struct.pack(">I", len(turned)) + b"eXIf" + turned + struct.pack(">I", zlib.crc32(b"eXIf" + turned))
     )
-    assert judge(tmp_path, behind + png[-12:]) == ("", (30, 20))
-    assert judge(tmp_path, encoded(exif=b"Exif\0\0" + b"garbage" * 9)) == ("", (20, 30))
-    assert judge(tmp_path, encoded(exif=exif(6)[:20])) == ("", (20, 30))
-    assert judge(tmp_path, encoded(xmp=b'<x:xmpmeta tiff:Orientation="6"/>')) == ("", (20, 30))
+    assert inspect_file(tmp_path, behind + png[-12:]) == ("", (30, 20))
+    assert inspect_file(tmp_path, encoded(exif=b"Exif\0\0" + b"garbage" * 9)) == ("", (20, 30))
+    assert inspect_file(tmp_path, encoded(exif=exif(6)[:20])) == ("", (20, 30))
+    assert inspect_file(tmp_path, encoded(xmp=b'<x:xmpmeta tiff:Orientation="6"/>')) == ("", (20, 30))
     with Image.open(io.BytesIO(encoded("TIFF", tiffinfo={274: 6}))) as tiff:
         assert exif_orientation(tiff) == 6
         tiff.load()
@@ -393,7 +393,7 @@ def test_no_damage_stops_a_scan(tmp_path_factory: pytest.TempPathFactory, name: 
         content[at] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    fault, (height, width), *_ = room.judge(os.fsencode(path))
+    fault, (height, width), *_ = dataset_module.inspect_file(os.fsencode(path))
     assert fault in FAULTS
     assert (height > 0 and width > 0) if not fault else (height, width) == (0, 0)
 
@@ -412,7 +412,7 @@ def test_what_cannot_be_opened_is_a_fault_and_not_a_failure(tmp_path: Path) -> N
 def test_a_file_that_could_not_be_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "data", {"train/a": 2, "val/a": 1})
     with monkeypatch.context() as patched:
-        patched.setattr(room, "judge", lambda path: Judgement("cannot be read"))
+        patched.setattr(dataset_module, "inspect_file", lambda path: Inspection("cannot be read"))
         assert FAULTS[scan(root, tmp_path).splits["train"].faults[0]] == "cannot be read"
     assert not scan(root, tmp_path).splits["train"].faults.any()
 
@@ -460,7 +460,7 @@ def test_a_slow_scan_says_so_and_a_quick_one_is_silent(
     root = make_folder(tmp_path / "data", {"train/a": 3, "val/a": 1})
     scan(root, tmp_path)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(room.time, "monotonic", itertools.count(step=3).__next__)
+    monkeypatch.setattr(dataset_module.time, "monotonic", itertools.count(step=3).__next__)
     scan(root, tmp_path)
     start, end = capsys.readouterr().err.splitlines()
     assert start == f"scan of {root}: 4 photos ..."
@@ -733,8 +733,8 @@ def test_what_has_no_splits_can_be_had_as_a_whole(tmp_path: Path) -> None:
     dataset = scan(root, tmp_path)
     whole = dataset.undivided().splits["all"]
     assert list(dataset.undivided().splits) == ["all"]
-    both = [split.path(place) for split in dataset.splits.values() for place in range(len(split))]
-    assert [whole.path(place) for place in range(len(whole))] == both
+    both = [split.path(index) for split in dataset.splits.values() for index in range(len(split))]
+    assert [whole.path(index) for index in range(len(whole))] == both
     assert sorted(both) == sorted(map(str, root.glob("*/*.jpg")))
     assert [Path(path).parent.name for path in both] == [whole.classes[label] for label in whole.labels]
     assert (whole.sizes > 0).all()

@@ -145,11 +145,14 @@ def test_ctrl_c_while_the_libraries_are_loaded(library, tmp_path):
 @pytest.mark.parametrize("where", ["download", "scan"])
 def test_ctrl_c_before_the_first_step(where, tmp_path):
     """The script is the real one; the stand-in named SLOW makes the download or the scan wait."""
-    room, wait = {
-        "download": ("photos", "_download = lambda *_: (print('now', flush=True), time.sleep(60))"),
-        "scan": ("dataset", "judge = lambda _: (print('now', flush=True), time.sleep(0.05)) and ('', (9, 9), 0)"),
+    module, wait = {
+        "download": ("data.samples", "_download = lambda *_: (print('now', flush=True), time.sleep(60))"),
+        "scan": (
+            "dataset",
+            "inspect_file = lambda _: (print('now', flush=True), time.sleep(0.05)) and ('', (9, 9), 0)",
+        ),
     }[where]
-    slow = f"import time, pipelines.{room}\npipelines.{room}.{wait}"
+    slow = f"import time, pipelines.{module}\npipelines.{module}.{wait}"
     data = ["--data", "shapes"] if where == "scan" else []
     code = f"{slow}\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(ROOT / "train.py"), *data, "--runs", str(tmp_path / "runs")]

@@ -34,7 +34,7 @@ from torch.nn import functional
 from torchmetrics.functional import classification as tm
 from torchvision.models import resnet18
 
-CONFIG = Config(image_size=64, resize=72, eval_batch_per_device=4, loader="torch", loader_threads=2)
+CONFIG = Config(image_size=64, resize=72, eval_batch_per_device=4, loader="pillow", loader_threads=2)
 CLASSES = ("ant", "bee", "wasp")
 COUNTS = {"ant": 4, "bee": 3, "wasp": 4}
 
@@ -76,7 +76,7 @@ def open_split(photos: Path) -> Split:
 
 def open_loader(split: Split, **settings) -> Loader:
     config = Config(**{**CONFIG.__dict__, **settings})
-    return eval_loader(config, split, split.labels.astype(np.int64), PartialState(cpu=True), "torch")
+    return eval_loader(config, split, split.labels.astype(np.int64), PartialState(cpu=True), "pillow")
 
 
 # Records
@@ -145,10 +145,10 @@ def test_photos_that_cannot_be_read_have_no_record(photos, network, accelerator)
 
 
 class TwiceTheSecond(EvalPlan):
-    """Shows photo 1 at place 0 too, and photo 0 nowhere."""
+    """Shows photo 1 at position 0 too, and photo 0 nowhere."""
 
-    def views(self, epoch: int, places: np.ndarray) -> Views:
-        return super().views(epoch, np.maximum(places, 1))
+    def views(self, epoch: int, positions: np.ndarray) -> Views:
+        return super().views(epoch, np.maximum(positions, 1))
 
 
 @pytest.mark.parametrize("fault", ["twice", "half"])
@@ -159,7 +159,7 @@ def test_a_photo_that_is_missing_or_counted_twice_is_an_error(photos, network, a
         plan(split.sizes, image_size=64, resize=72),
         split,
         split.labels.astype(np.int64),
-        make_engine("torch", split, image_size=64, micro_batch=4, device=torch.device("cpu"), threads=2),
+        make_engine("pillow", split, image_size=64, micro_batch=4, device=torch.device("cpu"), threads=2),
         batch_size=8,
         micro_batch=4,
         prefetch=2,

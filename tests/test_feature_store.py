@@ -76,12 +76,12 @@ def test_the_longest_unused_go_first(tmp_path):
     rows = torch.zeros(5, 50)
     store = FeatureStore(tmp_path, 3 * TABLE + 100)
     makers = [letter * 32 for letter in "0123"]
-    for place, maker in enumerate(makers):
-        if place == 3:
+    for index, maker in enumerate(makers):
+        if index == 3:
             assert store.read(makers[0], PHOTOS) is not None  # it is used, and the next one is the oldest now
         store.keep(maker, PHOTOS, rows)
         file = store._file(maker, PHOTOS)
-        os.utime(file, (place, place))
+        os.utime(file, (index, index))
     assert [store.has(maker, PHOTOS) for maker in makers] == [True, False, True, True]
     store.keep(OTHER, PHOTOS, torch.zeros(5, 500))
     assert not store.has(OTHER, PHOTOS), "more than all that may be kept"

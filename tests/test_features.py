@@ -23,7 +23,7 @@ from test_resume import ask_at, newest, rows, same_bits
 from test_train import run_script, succeeded, train_rows, val_rows
 from torchvision.models import resnet18
 
-CONFIG = Config(image_size=64, resize=72, batch_size=4, views_per_photo=2, loader="torch", loader_threads=2)
+CONFIG = Config(image_size=64, resize=72, batch_size=4, views_per_photo=2, loader="pillow", loader_threads=2)
 VIEWS = ["--image-size", "64", "--resize", "72", "--freeze", "layer3", "--views-per-photo", "2", "--tracker", "none"]
 VIEWS += ["--head-init", "zeros"]
 MAPS = 256 * 4 * 4 * 4  # bytes of a photo of 64 pixels behind layer3
@@ -43,7 +43,7 @@ def split(photos) -> Split:
 
 def open_loader(split: Split, **settings) -> Loader:
     config = Config(**{**CONFIG.__dict__, **settings})
-    return train_loader(config, split, split.labels.astype(np.int64), PartialState(cpu=True), "torch", 4)
+    return train_loader(config, split, split.labels.astype(np.int64), PartialState(cpu=True), "pillow", 4)
 
 
 def open_features(network: TransferModel, training: Loader, views: int | None = 2, **settings) -> FrozenFeatures:
@@ -207,7 +207,7 @@ def test_a_fold_finds_its_photos_among_those_of_other_splits(resnet, photos, tmp
         file.write_text("\n".join(["path,label,split", *lines]))
         rows = {}
         for split in load_dataset(scan_dataset(file, photos / "cache", 0.2)).splits.values():
-            loader = eval_loader(CONFIG, split, split.labels.astype(np.int64), PartialState(cpu=True), "torch")
+            loader = eval_loader(CONFIG, split, split.labels.astype(np.int64), PartialState(cpu=True), "pillow")
             features = open_features(network, loader, 1, store=store)
             found.append(features.in_store() != "")
             features.prepare(0, never)

@@ -177,10 +177,10 @@ def pairs_of(matrix: dict[tuple[int, int], int]) -> np.ndarray:
 @pytest.mark.parametrize("count", [1, 2, 25, 26, 1000, 8000])
 def test_confusion_matrix_of_any_size(tmp_path: Path, texts: list[tuple[str, float]], count: int) -> None:
     empty = count // 2  # a class without photos
-    matrix = {(place, place): 4321 for place in range(count) if place != empty}
+    matrix = {(index, index): 4321 for index in range(count) if index != empty}
     if empty:
         matrix[0, count - 1] = 87
-    classes = [f"class {place}" for place in range(count)]
+    classes = [f"class {index}" for index in range(count)]
     tracemalloc.start()
     save_confusion_matrix(tmp_path / "matrix.png", pairs_of(matrix), classes)
     assert tracemalloc.get_traced_memory()[1] < 100e6  # 8,000 x 8,000 floats are 512 MB
@@ -201,7 +201,7 @@ def test_confusion_matrix_takes_any_names(tmp_path: Path) -> None:
 
 
 def test_one_confusion_among_a_thousand_classes_is_seen(tmp_path: Path) -> None:
-    matrix = {(place, place): 1 for place in range(1000)}
+    matrix = {(index, index): 1 for index in range(1000)}
     save_confusion_matrix(tmp_path / "matrix.png", pairs_of(matrix), ["ant"] * 1000)
     before = pixels(tmp_path / "matrix.png")
     del matrix[200, 200]
@@ -249,11 +249,11 @@ def test_pyplot_is_never_imported() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 41])
 def test_the_class_that_is_found_worst_stands_above(tmp_path: Path, texts: list[tuple[str, float]], count: int) -> None:
-    per_class = [{"recall": place / count, "precision": 0.5, "count": place} for place in range(count, 0, -1)]
+    per_class = [{"recall": index / count, "precision": 0.5, "count": index} for index in range(count, 0, -1)]
     save_per_class(tmp_path / "bars.png", per_class, [f"class {row['count']}" for row in per_class])
     pixels(tmp_path / "bars.png")
     names = [text for text, _ in texts if text.startswith("class ")]
-    assert names == [f"class {place}  ({place})" for place in range(1, min(count, 40) + 1)]
+    assert names == [f"class {index}  ({index})" for index in range(1, min(count, 40) + 1)]
     assert any("the worst 40" in text for text, _ in texts) == (count > 40)
 
 
@@ -293,15 +293,15 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, texts: list[tuple[str,
     rows = [
         {"epoch": epoch, "val/loss": 1 / epoch, "val/top1": None if epoch == 2 else epoch / 5} for epoch in (1, 2, 3)
     ]
-    save_comparison(tmp_path / "runs.png", {f"run-{place}": rows for place in range(count)} | {"empty": []})
+    save_comparison(tmp_path / "runs.png", {f"run-{index}": rows for index in range(count)} | {"empty": []})
     pixels(tmp_path / "runs.png")
     names = [text for text, _ in texts if text.startswith("run-")]
-    assert names == [f"run-{place}" for place in range(min(count, 10))]
+    assert names == [f"run-{index}" for index in range(min(count, 10))]
 
 
 @pytest.mark.parametrize("count", [1, 11])
 def test_a_fitted_heads_penalties_and_the_chosen_one(tmp_path, count):
-    penalties = [10 ** (-place / 2) for place in range(count)]
+    penalties = [10 ** (-index / 2) for index in range(count)]
     scores = np.random.default_rng(0).random((2, count, 5))
     save_penalties(tmp_path / "p.png", penalties, *scores, chosen=count // 2)
     assert share_of(VERMILION, pixels(tmp_path / "p.png")) > 0

@@ -42,7 +42,7 @@ OTHER = {
     "momentum": 0.5, "weight_decay": 0.1, "schedule": "step", "step_epochs": 2, "step_gamma": 0.5, "warmup_epochs": 1.0,
     "best_by": "balanced", "test_flips": True, "class_weights": "balanced",
     "epochs": 20, "max_steps": 50, "max_batch_per_device": 4, "eval_batch_per_device": 8, "log_every": 5,
-    "skip_bad_files": True, "loader": "torch", "deterministic": True, "channels_last": False, "compile": True,
+    "skip_bad_files": True, "loader": "pillow", "deterministic": True, "channels_last": False, "compile": True,
 }  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def test_the_photos_decide_and_not_what_they_are_called(photos, start, tmp_path,
 @pytest.mark.slow
 def test_our_own_advice_is_followed_in_the_same_run(start):
     succeeded(start())
-    advice = ["--max-batch-per-device", 2, "--eval-batch-per-device", 5, "--skip-bad-files", "--loader", "torch"]
+    advice = ["--max-batch-per-device", 2, "--eval-batch-per-device", 5, "--skip-bad-files", "--loader", "pillow"]
     said = succeeded(start(*advice, "--channels-last", "false", "--max-steps", 7, epochs=2))
     assert "resumed at step 5" in said
     line = next(line for line in said.splitlines() if line.startswith("settings changed: "))

@@ -31,7 +31,7 @@ NO_GPU = pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU: torch.cuda.is
 TWO_GPUS = pytest.mark.skipif(GPUS < 2, reason="needs two NVIDIA GPUs")
 ON_A_GPU = [pytest.mark.gpu, NO_GPU]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
-ENGINES = ["torch", pytest.param("dali", marks=[NO_DALI, pytest.mark.slow])]
+ENGINES = ["pillow", pytest.param("dali", marks=[NO_DALI, pytest.mark.slow])]
 ROOT = Path(__file__).resolve().parent.parent
 # Grey levels of 255 between a GPU's decoder and Pillow: on average, and the share of values that are 4 apart at most.
 MEAN_LEVELS, WITHIN_4 = 1.0, 0.99
@@ -117,7 +117,7 @@ def test_pixels_are_pillows(root, device, engine, train):
 def pixels_are_pillows(device: str, engine: str, root: str, train: bool) -> None:
     split = train_split(root)
     found = open_loader(device, engine, split, train=train)
-    reference = open_loader("cpu", "torch", split, train=train)
+    reference = open_loader("cpu", "pillow", split, train=train)
     worst: dict[str, float] = {}
     total, within, count = 0.0, 0, 0
     for one, other in zip(found.epoch(0), reference.epoch(0), strict=True):
@@ -280,7 +280,7 @@ def memory_is_flat_over_the_epochs(device: str, engine: str, root: str) -> None:
 def test_known_features_stay_on_the_gpu(root, tmp_path, random_weights, monkeypatch, capsys):
     monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
     settings = ["--data", str(root), "--weights", str(random_weights), "--freeze", "layer3", "--views-per-photo", "2"]
-    settings += ["--head-init", "zeros", "--loader", "torch", "--epochs", "3", "--tracker", "none"]
+    settings += ["--head-init", "zeros", "--loader", "pillow", "--epochs", "3", "--tracker", "none"]
     settings += ["--runs", str(tmp_path)]
     losses = {}
     for where, room in (("the GPU's memory", 2**40), ("in memory", 0)):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.data.decode import view_of_file
-from pipelines.data.headers import HAS_AVIF, HAS_HEIF, judge
+from pipelines.data.headers import HAS_AVIF, HAS_HEIF, inspect_file
 from pipelines.data.preprocess import Preprocess
 from pipelines.data.structure import TOO_COSTLY
 from pipelines.errors import UserError
@@ -214,9 +214,9 @@ def test_it_is_judged_within_seconds_and_64_megabytes(tmp_path: Path, name: str)
     make, expected = FILES[name]
     path = tmp_path / "photo"
     path.write_bytes(make())
-    judge(os.fsencode(path))  # the libraries take some memory once
+    inspect_file(os.fsencode(path))  # the libraries take some memory once
     found = []
-    seconds, megabytes = cost(lambda: found.append(judge(os.fsencode(path))[0]))
+    seconds, megabytes = cost(lambda: found.append(inspect_file(os.fsencode(path))[0]))
     assert found == [expected]
     assert seconds < 3  # of a processor; less than 0.5 on an idle machine, and minutes without the limit
     assert megabytes < 64
@@ -232,7 +232,7 @@ def test_a_frame_of_av1_with_a_size_of_its_own_is_refused(tmp_path: Path) -> Non
     for bit in range(16):
         content[frame + bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
-        verdicts.append(judge(os.fsencode(path)).fault)
+        verdicts.append(inspect_file(os.fsencode(path)).fault)
         content[frame + bit // 8] ^= 1 << bit % 8
     assert TOO_COSTLY in verdicts
 
@@ -242,7 +242,7 @@ def test_a_file_of_gigabytes_is_not_read_as_a_whole(tmp_path: Path, kind: str) -
     path = tmp_path / "photo"
     path.write_bytes(encoded(kind))
     os.truncate(path, 3 << 30)  # of holes
-    assert judge(os.fsencode(path)).fault == TOO_COSTLY
+    assert inspect_file(os.fsencode(path)).fault == TOO_COSTLY
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
@@ -366,7 +366,7 @@ ACCEPTED: dict[str, Callable[[], bytes]] = {
 def test_what_is_accepted_takes_bounded_time_and_32_bytes_a_pixel(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "photo"
     path.write_bytes(ACCEPTED[kind]())
-    assert judge(os.fsencode(path))[:2] == ("", (SIDE, SIDE))
+    assert inspect_file(os.fsencode(path))[:2] == ("", (SIDE, SIDE))
     preprocess = Preprocess(resize=256, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
     seconds, megabytes = cost(lambda: view_of_file(str(path), preprocess))
     assert seconds < 4  # of a processor; less than 1 on an idle machine

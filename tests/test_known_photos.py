@@ -9,7 +9,7 @@ from pathlib import Path
 import train
 from pipelines.config import Config
 from pipelines.data.dataset import Dataset, check_dataset, load_dataset, scan_dataset
-from pipelines.data.known_photos import in_known_places
+from pipelines.data.known_photos import in_known_positions
 from pipelines.errors import UserError
 from pipelines.run.folder import RunFolder
 from pipelines.run_files import checkpoint_folders
@@ -58,7 +58,7 @@ def same_size(photo: Path) -> bytes:
 
 def names(dataset: Dataset, split: str = "train") -> list[str]:
     photos = dataset.splits[split]
-    return [Path(photos.path(place)).relative_to(dataset.root).as_posix() for place in range(len(photos))]
+    return [Path(photos.path(position)).relative_to(dataset.root).as_posix() for position in range(len(photos))]
 
 
 def test_without_a_change_nothing_is_arranged(run, root):
@@ -143,7 +143,7 @@ def test_the_same_photos_under_other_names_of_their_splits_are_the_same(run, roo
     after = resumed(run, data)
     assert after.fingerprint == before.fingerprint
     for split in ("train", "val"):
-        paths = [Path(after.splits[split].path(place)) for place in range(len(after.splits[split]))]
+        paths = [Path(after.splits[split].path(position)) for position in range(len(after.splits[split]))]
         assert all(path.is_file() for path in paths)
         assert [(path.parts[-2], path.name.replace(" ", "")) for path in paths] == [
             Path(name).parts[-2:] for name in names(before, split)
@@ -289,7 +289,7 @@ def test_a_tampered_file_leaves_it_to_the_fingerprint(run, root, tampered, capsy
     with open(file, "wb") as target:
         np.savez_compressed(target, **columns)
     index = scanned(root)
-    assert in_known_places(index, file, []) == (index, [], [])
+    assert in_known_positions(index, file, []) == (index, [], [])
     assert "photos.npz is damaged" in capsys.readouterr().err
 
 
@@ -299,7 +299,9 @@ def test_after_a_broken_photo_the_run_goes_on_whatever_is_done_about_it(root, ra
 
     def train_on(photos: Path, runs: Path, epochs: int, *more: str) -> subprocess.CompletedProcess:
         flags = ["--data", photos, "--weights", random_weights, "--runs", runs, "--run", "r", "--epochs", epochs]
-        return run_here(train, *flags, *FROZEN, "--batch-size", 5, "--schedule", "constant", "--loader", "torch", *more)
+        return run_here(
+            train, *flags, *FROZEN, "--batch-size", 5, "--schedule", "constant", "--loader", "pillow", *more
+        )
 
     succeeded(train_on(root, tmp_path, 1))
     broken, sound = root / "train" / "bee" / "03.jpg", (root / "train" / "bee" / "03.jpg").read_bytes()

@@ -1,4 +1,4 @@
-"""Both engines execute the same plan to the same pixels, torchvision's; the loader keeps every place where it is."""
+"""Both engines execute the same plan to the same pixels, torchvision's; the loader keeps every position where it is."""
 
 import dataclasses
 import gc
@@ -23,12 +23,12 @@ from torchvision.transforms import functional as F
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 NO_DALI = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed here: its wheels are for Linux only")
-ENGINES = ["torch", pytest.param("dali", marks=NO_DALI)]
+ENGINES = ["pillow", pytest.param("dali", marks=NO_DALI)]
 CPU = torch.device("cpu")
 LEVELS, MEAN_LEVELS = 1, 0.2  # grey levels of 255 by which the engines and torchvision may differ at most, on average
 # DALI's filter repeats a window's last pixel, Pillow's leaves the outside out. That touches the outermost rows and
 # columns only, by at most 1/8 of the contrast there and in a corner by 15/64. The largest that these photos have:
-EDGE_LEVELS = {"torch": LEVELS, "dali": 16}
+EDGE_LEVELS = {"pillow": LEVELS, "dali": 16}
 
 
 def write_photo(path: Path, height: int, width: int, seed: int, **options) -> None:
@@ -92,7 +92,7 @@ def assert_torchvisions_pixels(split: Split, engine: str, plan: Plan) -> None:
     largest, edge, total, count = 0.0, 0.0, 0.0, 0
     for number, step in enumerate(loader.epoch(0)):
         batch = next(step.batches)
-        views = plan.views(0, np.arange(number * 64, number * 64 + step.places))
+        views = plan.views(0, np.arange(number * 64, number * 64 + step.size))
         expected = torchvisions(split, views, plan.image_size, isinstance(plan, TrainPlan))
         difference = (levels(batch.images) - expected).abs()
         largest = max(largest, difference[..., 1:-1, 1:-1].max().item())
@@ -160,15 +160,15 @@ def test_engines_agree_on_every_format_and_orientation(tmp_path):
     assert len(photos) + 2 >= len(FORMATS)  # val takes one of each class
     assert not photos.faults.any(), photos.faulty_files()
     images = {}
-    for engine in ("torch", "dali"):
+    for engine in ("pillow", "dali"):
         loader = make_loader(photos, engine, batch_size=len(photos), micro_batch=len(photos))
         images[engine] = next(next(loader.epoch(0)).batches)
         loader.close()
-    assert torch.equal(images["torch"].indices, images["dali"].indices)
-    difference = (levels(images["torch"].images) - levels(images["dali"].images)).abs()
+    assert torch.equal(images["pillow"].indices, images["dali"].indices)
+    difference = (levels(images["pillow"].images) - levels(images["dali"].images)).abs()
     assert difference.max() <= EDGE_LEVELS["dali"] + 0.01
     difference = difference[..., 1:-1, 1:-1].amax(dim=(1, 2, 3))
-    names = [Path(photos.path(index)).name for index in images["torch"].indices.tolist()]
+    names = [Path(photos.path(index)).name for index in images["pillow"].indices.tolist()]
     worst = dict(zip(names, difference.tolist(), strict=True))
     assert max(worst.values()) <= LEVELS + 0.01, worst
 
@@ -177,12 +177,16 @@ def test_engines_agree_on_every_format_and_orientation(tmp_path):
 def test_batches_have_the_contracts_shapes(split, engine):
     loader = make_loader(split, engine, batch_size=10, micro_batch=4)
     assert loader.steps_per_epoch == -(-len(split) // 10)
-    steps = [(step.places, step.rounds, list(step.batches)) for step in loader.epoch(2)]
+    steps = [(step.size, step.rounds, list(step.batches)) for step in loader.epoch(2)]
     loader.close()
-    assert [places for places, _, _ in steps] == [10, len(split) - 10] if len(split) < 20 else [10, 10, len(split) - 20]
-    for places, rounds, batches in steps:
+    assert (
+        [positions for positions, _, _ in steps] == [10, len(split) - 10]
+        if len(split) < 20
+        else [10, 10, len(split) - 20]
+    )
+    for positions, rounds, batches in steps:
         assert len(batches) == rounds
-        assert [len(batch) for batch in batches] == [4] * (places // 4) + [places % 4] * (places % 4 > 0)
+        assert [len(batch) for batch in batches] == [4] * (positions // 4) + [positions % 4] * (positions % 4 > 0)
         for batch in batches:
             assert batch.images.shape == (len(batch), 3, 64, 64)
             assert batch.images.dtype == torch.float32
@@ -206,7 +210,7 @@ def test_processes_together_see_the_one_process_epoch(split, engine, world_size)
     ]
     for steps, batch in zip(zip(*(loader.epoch(1) for loader in loaders), strict=True), expected, strict=True):
         shares = [part for step in steps for part in step.batches]
-        assert {step.places for step in steps} == {len(batch)}
+        assert {step.size for step in steps} == {len(batch)}
         assert torch.equal(torch.cat([part.indices for part in shares]), batch.indices)
         assert torch.equal(torch.cat([part.images for part in shares]), batch.images)
     for loader in loaders:
@@ -222,7 +226,7 @@ def test_fewer_photos_than_places(split, engine, photos):
     for rank in range(4):
         loader = make_loader(few, engine, batch_size=7, micro_batch=7, rank=rank, world_size=4)
         for step in loader.epoch(0):
-            assert step.places == photos
+            assert step.size == photos
             batches = list(step.batches)
             assert len(batches) <= step.rounds == 1
             seen += [index for batch in batches for index in batch.indices.tolist()]
@@ -280,7 +284,7 @@ def test_a_skipped_photo_leaves_its_place_empty_and_moves_nobody(broken, engine,
         order = train_plan(broken).indices(epoch, np.arange(len(broken)))
         for number, step in enumerate(loader.epoch(epoch)):
             planned = order[number * 4 : number * 4 + 4]
-            assert step.places == 4
+            assert step.size == 4
             assert [i for batch in step.batches for i in batch.indices.tolist()] == [i for i in planned if i not in bad]
     loader.close()
     said = capsys.readouterr().err
@@ -290,9 +294,9 @@ def test_a_skipped_photo_leaves_its_place_empty_and_moves_nobody(broken, engine,
 
 def test_auto_says_which_engine_and_why():
     name, why = choose_engine("auto", CPU)
-    assert name == "torch"
+    assert name == "pillow"
     assert "no GPU" in why
-    assert choose_engine("torch", torch.device("cuda", 0)) == ("torch", "as asked")
+    assert choose_engine("pillow", torch.device("cuda", 0)) == ("pillow", "as asked")
 
 
 def test_dali_of_another_cuda_is_refused_before_it_crashes(monkeypatch):
@@ -300,10 +304,10 @@ def test_dali_of_another_cuda_is_refused_before_it_crashes(monkeypatch):
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "cuda", "11.8")
-    with pytest.raises(UserError, match=r"DALI is built for CUDA 1\d, PyTorch for CUDA 11: .*--loader torch"):
+    with pytest.raises(UserError, match=r"DALI is built for CUDA 1\d, PyTorch for CUDA 11: .*--loader pillow"):
         choose_engine("dali", gpu)
     name, why = choose_engine("auto", gpu)
-    assert name == "torch"
+    assert name == "pillow"
     assert "CUDA 11" in why
 
 
@@ -330,7 +334,7 @@ def test_damaged_photos_are_the_same_photos_for_both_engines_and_any_crop(tmp_pa
         photo.write_bytes(data)
     photos = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.01)).splits["train"]
     bad = []
-    for engine, epoch in [("torch", 0), ("torch", 1), *([("dali", 0), ("dali", 1)] if HAS_DALI else [])]:
+    for engine, epoch in [("pillow", 0), ("pillow", 1), *([("dali", 0), ("dali", 1)] if HAS_DALI else [])]:
         loader = make_loader(photos, engine, batch_size=16, micro_batch=16, skip_bad_files=True)
         seen = [index for step in loader.epoch(epoch) for batch in step.batches for index in batch.indices.tolist()]
         loader.close()
@@ -443,5 +447,5 @@ def test_a_decoder_that_fails_for_every_photo_ends_the_run_in_a_line(split, firs
     loader = make_loader(split, "dali", batch_size=4, micro_batch=4)
     DaliWhoseDecoderFailsStandIn(loader.engine, first_batch)
     batches = (batch for epoch in range(9) for step in loader.epoch(epoch) for batch in step.batches)
-    with pytest.raises(MachineError, match=r"^DALI cannot decode photos that are sound \(.*\): give --loader torch$"):
+    with pytest.raises(MachineError, match=r"^DALI cannot decode photos that are sound \(.*\): give --loader pillow$"):
         list(batches)

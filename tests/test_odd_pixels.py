@@ -163,7 +163,7 @@ def test_avif_and_heic_are_used_where_pillow_reads_them(tmp_path: Path, kind: st
     content = encoded(kind, quality=95)
     split = scanned(tmp_path, content)
     assert split.sizes.tolist() == [[90, 120]] * 2
-    near = seen(split, engine).astype(int) - seen(scanned(tmp_path, encoded("PNG")), "torch")
+    near = seen(split, engine).astype(int) - seen(scanned(tmp_path, encoded("PNG")), "pillow")
     assert abs(near).mean() < 12
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -176,7 +176,7 @@ def test_avif_and_heic_are_used_where_pillow_reads_them(tmp_path: Path, kind: st
 def test_heic_without_the_plugin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers, "HAS_HEIF", False)
     (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 500)
-    assert headers.judge(bytes(tmp_path / "x.heic")).fault == "HEIC, which needs pillow-heif"
+    assert headers.inspect_file(bytes(tmp_path / "x.heic")).fault == "HEIC, which needs pillow-heif"
 
 
 def test_what_only_pillow_reads_right_is_marked(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_only_pillow_reads_right_is_marked(tmp_path: Path) -> None:
     ]
     for number, content in enumerate([encoded(), encoded("PNG"), encoded("WEBP"), encoded("BMP"), *marked]):
         (tmp_path / "x").write_bytes(content)
-        kind = headers.judge(bytes(tmp_path / "x")).kind
+        kind = headers.inspect_file(bytes(tmp_path / "x")).kind
         assert bool(headers.for_pillow(np.array([kind]))[0]) == (number >= 4)
     assert picture().mode == "RGB"
 

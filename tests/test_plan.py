@@ -127,11 +127,11 @@ def test_few_views_are_spread_evenly_and_each_is_as_any_other():
 @settings(max_examples=60)
 def test_views_depend_on_nothing_but_seed_epoch_and_place(sizes, seed, epoch, data):
     whole = train_plan(sizes, seed).views(epoch, np.arange(len(sizes)))
-    places = np.array(data.draw(st.permutations(range(len(sizes)))))[: data.draw(st.integers(1, len(sizes)))]
+    positions = np.array(data.draw(st.permutations(range(len(sizes)))))[: data.draw(st.integers(1, len(sizes)))]
     np.random.seed(data.draw(st.integers(0, 99)))  # noqa: NPY002 - global state must not matter
     other = train_plan(sizes, seed)
-    other.views(epoch + 1, places)  # nor what was asked before
-    assert_same(other.views(epoch, places), whole.select(places))
+    other.views(epoch + 1, positions)  # nor what was asked before
+    assert_same(other.views(epoch, positions), whole.select(positions))
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 9), st.integers(0, 5), st.integers(0, 2**31))
@@ -142,8 +142,8 @@ def test_the_ranks_together_read_the_one_process_stream(photos, batch_size, worl
     assert sorted(alone.indices.tolist()) == list(range(photos)), "every photo once"
     read = []
     for first in range(0, photos, batch_size):
-        places = min(batch_size, photos - first)
-        shares = [share(places, rank, world_size) for rank in range(world_size)]
+        positions = min(batch_size, photos - first)
+        shares = [share(positions, rank, world_size) for rank in range(world_size)]
         assert max(stop - start for start, stop in shares) - min(stop - start for start, stop in shares) <= 1
         read += [np.arange(first + start, first + stop) for start, stop in shares]
     assert_same(plan.views(epoch, np.concatenate(read)), alone)
@@ -156,9 +156,9 @@ def test_seven_photos_on_four_ranks_and_one_photo():
 
 
 def test_epochs_and_seeds_give_other_orders():
-    plan, places = train_plan([(10, 10)] * 100, seed=1), np.arange(100)
-    orders = [plan.indices(epoch, places).tolist() for epoch in range(3)]
-    orders.append(train_plan([(10, 10)] * 100, 2).indices(0, places).tolist())
+    plan, positions = train_plan([(10, 10)] * 100, seed=1), np.arange(100)
+    orders = [plan.indices(epoch, positions).tolist() for epoch in range(3)]
+    orders.append(train_plan([(10, 10)] * 100, 2).indices(0, positions).tolist())
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -189,8 +189,8 @@ def test_every_order_of_few_photos_is_equally_likely(length):
 def test_photos_stand_anywhere_and_neighbours_are_strangers(length):
     """Two chi-squares: where a photo stands, and how far in front of it its neighbour in the folder stands."""
     epochs = 3000
-    places = np.argsort(orders_of(length, epochs), axis=1)
-    for values, kinds in ((places, length), ((places[:, 1:] - places[:, :-1]) % length - 1, length - 1)):
+    positions = np.argsort(orders_of(length, epochs), axis=1)
+    for values, kinds in ((positions, length), ((positions[:, 1:] - positions[:, :-1]) % length - 1, length - 1)):
         for column in (0, values.shape[1] // 2, values.shape[1] - 1):
             counts = np.bincount(values[:, column], minlength=kinds)
             chi_square = ((counts - epochs / kinds) ** 2).sum() / (epochs / kinds)

@@ -14,7 +14,7 @@ from pipelines.config import Config
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import launcher_hints, start_accelerator, start_processes
-from pipelines.distributed.sync import main_first, share_file, speaks
+from pipelines.distributed.sync import is_global_rank_zero, main_first, share_file
 from pipelines.errors import MachineError, Stopped, UserError
 
 import numpy as np
@@ -56,7 +56,7 @@ def main(arguments):
     assert state.num_processes == 2, state.num_processes
     rank, found = state.process_index, {"threads": torch.get_num_threads(), "device": state.device.type}
     config = Config(
-        data=photos, runs=str(folder / "runs"), image_size=64, resize=72, eval_batch_per_device=2, loader="torch",
+        data=photos, runs=str(folder / "runs"), image_size=64, resize=72, eval_batch_per_device=2, loader="pillow",
         tracker="wandb",
     )
     dataset = open_dataset(state, config)
@@ -112,7 +112,7 @@ def main(arguments):
     tracking.finish({})
 
     split = dataset.splits["val"]
-    loader = eval_loader(config, split, split.labels.astype(np.int64), state, "torch")
+    loader = eval_loader(config, split, split.labels.astype(np.int64), state, "pillow")
     model = TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen", test_flips=True)
     model.network.load_state_dict(main_first(state, lambda: None) or network.network.state_dict())
     store = FeatureStore(folder / "features", 10**9) if state.is_main_process else None
@@ -292,9 +292,9 @@ def test_a_fault_of_the_program_keeps_its_trace(capsys):
 
 
 def test_of_several_processes_the_first_speaks_for_all(capsys, monkeypatch):
-    assert speaks()
+    assert is_global_rank_zero()
     monkeypatch.setenv("RANK", "1")
-    assert not speaks()
+    assert not is_global_rank_zero()
     assert run_script(raising(UserError("everybody's")), []) == 2
     assert run_script(raising(KeyboardInterrupt()), []) == 130
     assert capsys.readouterr().err == ""

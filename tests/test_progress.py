@@ -120,7 +120,7 @@ def test_an_interval_goes_on_in_another_life(clock):
     before.add(sums(0.2, 2, 3))
     clock.now += 0.1
     after.restore(json.loads(json.dumps(before.state(wait_seconds=2.5))))
-    for interval, waited in ((before, 2.5), (after, 0.0)):  # the second life's loader has not waited yet
+    for interval, waited in ((before, 2.5), (after, 0.0)):  # the second attempt's loader has not waited yet
         interval.add(sums(0.7, 0, 3))
         assert interval.state(waited)["waited"] == pytest.approx(0.5)
     rows = [interval.row(waited) for interval, waited in ((before, 2.5), (after, 0.0))]

@@ -75,7 +75,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, number: int = 
 @pytest.mark.parametrize(
     ("function", "call", "number", "step"),
     [
-        # Asked within an update, the next one carries the wish to all; behind an epoch's last, the evaluation does.
+        # Asked within an update, the next one carries the vote to all; behind an epoch's last, the evaluation does.
         ("update", 1, signal.SIGINT, 2),
         ("update", 7, signal.SIGTERM, 8),
         ("update", 9, signal.SIGUSR1, 10),

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, UserError
-from pipelines.run.folder import RunFolder, describe_model, new_run_name, replacing, versions
+from pipelines.run.folder import RunFolder, atomic_write, describe_model, new_run_name, versions
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def test_a_run_is_new_resumed_or_finished(run, monkeypatch):
     assert run.beginning(Config(epochs=4)) == "finished"
     assert run.beginning(Config(epochs=6)) == "resumed"
     assert run.beginning(Config(epochs=5, overwrite=True)) == "new"
-    # The flags of a job that Slurm starts again are those of its first life.
+    # The flags of a job that Slurm starts again are those of its first attempt.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run.beginning(Config(epochs=6, overwrite=True)) == "resumed"
 
@@ -233,7 +233,7 @@ def test_a_link_that_stays_in_the_run_is_used(run):
 def test_a_temporary_file_that_is_a_link_is_not_written_through(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / ".file.tmp").symlink_to(tmp_path / "theirs")
-    with replacing(tmp_path / "file") as partial:
+    with atomic_write(tmp_path / "file") as partial:
         partial.write_text("ours")
     assert ((tmp_path / "file").read_text(), (tmp_path / "theirs").read_text()) == ("ours", "theirs")
 
@@ -283,7 +283,7 @@ def test_a_stop_is_for_the_life_that_it_was_asked_of(run, monkeypatch, capsys):
         again = RunFolder(run.folder)
         again.create(Config(), resumed=True)
         assert run.stop_file.exists() == requeued
-        assert ("STOP is of an earlier life" in capsys.readouterr().err) != requeued
+        assert ("STOP is of an earlier attempt" in capsys.readouterr().err) != requeued
         again.close()
 
 
@@ -309,14 +309,14 @@ def test_without_flock_the_file_to_remove_is_named(missing, run, monkeypatch):
     assert RunFolder(run.folder).beginning(Config()) == "resumed"
 
 
-LIFE = """
+ATTEMPT = """
 import os, sys
 from pathlib import Path
 from pipelines.config import Config
 from pipelines.run.folder import RunFolder
 import torch
 
-def life(folder, step, overwrite):
+def attempt(folder, step, overwrite):
     run, config = RunFolder(folder), Config(epochs=2, lr=0.5, overwrite=overwrite, run="one")
     beginning = run.beginning(config)
     if beginning != "finished":
@@ -342,7 +342,7 @@ for line in sys.stdin:
         os.environ["SLURM_RESTART_COUNT"] = requeued
         count_down.__defaults__[0][0] = int(step)
         try:
-            print(life(Path(folder), int(step), overwrite == "1"), flush=True)
+            print(attempt(Path(folder), int(step), overwrite == "1"), flush=True)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(0)
@@ -353,14 +353,14 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("there", ["nothing", "a finished run of other settings"])
 def test_a_kill_at_any_step_of_making_emptying_and_ending_a_folder_blocks_nobody(there, tmp_path):
-    """The life of a run without its training, killed before each call that touches the folder in turn."""
-    with subprocess.Popen([sys.executable, "-c", LIFE], stdin=-1, stdout=-1, text=True, cwd=ROOT) as lives:
-        assert lives.stdin is not None
-        assert lives.stdout is not None
+    """The attempt at a run without its training, killed before each call that touches the folder in turn."""
+    with subprocess.Popen([sys.executable, "-c", ATTEMPT], stdin=-1, stdout=-1, text=True, cwd=ROOT) as attempts:
+        assert attempts.stdin is not None
+        assert attempts.stdout is not None
 
         def live(folder: Path, step: int = 0, overwrite: bool = False, requeued: bool = False) -> str:
-            print(folder, step, int(overwrite), int(requeued), file=lives.stdin, flush=True)
-            return lives.stdout.readline().strip()
+            print(folder, step, int(overwrite), int(requeued), file=attempts.stdin, flush=True)
+            return attempts.stdout.readline().strip()
 
         step, began = 0, set()
         while True:
@@ -395,7 +395,7 @@ def test_a_kill_at_any_step_of_making_emptying_and_ending_a_folder_blocks_nobody
             assert "checkpoints/epoch-0001-step-00000005" not in files(folder)
             assert not {".unbegun", "STOP"} & set(files(folder))
             assert ("thesis" in files(folder)) == (there != "nothing")
-        lives.stdin.close()
+        attempts.stdin.close()
     assert first == "new"
     assert step > 25
     assert began >= {"new", "resumed"}
@@ -426,7 +426,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path.write_text("old")
 
     def break_off() -> None:
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("half")
             assert path.read_text() == "old"
             raise KeyboardInterrupt
@@ -434,7 +434,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         break_off()
     assert (files(tmp_path), path.read_text()) == (["file"], "old")
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
     assert (files(tmp_path), path.read_text()) == (["file"], "new")
 

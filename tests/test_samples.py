@@ -25,9 +25,9 @@ def archive(counts: dict[str, int], extra: tuple[zipfile.ZipInfo | str, ...] = (
     """A zip file laid out as the tutorial's: its one folder, and a GIF that nobody counts."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as packed:
-        for place, count in counts.items():
+        for folder, count in counts.items():
             for number in range(count):
-                packed.writestr(f"hymenoptera_data/{place}/{number}.{'JPG' if number else 'jpeg'}", bytes(1000))
+                packed.writestr(f"hymenoptera_data/{folder}/{number}.{'JPG' if number else 'jpeg'}", bytes(1000))
         packed.writestr("hymenoptera_data/train/ants/imageNotFound.gif", b"GIF89a")
         for entry in extra:
             packed.writestr(entry, "../../elsewhere")

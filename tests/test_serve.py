@@ -572,11 +572,11 @@ def test_a_person_gives_photos_and_reads_their_classes(exported_run, one_server,
         page.locator("#choose").set_input_files([*photos, str(bad)])
         page.get_by_text("4 photos", exact=True).wait_for()
         cards = page.locator(".card")
-        for place, photo in enumerate(photos):
+        for index, photo in enumerate(photos):
             name, confidence = exported_run.evaluated[photo]
-            assert cards.nth(place).locator(".answer").inner_text() == name
-            assert cards.nth(place).locator(".file").inner_text() == Path(photo).name
-            bar = cards.nth(place).locator(".bar").first
+            assert cards.nth(index).locator(".answer").inner_text() == name
+            assert cards.nth(index).locator(".file").inner_text() == Path(photo).name
+            bar = cards.nth(index).locator(".bar").first
             assert bar.inner_text().split() == [name, f"{100 * confidence:.1f}", "%"]
         assert "no JPEG" in cards.nth(3).locator(".answer").inner_text()
         assert "error" in (cards.nth(3).get_attribute("class") or "")

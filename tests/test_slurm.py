@@ -29,7 +29,7 @@ SMALL += ["--tracker", "none", "--deterministic", "--lr", "0.005", "--batchnorm"
 SMALL += ["--freeze", "layer3", "--head-init", "zeros"]
 
 # Loaded by every Python of a job: its main process stops itself when it is about to write one row more than HOLD_AFTER
-# says, a number for each life of the job. So a test finds the training where it wants it, however fast the machine is.
+# says, a number for each attempt at the job. So a test finds the training where it wants it, on a machine of any speed.
 HOLD = """
 import os, signal, sys
 
@@ -259,7 +259,7 @@ def test_two_nodes_of_which_one_dies_in_mid_epoch(lab, training, undisturbed):
     assert job.ends() == "COMPLETED", job.text()
     text = job.text()
     for node in ("node1", "node2"):
-        assert text.count(f"preflight: {node}: ") == 2, "once in each life"
+        assert text.count(f"preflight: {node}: ") == 2, "once in each attempt"
     assert text.count(f"\nrun: runs/finetune-{job.number}\n") == 2, "said once for all nodes"
     assert "the first all-reduce of 2 processes" in text
     assert f"resumed at step {STEPS}" in text
@@ -293,7 +293,7 @@ def test_sent_back_by_hand_and_then_cancelled(lab, training):
     assert len(job.ranks()) == 2
     lab.slurm("scontrol", "requeue", job.number)
     job.wakes_when_told()
-    job.wait("the second life", lambda: "resumed at step" in job.text())
+    job.wait("the second attempt", lambda: "resumed at step" in job.text())
     stopped_at = int(re.search(r"resumed at step (\d+)", job.text())[1])
     assert stopped_at >= 3, "saved on the way out, in mid-epoch"
     job.is_held()

@@ -105,10 +105,10 @@ def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, f
             features._now = torch.zeros(9, features.bytes // (2 * 9 * 4), device=home)
         interval = Interval(STAND_IN)
         with no_waiting:
-            for wishes in ((False, False), (True, True)):
+            for votes in ((False, False), (True, True)):
                 batches = (batch(images[:0] if features.are_kept else images) for _ in range(2))
                 sums, first = train.update(
-                    network, features, optimizer, Step(8, 2, batches), wishes, training, accelerator, config
+                    network, features, optimizer, Step(8, 2, batches), votes, training, accelerator, config
                 )
                 interval.add(sums)
                 assert sums.device == STAND_IN
@@ -125,15 +125,13 @@ def test_an_evaluation_waits_for_nothing_within_it(no_waiting):
         assert {each.device for each in _outcomes(logits, labels)} == {STAND_IN}
 
 
-@pytest.mark.parametrize("wishes", [(False, False), (True, False), (False, True)])
-def test_wishes_reach_the_sums(wishes):
+@pytest.mark.parametrize("votes", [(False, False), (True, False), (False, True)])
+def test_votes_reach_the_sums(votes):
     network = TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen").train()
     config, accelerator = Config(image_size=64), Accelerator(cpu=True)
     images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)
     step = Step(2, 1, iter([Batch(images, labels, torch.arange(2))]))
     features: Any = SimpleNamespace(of=lambda batch: network.frozen_part(batch.images))
     loader: Any = None
-    sums, _ = train.update(
-        network, features, make_optimizer(network, config), step, wishes, loader, accelerator, config
-    )
-    assert (sums[2].item(), sums[5:].bool().tolist()) == (2, list(wishes))
+    sums, _ = train.update(network, features, make_optimizer(network, config), step, votes, loader, accelerator, config)
+    assert (sums[2].item(), sums[5:].bool().tolist()) == (2, list(votes))

@@ -182,7 +182,7 @@ def test_the_loop_is_the_tutorials_loop(photos, random_weights, tmp_path, run_he
     succeeded(run_here(train, *settings, "--runs", tmp_path, "--run", "r"))
     config, _ = parse_config([*map(str, settings)])
     split = load_dataset(scan_dataset(photos, tmp_path / "cache", 0.2)).splits["train"]
-    loader = train_loader(config, split, split.labels, PartialState(cpu=True), "torch", config.batch_size)
+    loader = train_loader(config, split, split.labels, PartialState(cpu=True), "pillow", config.batch_size)
     network = build_model(config, read_weights(config), split.classes).network
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     losses = []

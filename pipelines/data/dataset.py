@@ -1,6 +1,6 @@
 """The index: a folder or a CSV file of labelled photos becomes arrays, by one scan of the headers, which is cached.
 
-What a folder or a CSV file means, `layout` says. The scan is the only judge of a file for both engines (`headers`), and
+What a folder or a CSV file means, `layout` says. The scan alone decides about a file, for both engines (`headers`), and
 a later scan opens only new and changed files.
 """
 
@@ -20,7 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.headers import EDGE, FAULTS, judge
+from pipelines.data.headers import EDGE, FAULTS, inspect_file
 from pipelines.data.layout import WANTED, Findings, Photo, list_csv, list_folder
 from pipelines.errors import MachineError, UserError
 from pipelines.files import file_digest
@@ -49,7 +49,7 @@ class Split:
     is path_blob[path_offsets[i]:path_offsets[i + 1]].
     signatures: uint64 [N], of byte size and edges, 0 for a faulty file; mtimes: int64 [N], nanoseconds. The two tell
     whether a photo is the same as in an earlier run.
-    kinds: uint8 [N], `headers.Judgement.kind`. transparency: what transparent pixels are composed on, "white" or
+    kinds: uint8 [N], `headers.Inspection.kind`. transparency: what transparent pixels are composed on, "white" or
     "black", or "ignored".
     """
 
@@ -275,8 +275,8 @@ def map_labels(split: Split, classes: Sequence[str]) -> np.ndarray:
 
 def spelling_notes(split: Split, classes: Sequence[str]) -> list[str]:
     """A line on class names of `split` that are taken for one of `classes` in another spelling, where there are any."""
-    places = zip(split.classes, _positions(split.classes, classes), strict=True)
-    other = [name for name, place in places if place >= 0 and name != classes[place]]
+    positions = zip(split.classes, _positions(split.classes, classes), strict=True)
+    other = [name for name, position in positions if position >= 0 and name != classes[position]]
     note = f"{printable(split.name)}: {listed(other)}: matched, though spelled in another Unicode normalisation"
     return [note] if other else []
 
@@ -295,8 +295,8 @@ def majority_notes(split: Split) -> list[str]:
 
 def _positions(names: Sequence[str], classes: Sequence[str]) -> list[int]:
     """Where each of `names` stands in `classes`, -1 where it does not."""
-    alike = {composed(name): place for place, name in reversed([*enumerate(classes)])}
-    exact = {name: place for place, name in enumerate(classes)}
+    alike = {composed(name): position for position, name in reversed([*enumerate(classes)])}
+    exact = {name: position for position, name in enumerate(classes)}
     return [exact.get(name, alike.get(composed(name), -1)) for name in names]
 
 
@@ -366,8 +366,8 @@ def _collect(photos: Iterable[Photo], val_fraction: float) -> tuple[Table, list[
     if divided:
         classes["val"] = classes["train"]
     names = sorted(classes, key=lambda name: (name != "train", name != "val", name))
-    places = {(split, label): (names.index(split), at) for split in names for at, label in enumerate(classes[split])}
-    split_of, labels = np.array([places[key] for key in numbers], np.int32).reshape(-1, 2)[number_of].T
+    positions = {(split, label): (names.index(split), at) for split in names for at, label in enumerate(classes[split])}
+    split_of, labels = np.array([positions[key] for key in numbers], np.int32).reshape(-1, 2)[number_of].T
     if divided:
         split_of[_choose_val(labels, split_of == 0, _path_hashes(blob, offsets), val_fraction)] = 1
     order = np.argsort(split_of, kind="stable")
@@ -416,12 +416,12 @@ def _scan(root: bytes, table: Table) -> None:
             state = os.stat(path)
             byte_size, mtime = state.st_size, state.st_mtime_ns
         except (OSError, ValueError):
-            byte_size, mtime = 0, 0  # the judge will tell why
+            byte_size, mtime = 0, 0  # the inspection will tell why
         unchanged = table["byte_sizes"][row] == byte_size and table["mtimes"][row] == mtime
         # That a file may be read again shows neither in its size nor in its time.
         if unchanged and FAULTS[table["faults"][row]] != "cannot be read":
             return
-        fault, size, signature, kind = judge(path)
+        fault, size, signature, kind = inspect_file(path)
         for name, fact in zip(_FACTS, (size, FAULTS.index(fault), byte_size, mtime, signature, kind), strict=True):
             table[name][row] = fact
 
@@ -468,9 +468,9 @@ def _twins(root: bytes, table: Table, splits: list[list[Any]]) -> dict[str, np.n
     split_of = np.searchsorted(ends, rows, side="right")
     class_of = lookup[first_class[split_of] + table["labels"][rows]]
     # Of those who agree, only the ones in several splits or classes matter.
-    places, keys = split_of * len(numbers) + class_of, table["signatures"][rows]
+    positions, keys = split_of * len(numbers) + class_of, table["signatures"][rows]
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    differ = np.minimum.reduceat(places, starts) != np.maximum.reduceat(places, starts)
+    differ = np.minimum.reduceat(positions, starts) != np.maximum.reduceat(positions, starts)
     wanted = np.flatnonzero(np.repeat(differ, np.diff(starts, append=len(rows)))).tolist()
     contents = _digests(root, table, rows[wanted].tolist())
     same: dict[bytes, list[int]] = {}

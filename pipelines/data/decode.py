@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 from pipelines.data.dataset import Split
-from pipelines.data.headers import FAULTS, MAX_PIXELS, exif_orientation, judge, white_level
+from pipelines.data.headers import FAULTS, MAX_PIXELS, exif_orientation, inspect_file, white_level
 from pipelines.data.plan import EvalPlan, Views
 from pipelines.data.preprocess import Preprocess
 from pipelines.data.structure import TOO_COSTLY
@@ -37,7 +37,7 @@ def pixels_of_file(path: str, preprocess: Preprocess, *, whole: bool) -> np.ndar
     whole: the upright photo, for a graph that resizes; else the square of image_size that the network sees.
     """
     split = split_of([path], preprocess)
-    judge_place(split, 0)
+    inspect_at(split, 0)
     if fault := FAULTS[split.faults[0]]:
         return fault
     views = views_of_sound(split, preprocess, range(1))
@@ -54,7 +54,7 @@ def pixels_of_file(path: str, preprocess: Preprocess, *, whole: bool) -> np.ndar
 def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
     """uint8 [image_size, image_size, 3]: what a network sees of a sound photo. Raises whatever Pillow raises."""
     split = split_of([path], preprocess)
-    judge_place(split, 0)
+    inspect_at(split, 0)
     return np.asarray(view_of(split, views_of_sound(split, preprocess, range(1)), 0, preprocess.image_size))
 
 
@@ -141,7 +141,7 @@ def _to_rgb(picture: Image.Image, white: int | None, transparency: str) -> Image
 
 
 def split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
-    """Any files as a split without labels; `judge_place` fills in sizes and faults as the files' turn comes."""
+    """Any files as a split without labels; `inspect_at` fills in sizes and faults as the files' turn comes."""
     names = [os.fsencode(os.path.abspath(path)) for path in paths]
     count = len(names)
     return Split(
@@ -160,16 +160,16 @@ def split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
     )
 
 
-def judge_place(split: Split, place: int) -> None:
+def inspect_at(split: Split, index: int) -> None:
     """Fills in a file's size, kind and fault."""
-    fault, split.sizes[place], _, split.kinds[place] = judge(split.path_bytes(place))
-    split.faults[place] = FAULTS.index(fault)
+    fault, split.sizes[index], _, split.kinds[index] = inspect_file(split.path_bytes(index))
+    split.faults[index] = FAULTS.index(fault)
 
 
-def views_of_sound(split: Split, preprocess: Preprocess, places: range) -> Views:
-    """The views of the sound files at `places`."""
+def views_of_sound(split: Split, preprocess: Preprocess, indices: range) -> Views:
+    """The views of the sound files at `indices`."""
     plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize)
-    sound = np.asarray(places)[split.faults[places.start : places.stop] == 0]
+    sound = np.asarray(indices)[split.faults[indices.start : indices.stop] == 0]
     return plan.views(0, sound)
 
 

@@ -1,4 +1,4 @@
-"""The only judge of a file, for both engines: its header, its size, its structure and its end. Nothing is decoded."""
+"""The only check of a file, for both engines: its header, its size, its structure and its end. Nothing is decoded."""
 
 import ctypes
 import ctypes.util
@@ -93,7 +93,7 @@ def _silence_libtiff() -> None:
 _silence_libtiff()
 
 
-class Judgement(NamedTuple):
+class Inspection(NamedTuple):
     """fault: one of FAULTS. size: upright height and width in pixels. signature: of byte size and edges. kind: position
     in FORMATS, and TRANSPARENT where pixels may be that. A faulty file has size (0, 0), signature 0 and kind 0.
     """
@@ -104,48 +104,48 @@ class Judgement(NamedTuple):
     kind: int = 0
 
 
-def judge(path: bytes) -> Judgement:
+def inspect_file(path: bytes) -> Inspection:
     """What is to be known of a file before it is decoded. No file raises an error."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            return Judgement("not a regular file")
+            return Inspection("not a regular file")
         with open(path, "rb") as file:
             byte_size = file.seek(0, os.SEEK_END)
             file.seek(max(byte_size - EDGE, 0))
             tail = file.read(EDGE)
             file.seek(0)
             head = file.read(EDGE)
-            judgement = _judge_content(file, head, tail, byte_size)
+            inspection = _inspect_content(file, head, tail, byte_size)
     except Image.DecompressionBombError:
-        judgement = Judgement("too many pixels")
+        inspection = Inspection("too many pixels")
     except FileNotFoundError:
-        judgement = Judgement("missing")
+        inspection = Inspection("missing")
     except Exception as error:
         # Pillow's parsers raise many kinds of error on broken data; OSError, too, but then without a number.
-        judgement = Judgement("cannot be read" if isinstance(error, OSError) and error.errno else "broken header")
-    if judgement.fault:
-        return judgement
+        inspection = Inspection("cannot be read" if isinstance(error, OSError) and error.errno else "broken header")
+    if inspection.fault:
+        return inspection
     digest = blake2b(byte_size.to_bytes(8, "little") + head + tail, digest_size=8).digest()
-    return judgement._replace(signature=int.from_bytes(digest, "little"))
+    return inspection._replace(signature=int.from_bytes(digest, "little"))
 
 
-def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> Judgement:
+def _inspect_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> Inspection:
     """All but the signature, of an open file."""
     if not byte_size:
-        return Judgement("empty file")
+        return Inspection("empty file")
     match = _MAGIC.match(head)
     kind = str(match.lastgroup) if match else ""
     if not match or (kind == "AVIF" and not HAS_AVIF):
-        return Judgement("not an image of a known format")
+        return Inspection("not an image of a known format")
     if kind == "HEIF" and not HAS_HEIF:
-        return Judgement(_NO_HEIF)
+        return Inspection(_NO_HEIF)
     if kind == "WEBP" and int.from_bytes(head[4:8], "little") + 8 > byte_size:
-        return Judgement("truncated")
+        return Inspection("truncated")
     fault = fault_of_structure(file, kind, head, byte_size)
     if not fault and kind in ("AVIF", "HEIF"):
         fault = fault_of_boxes(file, byte_size)
     if fault:
-        return Judgement(fault)
+        return Inspection(fault)
     file.seek(0)
     # Image.open would go on to the further pictures in a phone's JPEG.
     photo = JpegImageFile(file) if kind == "JPEG" else Image.open(file, formats=[kind])
@@ -153,24 +153,24 @@ def _judge_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -> 
     if isinstance(photo, TiffImageFile):  # the stored size: photo.size may be the turned one
         width, height = photo.tag_v2[256], photo.tag_v2[257]
     if width * height > MAX_PIXELS:
-        return Judgement("too many pixels")
+        return Inspection("too many pixels")
     if max(width, height) > MAX_SIDE:
-        return Judgement(_LONG_SIDE)
+        return Inspection(_LONG_SIDE)
     if kind not in ("JPEG", "AVIF", "HEIF") and not _is_whole(file, kind, photo, tail, byte_size):
-        return Judgement("truncated")
+        return Inspection("truncated")
     if not _is_affordable(file, photo, byte_size):
-        return Judgement(TOO_COSTLY)
+        return Inspection(TOO_COSTLY)
     if kind == "PNG" and "exif" not in photo.info and (at := tail.find(b"eXIf")) >= 4:  # behind the pixels
         photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
     size = (width, height) if exif_orientation(photo) >= 5 else (height, width)
     number = FORMATS.index(kind) | (TRANSPARENT if kind != "JPEG" and photo.has_transparency_data else 0)
     if photo.mode not in _MODES or (photo.mode in ("I", "F") and not white_level(photo)):
-        return Judgement(_ODD_PIXELS)
-    return Judgement("", size, 0, number)
+        return Inspection(_ODD_PIXELS)
+    return Inspection("", size, 0, number)
 
 
 def for_pillow(kinds: np.ndarray) -> np.ndarray:
-    """bool, of `Judgement.kind`: which photos only Pillow reads as they are meant."""
+    """bool, of `Inspection.kind`: which photos only Pillow reads as they are meant."""
     return _FOR_PILLOW[kinds]
 
 

@@ -1,6 +1,6 @@
 """The photos that a run began with, kept in its folder: it goes on with them in their places, and says what changed.
 
-A plan counts by a photo's place in its split. A photo that has left keeps its place, empty, and nobody else moves.
+A plan counts by a photo's position in its split. A photo that has left keeps its place, empty, and nobody else moves.
 """
 
 import json
@@ -32,7 +32,7 @@ _COLUMNS = ("path_blob", "path_lengths", "labels", "byte_sizes", "faults")
 
 
 def keep_photos(index_file: Path, file: BinaryIO) -> None:
-    """Writes what `in_known_places` needs of an index: some ten bytes a photo (`benchmarks/scaling.py`)."""
+    """Writes what `in_known_positions` needs of an index: some ten bytes a photo (`benchmarks/scaling.py`)."""
     header, table = _read_index(index_file)
     splits = [split for split in header["splits"] if split[0] in _USED]
     count = sum(number for *_, number in splits)
@@ -68,8 +68,8 @@ def _check_columns(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) 
         float(about["val_fraction"])
 
 
-def in_known_places(index_file: Path, kept: Path, bad: Collection[str]) -> tuple[Path, list[str], list[str]]:
-    """The index of the photos in the places that `keep_photos` has noted; lines on changes; changes of the result.
+def in_known_positions(index_file: Path, kept: Path, bad: Collection[str]) -> tuple[Path, list[str], list[str]]:
+    """The index of the photos in the positions that `keep_photos` has noted; lines on changes; changes of the result.
 
     bad: paths below the root of photos that could not be read: they may be mended or removed. Where the result would
     be another, as photos were added or changed, the index is the given one. UserError where `kept` is of a newer
@@ -185,7 +185,7 @@ def _arranged(
     gone: np.ndarray,
     used: int,
 ) -> tuple[Table, dict[str, Any]]:
-    """Table and header of what is there `now` in the order of `then`. here: for each place of then the row of now.
+    """Table and header of what is there `now` in the order of `then`. here: for each position of then the row of now.
 
     Behind them come the splits that a training does not use, as they are.
     """
@@ -197,15 +197,15 @@ def _arranged(
     table["faults"][empty] = _MISSING
     offsets = now["path_offsets"][used:].astype(np.int64)
     table["labels"] = np.concatenate([then["labels"], now["labels"][used:]])
-    places = [(then, place) if row < 0 else (now, row) for place, row in enumerate(here.tolist())]
-    paths = [_path_at(each["path_blob"], each["path_offsets"], row) for each, row in places]
+    positions = [(then, position) if row < 0 else (now, row) for position, row in enumerate(here.tolist())]
+    paths = [_path_at(each["path_blob"], each["path_offsets"], row) for each, row in positions]
     table["path_blob"] = np.concatenate([np.frombuffer(b"".join(paths), np.uint8), now["path_blob"][offsets[0] :]])
     lengths = np.concatenate([[0], [len(path) for path in paths], np.diff(offsets)])
     table["path_offsets"] = np.cumsum(lengths).astype(np.uint64)
-    place = np.full(len(now["labels"]), -1)
-    place[rows[~np.isin(np.arange(len(rows)), empty)]] = np.setdiff1d(np.arange(len(rows)), empty)
+    position = np.full(len(now["labels"]), -1)
+    position[rows[~np.isin(np.arange(len(rows)), empty)]] = np.setdiff1d(np.arange(len(rows)), empty)
     for name in _PAIRS:
-        pairs = place[now[name]]
+        pairs = position[now[name]]
         table[name] = pairs[(pairs >= 0).all(axis=1)].astype(np.int64)
     others = [split for split in header["splits"] if split[0] not in _USED]
     gone_rows, start = {}, 0

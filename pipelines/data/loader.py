@@ -49,13 +49,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One global batch: `places` places of the plan over all processes, and this process's micro-batches (maybe none).
+    """One global batch: `size` positions of the plan over all processes, and this process's micro-batches (maybe none).
 
     rounds: how many micro-batches the process with the most has; the same on all processes. The micro-batches are made
     ready in the background and must be taken in order, before the next step.
     """
 
-    places: int
+    size: int
     rounds: int
     batches: Iterator[Batch]
 
@@ -63,7 +63,7 @@ class Step:
 class Loader:
     """Executes `plan` on the photos of `split` through `engine`.
 
-    labels: int [N], the model's class of each photo. batch_size: places of a global step. micro_batch: the most
+    labels: int [N], the model's class of each photo. batch_size: positions of a global step. micro_batch: the most
     photos of one `Batch`. prefetch: how many micro-batches are kept in the making. skip_bad_files: leave out a photo
     that cannot be decoded, its place staying empty, instead of ending with a UserError that names it.
     """
@@ -107,10 +107,10 @@ class Loader:
         pending: list[Views] = []
         next_batch = self._next_batch if images else self._next_batch_without_images
         for step in range(start_step, self.steps_per_epoch):
-            places, mine = self._my_places(step)
-            largest_share = -(-places // self._world_size)
+            size, mine = self._my_share(step)
+            largest_share = -(-size // self._world_size)
             count, rounds = (-(-photos // self._micro_batch) for photos in (len(mine), largest_share))
-            yield Step(places, rounds, (next_batch(ahead, pending) for _ in range(count)))
+            yield Step(size, rounds, (next_batch(ahead, pending) for _ in range(count)))
 
     def in_order(self, micro_batch: int) -> "Loader":
         """The same photos in the dataset's order, as each epoch shows them, `micro_batch` at a time on each process.
@@ -138,16 +138,16 @@ class Loader:
         """Ends the engine. The loader cannot be used any more."""
         self.engine.close()
 
-    def _my_places(self, step: int) -> tuple[int, range]:
+    def _my_share(self, step: int) -> tuple[int, range]:
         first = step * self.batch_size
-        places = min(self.batch_size, self.plan.length - first)
-        start, stop = share(places, self._rank, self._world_size)
-        return places, range(first + start, first + stop)
+        size = min(self.batch_size, self.plan.length - first)
+        start, stop = share(size, self._rank, self._world_size)
+        return size, range(first + start, first + stop)
 
     def _views(self, epoch: int, start_step: int) -> Iterator[Views]:
         """This process's micro-batches, one after another, without the photos that cannot be read."""
         for step in range(start_step, self.steps_per_epoch):
-            _, mine = self._my_places(step)
+            _, mine = self._my_share(step)
             for first in range(mine.start, mine.stop, self._micro_batch):
                 views = self.plan.views(epoch, np.arange(first, min(first + self._micro_batch, mine.stop)))
                 yield views.select(self._readable(views))
@@ -209,7 +209,7 @@ def share_bad_photos(loader: Loader) -> None:
 def train_loader(
     config: Config, split: Split, labels: np.ndarray, state: PartialState, engine: str, micro_batch: int
 ) -> Loader:
-    """Planned random crops and flips of `split`, `config.batch_size` places a step over all processes.
+    """Planned random crops and flips of `split`, `config.batch_size` positions a step over all processes.
 
     micro_batch: the most photos of one batch on one process; with `views_per_photo`, which is a number or None here,
     `in_order` may ask for `config.eval_batch_per_device`.

@@ -1,14 +1,14 @@
-"""The plan: which photo stands at which place of an epoch, and what is done to it.
+"""The plan: which photo stands at which position of an epoch, and what is done to it.
 
-Everything here is a pure function of `(seed, epoch, place)` and of the photos' number and sizes. No global random
-state, no rank, no batch size, no history: any process can ask for any places, in any order, after any restart, and
+Everything here is a pure function of `(seed, epoch, position)` and of the photos' number and sizes. No global random
+state, no rank, no batch size, no history: any process can ask for any positions, in any order, after any restart, and
 gets the same answer. Engines execute what the plan says and draw nothing themselves.
 
 The random bits come from a counter-based hash (the SplitMix64 finaliser, Steele et al. 2014, absorbed coordinate by
 coordinate) because numpy does not promise that its generators give the same stream in the next version. Beyond it only
 `+ - * / % sqrt` and comparisons are used, which IEEE 754 rounds the same way on every machine; `np.exp` is not one.
-The order of an epoch is computed place by place and never stored: the first batch of 14 million photos costs what any
-other does, no process keeps a copy, and a resume in mid-epoch has nothing to replay.
+The order of an epoch is computed position by position and never stored: the first batch of 14 million photos costs
+what any other does, no process keeps a copy, and a resume in mid-epoch has nothing to replay.
 """
 
 import math
@@ -53,18 +53,18 @@ class Views:
 
 
 class Plan(Protocol):
-    """`length` places an epoch; `views` says what stands at some of them."""
+    """`length` positions an epoch; `views` says what stands at some of them."""
 
     length: int
     image_size: int
 
-    def views(self, epoch: int, places: np.ndarray) -> Views:
-        """The views at `places` (int64 [n], each in 0..length-1) of `epoch` (0 is the first)."""
+    def views(self, epoch: int, positions: np.ndarray) -> Views:
+        """The views at `positions` (int64 [n], each in 0..length-1) of `epoch` (0 is the first)."""
         ...
 
 
 class TrainPlan:
-    """A new order every epoch, a random resized crop and a random flip for every place.
+    """A new order every epoch, a random resized crop and a random flip for every position.
 
     With `views_per_photo`, K, a photo has K crops and flips, of its own, which the epochs show in turn. Each is
     distributed as any other; together they are a Latin hypercube (McKay et al. 1979): of area, ratio, top, left and
@@ -95,21 +95,21 @@ class TrainPlan:
         self._flip_probability = flip_probability
         self._views_per_photo = views_per_photo
 
-    def indices(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """int64 [n]: the photos at `places` of `epoch`. Over all places each photo comes once, in random order."""
-        return permute(places, self.length, random_bits(self._seed, _SHUFFLE, epoch, np.arange(_ROUNDS)))
+    def indices(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: the photos at `positions` of `epoch`. Over all of them each photo comes once, in random order."""
+        return permute(positions, self.length, random_bits(self._seed, _SHUFFLE, epoch, np.arange(_ROUNDS)))
 
-    def views(self, epoch: int, places: np.ndarray) -> Views:
-        places = np.asarray(places, np.int64)
-        return self._views_of(self.indices(epoch, places), epoch, places)
+    def views(self, epoch: int, positions: np.ndarray) -> Views:
+        positions = np.asarray(positions, np.int64)
+        return self._views_of(self.indices(epoch, positions), epoch, positions)
 
     def views_in_order(self, epoch: int, indices: np.ndarray) -> Views:
         """What `epoch` shows of the photos `indices`, wherever it shows them. Only with `views_per_photo`."""
         assert self._views_per_photo, "a view that belongs to its place has no photo of its own"
         return self._views_of(indices, epoch, indices)
 
-    def _views_of(self, indices: np.ndarray, epoch: int, places: np.ndarray) -> Views:
-        epoch, owner = (epoch % self._views_per_photo, indices) if self._views_per_photo else (epoch, places)
+    def _views_of(self, indices: np.ndarray, epoch: int, positions: np.ndarray) -> Views:
+        epoch, owner = (epoch % self._views_per_photo, indices) if self._views_per_photo else (epoch, positions)
         coordinates = np.arange(_ATTEMPTS * 4)
         crops = uniform(random_bits(self._seed, _CROP, epoch, owner[:, None], coordinates[None, :]))
         crops = crops.reshape(-1, _ATTEMPTS, 4)
@@ -139,8 +139,8 @@ class ViewsInOrder:
         self.image_size = plan.image_size
         self._plan = plan
 
-    def views(self, epoch: int, places: np.ndarray) -> Views:
-        return self._plan.views_in_order(epoch, np.asarray(places, np.int64))
+    def views(self, epoch: int, positions: np.ndarray) -> Views:
+        return self._plan.views_in_order(epoch, np.asarray(positions, np.int64))
 
 
 class EvalPlan:
@@ -155,8 +155,8 @@ class EvalPlan:
         self._sizes = sizes
         self._resize = resize
 
-    def views(self, epoch: int, places: np.ndarray) -> Views:
-        indices = np.asarray(places, np.int64)
+    def views(self, epoch: int, positions: np.ndarray) -> Views:
+        indices = np.asarray(positions, np.int64)
         sizes = np.maximum(self._sizes[indices], 1).astype(np.int64)
         shorter = sizes.min(axis=1, keepdims=True)
         # torchvision: int(resize * long / short), a float division cut off; exact here as the operands fit a double.
@@ -166,9 +166,9 @@ class EvalPlan:
         return Views(indices, windows, resized.astype(np.int32), anchors, np.zeros(len(indices), bool))
 
 
-def share(places: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The slice [start, stop) of a global batch of `places` that process `rank` reads; shares differ by at most 1."""
-    each, extra = divmod(places, world_size)
+def share(positions: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The slice [start, stop) of a batch of `positions` that process `rank` reads; shares differ by at most 1."""
+    each, extra = divmod(positions, world_size)
     start = rank * each + min(rank, extra)
     return start, start + each + (rank < extra)
 
@@ -182,13 +182,13 @@ def random_bits(*coordinates: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def permute(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
-    """int64, of the shape of `places`: where a pseudo-random permutation of 0..length-1 sends each of them.
+def permute(positions: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+    """int64, of the shape of `positions`: where a pseudo-random permutation of 0..length-1 sends each of them.
 
     keys: uint64 [rounds], random bits for an even number of rounds.
-    A generalised Feistel cipher with cycle walking (Black and Rogaway 2002): a place is a cell of a table of a little
-    over `length` cells. Each round shifts the row by a hash of the column, or the column by a hash of the row, which
-    could be undone; a cell beyond the length goes through all rounds again until it falls inside.
+    A generalised Feistel cipher with cycle walking (Black and Rogaway 2002): a position is a cell of a table of a
+    little over `length` cells. Each round shifts the row by a hash of the column, or the column by a hash of the row,
+    which could be undone; a cell beyond the length goes through all rounds again until it falls inside.
     """
     rows = math.isqrt(max(length - 1, 1)) + 1
     rows += rows % 2  # were both sides odd, every round would be an even permutation, and half of all orders never come
@@ -206,7 +206,7 @@ def permute(places: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
         return row * sides[1] + column
 
     with np.errstate(over="ignore"):
-        cells = rounds(np.asarray(places).astype(np.uint64))
+        cells = rounds(np.asarray(positions).astype(np.uint64))
         while (outside := cells >= length).any():
             cells = np.where(outside, rounds(cells), cells)
     return cells.astype(np.int64)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipelines.distributed.sync import default_store, speaks
+from pipelines.distributed.sync import default_store, is_global_rank_zero
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.text import lasting_streams, printable
 
@@ -26,7 +26,7 @@ _LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
 
 
 @dataclass(frozen=True)
-class Ending:
+class ExitStatus:
     """How a run ends before its end: one line and the exit code.
 
     bad_photo: split and position of the photo that it is about, where it is about one.
@@ -54,18 +54,18 @@ def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int
     except SystemExit:
         raise
     except BaseException as error:
-        ending = ending_of(error)
+        status = exit_status_of(error)
         is_alone = getattr(error, "on_one_process", False) or isinstance(error, torch.OutOfMemoryError)
         if is_alone and dist.is_initialized():
-            default_store().set(_FAILED, json.dumps([ending.line, ending.exit_code, ending.bad_photo]))
-        if ending.needs_trace:
+            default_store().set(_FAILED, json.dumps([status.line, status.exit_code, status.bad_photo]))
+        if status.needs_trace:
             traceback.print_exc()
-        elif (speaks() or is_alone) and not ending.is_said:
+        elif (is_global_rank_zero() or is_alone) and not status.is_said:
             label = "" if isinstance(error, (KeyboardInterrupt, Stopped, Terminated)) else "error: "
-            print(f"{label}{ending.line}", file=sys.stderr, flush=True)
+            print(f"{label}{status.line}", file=sys.stderr, flush=True)
         # A launcher of several processes takes any code but 0 for a failure, and prints its trace.
         several = dist.is_initialized() and dist.get_world_size() > 1
-        return 0 if ending.exit_code == Stopped.exit_code and several else ending.exit_code
+        return 0 if status.exit_code == Stopped.exit_code and several else status.exit_code
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -74,38 +74,40 @@ def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int
     return 0
 
 
-def ending_of(error: BaseException) -> Ending:
+def exit_status_of(error: BaseException) -> ExitStatus:
     """The line and the exit code for what ended a run: the same for stderr, for the exit and for status.json."""
-    if not hasattr(error, "ending"):  # the store is asked once
-        error.ending = _ending_of(error)  # type: ignore[attr-defined]
-    return error.ending  # type: ignore[attr-defined]
+    if not hasattr(error, "exit_status"):  # the store is asked once
+        error.exit_status = _exit_status_of(error)  # type: ignore[attr-defined]
+    return error.exit_status  # type: ignore[attr-defined]
 
 
-def _ending_of(error: BaseException) -> Ending:
+def _exit_status_of(error: BaseException) -> ExitStatus:
     if isinstance(error, (UserError, MachineError, Stopped)):
-        return Ending(printable(str(error)), error.exit_code, error.bad_photo)
+        return ExitStatus(printable(str(error)), error.exit_code, error.bad_photo)
     if isinstance(error, KeyboardInterrupt):
-        return Ending("interrupted", 130)
+        return ExitStatus("interrupted", 130)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return Ending(f"{error.filename or 'disk'}: {error.strerror}", MachineError.exit_code)
+        return ExitStatus(f"{error.filename or 'disk'}: {error.strerror}", MachineError.exit_code)
     if isinstance(error, torch.OutOfMemoryError):
         line = "the GPU's memory is full: add --max-batch-per-device auto, or lower --eval-batch-per-device"
-        return Ending(line, MachineError.exit_code)
+        return ExitStatus(line, MachineError.exit_code)
     if isinstance(error, Terminated):
-        asked = Ending("stopped on request outside the training loop: the same command begins again", Stopped.exit_code)
+        asked = ExitStatus(
+            "stopped on request outside the training loop: the same command begins again", Stopped.exit_code
+        )
         return _failure_of_another_process() or asked
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
-        lost = Ending("another process has ended; its own message says why", MachineError.exit_code)
+        lost = ExitStatus("another process has ended; its own message says why", MachineError.exit_code)
         return _failure_of_another_process() or lost
-    return Ending(repr(error), MachineError.exit_code, needs_trace=True)
+    return ExitStatus(repr(error), MachineError.exit_code, needs_trace=True)
 
 
 def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, and the ending must not be cut off
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough, and the status must not be cut off
     raise Terminated
 
 
-def _failure_of_another_process() -> Ending | None:
+def _failure_of_another_process() -> ExitStatus | None:
     """What a process that failed alone has left for the others before it ended."""
     try:
         store = default_store()
@@ -115,4 +117,4 @@ def _failure_of_another_process() -> Ending | None:
         line, exit_code, photo = json.loads(store.get(_FAILED)) if store.check([_FAILED]) else (None, 0, None)
     except (RuntimeError, ValueError):  # the store has gone with its process
         return None
-    return Ending(line, exit_code, tuple(photo) if photo else None, is_said=True) if line else None
+    return ExitStatus(line, exit_code, tuple(photo) if photo else None, is_said=True) if line else None

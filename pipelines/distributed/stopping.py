@@ -34,10 +34,10 @@ class StopRequest:
         self._looked_at = self._asked_at = self._interrupted = -_POLL_SECONDS
 
     def listen(self) -> None:
-        """Takes over the signals, until `processes.run_script` gives them back."""
+        """Takes over the signals, until `exits.run_script` gives them back."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
-        _be_told_of_the_launchers_death()
+        _ask_for_signal_on_launcher_death()
 
     def is_made(self) -> bool:
         """Whether this process has been asked. Cheap: the file is looked for once a second."""
@@ -80,7 +80,7 @@ class StopRequest:
         self.reason = self.reason or signal.Signals(number).name
 
 
-def _be_told_of_the_launchers_death() -> None:
+def _ask_for_signal_on_launcher_death() -> None:
     """A killed launcher leaves its processes running: they are to get SIGTERM then. Linux only.
 
     Only of a launcher: `nohup python train.py &` is to outlive the shell that started it.

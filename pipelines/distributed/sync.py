@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other outside the training's own exchanges, and who speaks for all."""
+"""What the processes of a run tell each other outside the training's own exchanges, and who prints for all."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ _BLOCK = 1 << 24  # bytes of a file in memory at once
 _keys = itertools.count()  # every process asks for the same tasks in the same order
 
 
-def speaks() -> bool:
+def is_global_rank_zero() -> bool:
     """Whether this process prints for all. Known from the launcher's environment, before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -35,7 +35,7 @@ def main_first(state: PartialState, task: Callable[[], Any]) -> Any:
     """Runs `task` on the main process and gives its result, which JSON must be able to carry, to all.
 
     The others wait outside any collective, since a scan of millions of photos outlasts every collective's timeout. An
-    error of the main process ends the others silently, with the same exit code: one process speaks.
+    error of the main process ends the others silently, with the same exit code: one process prints.
     """
     if state.num_processes == 1:
         return task()

@@ -58,7 +58,7 @@ class FeatureStore:
             except (*_DAMAGED, RuntimeError, IndexError):
                 self._remove(file)
                 return None
-        # Computed in other company they may differ in the last bits: a resume is to find what this run has found.
+        # Computed in another batch they may differ in the last bits: a resume is to find what this run has found.
         if rows is not None and files != [self._file(maker, photos)]:
             self.keep(maker, photos, rows)
         return rows

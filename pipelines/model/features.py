@@ -50,8 +50,8 @@ class FrozenFeatures:
 
     Views are kept where a photo has few, for the run's later `epochs` and in `store` for other runs, the frozen part is
     fixed and all that are shown fit into `limit` bytes. A view is computed for all photos in one pass in the dataset's
-    order, before its first epoch in this life of the run: the last bits may depend on the company that a photo is
-    computed in, and so a resume finds them again.
+    order, before its first epoch in this attempt at the run: the last bits may depend on the
+    other photos of a photo's batch, and so a resume finds them again.
 
     micro_batch: photos of a pass's batch on a process, at most. mirrored: each view together with its mirror image, as
     `view_features` of a network with `test_flips` has them. store: on the main process, or None. A view in which a
@@ -160,7 +160,7 @@ class FrozenFeatures:
                 raise PassStopped
             first = number * loader.batch_size
             # Each process fills the rows of its share, and the sum with the others' zeros has all of them.
-            rows = torch.zeros((self._copies, step.places, self._numbers), device=device)
+            rows = torch.zeros((self._copies, step.size, self._numbers), device=device)
             for batch in step.batches:
                 if len(batch):
                     with self._accelerator.autocast():
@@ -168,7 +168,7 @@ class FrozenFeatures:
                     rows[:, to_device(batch.indices - first, device)] = features.float().unflatten(
                         0, (self._copies, -1)
                     )
-            known[:, first : first + step.places] = self._accelerator.reduce(rows, "sum")
+            known[:, first : first + step.size] = self._accelerator.reduce(rows, "sum")
         share_bad_photos(self._loader)
         self._loader.wait_seconds += loader.wait_seconds - waited
         if self._store and not self._loader.bad and not _has_changed(self._loader):

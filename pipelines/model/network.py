@@ -100,14 +100,14 @@ class TransferModel(nn.Module):
             return images
         if self.frozen_part_is_fixed and not self._is_folded:
             return self._with_folded_frozen_part().frozen_part(images)
-        with torch.no_grad(), _WithoutStatisticsOfNothing(self, images):
+        with torch.no_grad(), _NoStatisticsOfEmptyBatches(self, images):
             if self._frozen_stages == len(STAGES):
                 return self._features(images)
             return self._run(STAGES[: self._frozen_stages], images)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output of `frozen_part` -> logits float [n, classes]."""
-        with _WithoutStatisticsOfNothing(self, hidden):
+        with _NoStatisticsOfEmptyBatches(self, hidden):
             if not self._frozen_stages:
                 return self.network(hidden)
             if self._frozen_stages < len(STAGES):
@@ -174,7 +174,7 @@ class TransferModel(nn.Module):
         return found[0]
 
 
-class _WithoutStatisticsOfNothing:
+class _NoStatisticsOfEmptyBatches:
     """BatchNorm in train mode would take the mean of no photo at all, NaN, into its statistics.
 
     SyncBatchNorm goes on: it knows empty shares, and the other processes wait for it.

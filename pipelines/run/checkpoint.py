@@ -162,7 +162,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def _restore_best(self, folder: Path) -> None:
-        # A life that was cut off may have found better ones after the checkpoint; they are found again.
+        # An attempt that was cut off may have found better ones after the checkpoint; they are found again.
         for path in self._run.best_files():
             path.unlink()
         for name in ("best.pt", "model.json"):

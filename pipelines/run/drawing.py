@@ -110,11 +110,11 @@ def save_contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], *, ti
         figure.suptitle(_clean(title), x=0.01, ha="left", fontsize="medium")
         for tiles, (name, photos) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
             tiles[0].set_ylabel(_shortened(name, NAME), rotation=0, ha="right", va="center")
-            for place, tile in enumerate(tiles):
+            for index, tile in enumerate(tiles):
                 tile.set(xticks=[], yticks=[])
                 tile.spines[:].set_visible(False)
-                if place < len(photos):
-                    tile.imshow(photos[place])
+                if index < len(photos):
+                    tile.imshow(photos[index])
 
 
 def save_curves(
@@ -187,10 +187,10 @@ def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, float |
     """
     with _picture(path, 10, 4) as figure:
         panels = figure.subplots(1, 2)
-        for place, (name, rows) in reversed(list(enumerate(runs.items()))):  # the best one on top
-            named = place < MAX_NAMED_RUNS
+        for index, (name, rows) in reversed(list(enumerate(runs.items()))):  # the best one on top
+            named = index < MAX_NAMED_RUNS
             for panel, key in zip(panels, ("val/loss", "val/top1"), strict=True):
-                color, label = (f"C{place}", _shortened(name, 200)) if named else ("#d0d0d0", f"_{name}")
+                color, label = (f"C{index}", _shortened(name, 200)) if named else ("#d0d0d0", f"_{name}")
                 _line(panel, _column(rows, "epoch"), _column(rows, key), color=color, label=label)
         for panel, name in zip(panels, ("validation loss", "validation top-1 accuracy"), strict=True):
             panel.set_title(name)
@@ -213,7 +213,7 @@ def save_confusion_matrix(path: Path, pairs: np.ndarray, classes: Sequence[str])
     side = min(max(0.4 * len(classes), 2.2), 7.5)  # of the matrix, inches
     cell = side * 72 / len(classes)  # points
     shown = range(0, len(classes), math.ceil(12 / cell))
-    names = [_shortened(classes[place], NAME) for place in shown]
+    names = [_shortened(classes[index], NAME) for index in shown]
     longest = max(_width(name) for name in names)
     margin = (longest + 34) / 72
     width, height = margin + side + (0.95 if counted else 5.1), margin + side + 0.3
@@ -249,15 +249,15 @@ def save_per_class(path: Path, per_class: Sequence[Mapping[str, float | None]], 
     class without photos comes last.
     """
     recalls = [row["recall"] for row in per_class]
-    order = sorted(range(len(classes)), key=lambda place: math.inf if (r := recalls[place]) is None else r)[:MAX_BARS]
-    names = [f"{_shortened(classes[place], NAME)}  ({per_class[place]['count']:,})" for place in order]
+    order = sorted(range(len(classes)), key=lambda index: math.inf if (r := recalls[index]) is None else r)[:MAX_BARS]
+    names = [f"{_shortened(classes[index], NAME)}  ({per_class[index]['count']:,})" for index in order]
     with _picture(path, 7, 0.9 + 0.32 * len(order)) as figure:
         axes = figure.subplots()
         for name, color, shift in (("recall", BLUE, -0.2), ("precision", ORANGE, 0.2)):
-            values = [per_class[place][name] or 0.0 for place in order]
+            values = [per_class[index][name] or 0.0 for index in order]
             axes.barh(np.arange(len(order)) + shift, values, height=0.38, color=color, label=name)
-        for row, place in enumerate(order):
-            if recalls[place] is None:
+        for row, index in enumerate(order):
+            if recalls[index] is None:
                 axes.text(0.01, row, "n/a", va="center_baseline", color=GREY)
         axes.set_yticks(range(len(order)), names)
         axes.set(xlim=(0, 1), ylim=(len(order) - 0.4, -0.6))

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.config import FORMAT, SCHEMA, Config, dump_yaml
 from pipelines.data.dataset import Dataset, Split, load_dataset
-from pipelines.data.known_photos import in_known_places, keep_photos
+from pipelines.data.known_photos import in_known_positions, keep_photos
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import MachineError, UserError
 from pipelines.model.weights import read_weights
@@ -115,7 +115,7 @@ class RunFolder:
         UserError where a run is there that goes on, whose result other settings have decided, or that has lost what it
         would go on from, or something that is no run. Photos and first weights are not looked at.
         """
-        # A job that Slurm has requeued comes with the flags of its first life, in which --overwrite has done its work.
+        # A job that Slurm has requeued has the flags of its first attempt, in which --overwrite has done its work.
         overwrite = config.overwrite and not _is_requeued()
         if self._is_unbegun():
             return "new"
@@ -207,7 +207,7 @@ class RunFolder:
         """
         if not (self.has_saved() and self._photos.exists()):
             return index_file
-        arranged, lines, differences = in_known_places(index_file, self._photos, self._noted().keys())
+        arranged, lines, differences = in_known_positions(index_file, self._photos, self._noted().keys())
         if differences:
             raise UserError(
                 f"run: {self.folder} was trained on other photos than {load_dataset(index_file).root} has now: "
@@ -226,7 +226,7 @@ class RunFolder:
         if not self._writes or (self._photos.exists() and not anew):
             return
         try:
-            with replacing(self._photos) as partial, open(partial, "wb") as file:
+            with atomic_write(self._photos) as partial, open(partial, "wb") as file:
                 keep_photos(dataset.index_file, file)
         except OSError as error:
             raise cannot_save(self._photos, error) from None
@@ -311,7 +311,9 @@ class RunFolder:
             (self.folder / _UNBEGUN).unlink()
         if self.stop_file.exists() and not _is_requeued():
             self.stop_file.unlink()
-            print(f"{printable(self.stop_file)} is of an earlier life of the run: removed", file=sys.stderr, flush=True)
+            print(
+                f"{printable(self.stop_file)} is of an earlier attempt at the run: removed", file=sys.stderr, flush=True
+            )
 
     def close(self) -> None:
         """Lets other runs into the folder. Whoever asked this one for a stop has it now."""
@@ -420,7 +422,7 @@ class RunFolder:
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
         try:
             # A file of our own is closed, and its room given back, when the disk is full; PyTorch's own is not.
-            with replacing(self.best) as partial, open(partial, "wb") as file:
+            with atomic_write(self.best) as partial, open(partial, "wb") as file:
                 torch.save(state, file)
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
             raise cannot_save(self.best, error) from None
@@ -433,7 +435,7 @@ class RunFolder:
         if not self._writes:
             return
         try:
-            with replacing(self.folder / name) as partial:
+            with atomic_write(self.folder / name) as partial:
                 # A folder's name need not be UTF-8: what is not, JSON reads back from its escape.
                 partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
@@ -504,7 +506,7 @@ def _is_requeued() -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path` to write to, and puts it in place at the end: whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
     partial.unlink(missing_ok=True)  # it might be a link

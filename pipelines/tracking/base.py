@@ -17,19 +17,19 @@ _OPTIONS: dict[str, Callable[[RunFolder], dict[str, Any]]] = {
     "clearml": lambda run: {"task_name": run.folder.name},
     "dvclive": lambda run: {"dir": str(run.folder / "dvclive"), "save_dvc_exp": False, "dvcyaml": False},
     "mlflow": lambda run: {"run_name": run.folder.name},
-    # Everything is sent anew, so what an earlier life wrote does not count.
+    # Everything is sent anew, so what an earlier attempt wrote does not count.
     "tensorboard": lambda run: {"purge_step": 0},
     "trackio": lambda run: {"name": run.folder.name},
 }
 
 
 class Tracker:
-    """One of Accelerate's trackers, by its name there. It gets numbers, a run of its own for each life of ours.
+    """One of Accelerate's trackers, by its name there. It gets numbers, a run of its own for each attempt of ours.
 
     What it raises is for the caller to keep from the training. What some trackers can do besides does nothing here.
     """
 
-    delivered: Collection[int] = ()  # the steps that earlier lives of the run have sent
+    delivered: Collection[int] = ()  # the steps that earlier attempts at the run have sent
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Tracker:
         """The run is done; `end` follows."""
 
     def preempt(self) -> None:
-        """The run will go on in another life; `end` follows."""
+        """The run will go on in another attempt; `end` follows."""
 
     def end(self, exit_code: int, sent: set[int]) -> None:
         """Closes the tracker's run. sent: all steps that it was given."""

@@ -32,9 +32,9 @@ from accelerate.utils import gather_object
 class Tracking:
     """Sends rows, pictures, weights and the summary of a run to the tracker that `config` names.
 
-    A row that metrics.jsonl has already, as in a resumed run, and that no earlier life delivered, is sent at the start;
-    one that was delivered is not sent again. facts: what `describe_run` says. A tracker that fails is left behind in
-    one line.
+    A row that metrics.jsonl has already, as in a resumed run, and that no earlier attempt delivered, is sent at the
+    start; one that was delivered is not sent again. facts: what `describe_run` says. A tracker that fails is left
+    behind in one line.
     """
 
     def __init__(

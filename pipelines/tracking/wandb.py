@@ -26,7 +26,7 @@ from pipelines.run_files import read_description
 from pipelines.text import counted, printable
 from pipelines.tracking.base import Tracker, first_line, say
 from pipelines.tracking.settings import TrackerNames, is_agents_run, wandb_names
-from pipelines.tracking.wandb_files import ID_FILE, has_key, is_sent, life_folders, steps_on_disk
+from pipelines.tracking.wandb_files import ID_FILE, attempt_folders, has_key, is_sent, steps_on_disk
 
 import numpy as np
 from accelerate import Accelerator
@@ -41,8 +41,8 @@ _LISTED_PHOTOS = 1_000_000  # of a larger dataset the artifact has the fingerpri
 class WandbTracker(Tracker):
     """Each row is sent once, whatever happens to the run, to W&B's own process or to the server.
 
-    A run has one id for life. Its rows' `_step` is our `global_step`: the server tells the last one that it has, and
-    the files of offline lives have them all.
+    A run has one id for good. Its rows' `_step` is our `global_step`: the server tells the last one that it has, and
+    the files of offline attempts have them all.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class WandbTracker(Tracker):
         import wandb
 
         directory, run_id = wandb_directory(self._run.folder), _wandb_id(self._run.folder)
-        earlier = life_folders(directory, run_id)
+        earlier = attempt_folders(directory, run_id)
         mode, why = ("offline", reason_to_be_offline) if reason_to_be_offline else _wandb_mode(earlier)
         if mode != "disabled" and disk_usage(directory).free < _LEAST_FREE:
             raise OSError(f"the disk under {directory} is full")
@@ -122,7 +122,7 @@ class WandbTracker(Tracker):
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._wandb.summary.update(dict(summary))
-        # A life that was killed may have taken its last weights with it; W&B knows what it has by its hash.
+        # An attempt that was killed may have taken its last weights with it; W&B knows what it has by its hash.
         if self._config.log_model == "end" or (self._config.log_model == "best" and self.delivered):
             self.log_best()
         self._wait_for_uploads()
@@ -215,7 +215,7 @@ class WandbTracker(Tracker):
                 lines.writerow(("split", "label", "path"))
                 if sum(counts.values()) <= _LISTED_PHOTOS:
                     for name, split in data.splits.items():
-                        paths = (os.path.relpath(split.path(place), data.root) for place in range(len(split)))
+                        paths = (os.path.relpath(split.path(index), data.root) for index in range(len(split)))
                         rows = ((name, split.classes[y], at) for y, at in zip(split.labels, paths, strict=True))
                         lines.writerows(map(printable, row) for row in rows)
             index.add_file(str(path))  # W&B keeps a copy
@@ -248,11 +248,11 @@ def check_tracked(run: Path, config: Config) -> TrackerNames:
 
 
 def add_to_summary(run: Path, names: TrackerNames, scores: Mapping[str, float | str]) -> None:
-    """Adds scores to the summary of a run that W&B knows already, online or in an offline life of its own."""
+    """Adds scores to the summary of a run that W&B knows already, online or in an offline attempt of its own."""
     import wandb
 
     directory, run_id = wandb_directory(run), _wandb_id(run)
-    mode, why = _wandb_mode(life_folders(directory, run_id))
+    mode, why = _wandb_mode(attempt_folders(directory, run_id))
     try:
         settings: Any = {"id": run_id, "mode": mode, "resume": "allow", "dir": directory, "settings": _wandb_settings()}
         with wandb.init(project=names.project, entity=names.entity, **settings) as known:
@@ -273,7 +273,7 @@ def wandb_directory(run: Path) -> Path:
 
 
 def _wandb_id(run: Path) -> str:
-    """One id for the run's whole life; an agent has chosen it already.
+    """One id for all attempts at the run; an agent has chosen it already.
 
     Without one the variable was left in the shell, and would put this run's rows among another's.
     """
@@ -298,7 +298,7 @@ def _wandb_settings() -> Any:
 def _wandb_mode(earlier: Sequence[Path]) -> tuple[str, str]:
     """The mode for wandb.init, and why it is not online. Without a key W&B would ask for one, so it is offline then.
 
-    earlier: what the run's lives so far have left.
+    earlier: what the attempts at the run so far have left.
     """
     import wandb
 
@@ -308,7 +308,7 @@ def _wandb_mode(earlier: Sequence[Path]) -> tuple[str, str]:
         return mode, f"WANDB_MODE={given}"
     if not has_key():
         return "offline", "no key"
-    if any(life.name.startswith("offline-") and not is_sent(life) for life in earlier):
+    if any(attempt.name.startswith("offline-") and not is_sent(attempt) for attempt in earlier):
         return "offline", "as the earlier parts of the run, which are not sent yet"
     if not _answers(wandb.setup().settings.base_url):
         return "offline", "the server does not answer"
@@ -338,10 +338,10 @@ def _scores(run: Path) -> dict[str, Any]:
     return {key: value for key, value in read_description(run, "run")["scores"].items() if value is not None}
 
 
-def _missing(steps: set[int], life: Path) -> set[int]:
+def _missing(steps: set[int], attempt: Path) -> set[int]:
     """The steps that W&B, which ends a moment later, has not written, as on a full disk: it does not tell."""
     for _ in range(10):
-        if not (missing := steps - steps_on_disk([life])):
+        if not (missing := steps - steps_on_disk([attempt])):
             break
         time.sleep(_PATIENCE / 10)
     return missing

@@ -75,8 +75,8 @@ def steps_on_disk(folders: Iterable[Path]) -> set[int]:
     return {int(row["_step"]) for row in rows if "_step" in row}
 
 
-def life_folders(directory: Path, run_id: str) -> list[Path]:
-    """What the lives of a run have left below WANDB_DIR, in their order."""
+def attempt_folders(directory: Path, run_id: str) -> list[Path]:
+    """What the attempts at a run have left below WANDB_DIR, in their order."""
     found = (directory / "wandb").glob(f"*run-*-{run_id}")
     return sorted(found, key=lambda folder: folder.name.removeprefix("offline-"))
 

@@ -194,8 +194,8 @@ def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, classes: int) -> 
 
     predicted, labels: int [photos], 0 <= each < classes. Of 8,000 classes the whole matrix would take half a gigabyte.
     """
-    places, photos = np.unique(labels.astype(np.int64) * classes + predicted, return_counts=True)
-    return np.stack([places // classes, places % classes, photos], axis=1)
+    pairs, photos = np.unique(labels.astype(np.int64) * classes + predicted, return_counts=True)
+    return np.stack([pairs // classes, pairs % classes, photos], axis=1)
 
 
 def confusion_matrix(pairs: np.ndarray, classes: int) -> np.ndarray:

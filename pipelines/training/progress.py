@@ -50,7 +50,7 @@ class Interval:
         self._sums += sums[:5]
 
     def state(self, wait_seconds: float) -> dict[str, Any]:
-        """What `restore` needs to go on with this interval in another life of the run; JSON."""
+        """What `restore` needs to go on with this interval in another attempt at the run; JSON."""
         seconds = time.perf_counter() - self._started
         return {"sums": self._sums.tolist(), "seconds": seconds, "waited": wait_seconds - self._waited_before}
 
@@ -89,7 +89,7 @@ class StepWatch:
         self._copies: deque[tuple[Callable[[], list[float]], Callable[[], str]]] = deque()
 
     def add(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
-        """sums: float [7], of one step over all processes: as for `Interval.add`, then wishes to stop and to save.
+        """sums: float [7], of one step over all processes: as for `Interval.add`, then votes to stop and to save.
 
         where: names step, lr and photos, for the message.
         """

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.data.dataset import Split
 from pipelines.data.decode import SIZE_HAS_CHANGED, window_of
 from pipelines.data.engines.base import Pixels
-from pipelines.data.engines.pillow import TorchEngine
+from pipelines.data.engines.pillow import PillowEngine
 from pipelines.data.headers import for_pillow
 from pipelines.data.plan import Views
 from pipelines.distributed.copies import to_device
@@ -52,7 +52,7 @@ def image_pipeline(
             device="mixed",
             output_type=types.RGB,
             jpeg_fancy_upsampling=True,  # as on the CPU and in Pillow
-            hw_decoder_load=0.0,  # anything but all or nothing, and a photo's decoder depends on its company
+            hw_decoder_load=0.0,  # anything but all or nothing, and a photo's decoder depends on the rest of its batch
             affine=False,
             preallocate_height_hint=largest[0],
             preallocate_width_hint=largest[1],
@@ -105,7 +105,7 @@ class DaliEngine:
         self._settings |= {"largest": largest}
         self._micro_batch = micro_batch
         self._pipeline = self._build(micro_batch)
-        self._pillow = TorchEngine(split, image_size, device, threads, mean, std)
+        self._pillow = PillowEngine(split, image_size, device, threads, mean, std)
         self._not_for_dali: set[int] = set()  # positions in the split
         self._failures = 0  # in a row, of photos that Pillow reads
         self._submitted: deque[tuple[Views, np.ndarray]] = deque()  # and which of them are for Pillow
@@ -248,13 +248,13 @@ class DaliEngine:
                     self._failures += _is_readable(self._split, view)
                     if self._failures >= _MOST_FAILURES:
                         raise MachineError(
-                            f"DALI cannot decode photos that are sound ({_reason(failure)}): give --loader torch",
+                            f"DALI cannot decode photos that are sound ({_reason(failure)}): give --loader pillow",
                             on_one_process=True,
                         ) from failure
                     self._not_for_dali.add(int(views.indices[position]))
                     probe = self._build(1)
         if len(self._not_for_dali) == known:
-            line = f"DALI failed, not because of a photo: {_reason(error)}; try --loader torch"
+            line = f"DALI failed, not because of a photo: {_reason(error)}; try --loader pillow"
             raise MachineError(line, on_one_process=True) from error
         self._pillow.cancel()
         self._pipeline = self._build(self._micro_batch)

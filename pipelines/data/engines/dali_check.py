@@ -119,7 +119,7 @@ def child(device_name: str) -> None:
     """
     from pipelines.data.dataset import load_dataset, scan_dataset
     from pipelines.data.engines.dali import DaliEngine
-    from pipelines.data.engines.pillow import TorchEngine
+    from pipelines.data.engines.pillow import PillowEngine
     from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 
     size, device, differences = 224, torch.device(device_name), []
@@ -131,7 +131,7 @@ def child(device_name: str) -> None:
         split = load_dataset(scan_dataset(Path(folder), Path(folder, "cache"), 0.01)).splits["train"]
         options = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # so that pixels come out, 0 to 255
         dali = DaliEngine(split, size, len(split), device, 2, **options)
-        pillow = TorchEngine(split, size, torch.device("cpu"), 2, **options)
+        pillow = PillowEngine(split, size, torch.device("cpu"), 2, **options)
         plans: list[Plan] = [
             EvalPlan(split.sizes, image_size=size, resize=256),
             TrainPlan(split.sizes, seed=0, image_size=size, crop_scale_min=0.25, flip_probability=0.5),

@@ -21,22 +21,22 @@ def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
     installed, MachineError where it is asked for and does not work.
     """
     on_gpu = device.type == "cuda"
-    if wanted == "torch" or (wanted == "auto" and not on_gpu):
-        return "torch", "as asked" if wanted == "torch" else "no GPU"
+    if wanted == "pillow" or (wanted == "auto" and not on_gpu):
+        return "pillow", "as asked" if wanted == "pillow" else "no GPU"
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         if wanted == "auto":
-            return "torch", "a GPU, but DALI is not installed"
+            return "pillow", "a GPU, but DALI is not installed"
         raise UserError(
             "loader: dali is not installed here (its wheels exist for Linux on x86-64 and aarch64): "
-            "install nvidia-dali-cuda130, or use --loader torch"
+            "install nvidia-dali-cuda130, or use --loader pillow"
         )
     misfit = _dali_misfit() if on_gpu else None
     if wanted == "dali" and misfit:
-        raise UserError(f"loader: {misfit}: install the build that fits, or use --loader torch")
+        raise UserError(f"loader: {misfit}: install the build that fits, or use --loader pillow")
     fault = misfit or (fault_of_dali(device) if on_gpu else "")
     if wanted == "dali" and fault:
-        raise MachineError(f"loader: {fault}: use --loader torch")
-    return ("torch", fault) if fault else ("dali", "as asked" if wanted == "dali" else "a GPU, and DALI works there")
+        raise MachineError(f"loader: {fault}: use --loader pillow")
+    return ("pillow", fault) if fault else ("dali", "as asked" if wanted == "dali" else "a GPU, and DALI works there")
 
 
 def agree_on_engine(wanted: str, state: PartialState) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def agree_on_engine(wanted: str, state: PartialState) -> tuple[str, str]:
     for _, failed in answers:
         if failed:
             raise failed[0](failed[1])
-    return min((answer for answer, _ in answers if answer), key=lambda answer: answer[0] != "torch")
+    return min((answer for answer, _ in answers if answer), key=lambda answer: answer[0] != "pillow")
 
 
 def make_engine(
@@ -67,14 +67,14 @@ def make_engine(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Engine:
-    """The engine `name` ("dali" or "torch") for the photos of a split, with `threads` threads on the CPU."""
+    """The engine `name` ("dali" or "pillow") for the photos of a split, with `threads` threads on the CPU."""
     if name == "dali":
         from pipelines.data.engines.dali import DaliEngine
 
         return DaliEngine(split, image_size, micro_batch, device, threads, mean, std)
-    from pipelines.data.engines.pillow import TorchEngine
+    from pipelines.data.engines.pillow import PillowEngine
 
-    return TorchEngine(split, image_size, device, threads, mean, std)
+    return PillowEngine(split, image_size, device, threads, mean, std)
 
 
 def _dali_misfit() -> str | None:

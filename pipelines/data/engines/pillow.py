@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 
-class TorchEngine:
+class PillowEngine:
     """See `loader.Engine`. `threads` photos are decoded at a time."""
 
     def __init__(
