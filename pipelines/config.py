@@ -1,7 +1,7 @@
 """The settings of a run: one frozen `Config`, made of defaults < YAML recipe (`--config`) < flags.
 
-A setting stands once, as a field of `Config`: its type, range, default and help text. The flags, `--help`, the README's
-tables and the error messages are derived from there.
+A setting stands once, as a field of `Config`: its type, range, default and help text. The flags, `--help`, docs/settings.md
+and the error messages are derived from there. To renew that page: python -m pipelines.config > docs/settings.md
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -29,6 +30,16 @@ FORMAT = 1
 # Settings that are no more, each with its new name, or None where there is none: what is old is read, and that is said.
 RETIRED: dict[str, str | None] = {}
 _LARGEST_RECIPE = 1 << 16  # bytes
+_PAGE_BEGINS = """\
+# Settings
+
+<!-- Made by `python -m pipelines.config > docs/settings.md`; a test fails where the page is not what that prints. -->
+
+Every setting is a key of a recipe (`configs/*.yaml`) and a flag of `train.py`. A flag wins over the recipe, the recipe
+over the default. A flag may be written with `-` for `_`, and as `--KEY=VALUE`; a yes-or-no flag without a value means
+true. An unknown, doubled or impossible setting is one line on stderr and exit code 2. Without `--config` the recipe is
+[configs/finetune.yaml](../configs/finetune.yaml), which sets some of them otherwise than the defaults here;
+`python train.py --help` shows both. Devices and precision are the launcher's ([distributed.md](distributed.md))."""
 DEFAULT_RECIPE = ROOT / "configs" / "finetune.yaml"
 
 
@@ -294,14 +305,15 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
     """Reads the command line and the recipe that it names.
 
     `argv` is what follows the script's name. Without `--config` the recipe is `configs/finetune.yaml` beside
-    `train.py`, or the plain defaults where that is not there, as in an installed package.
-    Returns the config and the recipe's name, its file's name without the ending. Anything wrong is a `UserError` of one
+    `train.py`. Returns the config and the recipe's name, its file's name without the ending. Anything wrong is a `UserError` of one
     line. `--help` prints the flags and exits with 0, as argparse does.
     """
     flags = _read_flags(argv)
     given = flags.pop("config", None)
     path = DEFAULT_RECIPE if given is None else Path(given)
-    recipe = {} if given is None and not path.is_file() else read_recipe(path)
+    if given is None and not path.is_file():
+        raise UserError(f"{path}: the default recipe is missing: run from a clone of dalitune, or give --config FILE")
+    recipe = read_recipe(path)
     origins = dict.fromkeys(recipe, str(path))
     # Before the flags cover it: a fault of the recipe that shows up only without some flag is hard to find.
     _check_fields(recipe, origins)
@@ -351,13 +363,17 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def flags_table() -> str:
-    """The flags in Markdown: for each group a heading and a table of flag, default, meaning."""
-    tables = []
+def settings_page() -> str:
+    """docs/settings.md: for each group a heading and a table of flag, default, meaning."""
+    parts = [_PAGE_BEGINS]
     for group, keys in GROUPS.items():
         rows = [f"| `--{key}` | `{_spelled(SCHEMA[key]['default'])}` | {_meaning(key)} |" for key in keys]
-        tables.append("\n".join([f"### {group}", "", "| flag | default | meaning |", "|---|---|---|", *rows]))
-    return "\n\n".join(tables) + "\n"
+        parts.append("\n".join([f"## {group}", "", "| flag | default | meaning |", "|---|---|---|", *rows]))
+    for key, schema in SCHEMA.items():
+        if len(schema.get("enum", [])) > _MOST_NAMED:
+            names = textwrap.fill(", ".join(f"`{value}`" for value in schema["enum"]), 120)
+            parts.append(f"## Values of {key}\n\n{names}")
+    return "\n\n".join(parts) + "\n"
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -553,7 +569,7 @@ def _possible(key: str, wrong: str = "") -> str:
     for part in SCHEMA[key].get("anyOf", [SCHEMA[key]]):
         limits = [f"{sign} {part[limit]:.10g}" for limit, sign in signs.items() if limit in part]
         if "enum" in part and len(part["enum"]) > _MOST_NAMED:
-            words += [*difflib.get_close_matches(wrong, part["enum"]), f"one of {len(part['enum'])} (README)"]
+            words += [*difflib.get_close_matches(wrong, part["enum"]), f"one of {len(part['enum'])} (docs/settings.md)"]
         elif "enum" in part:
             words += part["enum"]
         elif "pattern" in part:
@@ -574,3 +590,7 @@ def _shown(value: Any) -> str:
 def _spelled(value: Any) -> str:
     """A value as a recipe spells it."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")

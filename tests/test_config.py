@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config as config_module
-from pipelines.config import DEFAULT_RECIPE, GROUPS, SCHEMA, Config, dump_yaml, flags_table, parse_config
+from pipelines.config import DEFAULT_RECIPE, GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
 
 import pytest
@@ -35,7 +35,10 @@ def recipe(tmp_path: Path) -> Callable[[str], str]:
 @pytest.fixture(autouse=True)
 def _no_default_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Plain defaults, so that no test here depends on the numbers in configs/finetune.yaml."""
-    monkeypatch.setattr(config_module, "DEFAULT_RECIPE", tmp_path / "configs" / "finetune.yaml")
+    path = tmp_path / "default" / "finetune.yaml"
+    path.parent.mkdir()
+    path.write_text("{}")
+    monkeypatch.setattr(config_module, "DEFAULT_RECIPE", path)
 
 
 def parse(*argv: str) -> Config:
@@ -62,11 +65,20 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe: Call
 
 
 def test_without_config_the_recipe_is_finetune_beside_train_py(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse_config([]) == (Config(), "finetune"), "no file: plain defaults under the same name"
+    assert parse_config([]) == (Config(), "finetune")
     monkeypatch.undo()
     root = Path(__file__).resolve().parent.parent
     assert parse_config([]) == parse_config(["--config", str(root / "configs" / "finetune.yaml")])
     assert parse_config([]) != (Config(), "finetune")
+
+
+def test_without_the_default_recipe_one_line_says_so(
+    recipe: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    missing = tmp_path / "configs" / "finetune.yaml"
+    monkeypatch.setattr(config_module, "DEFAULT_RECIPE", missing)
+    assert fault() == f"{missing}: the default recipe is missing: run from a clone of dalitune, or give --config FILE"
+    assert parse("--config", recipe("lr: 0.5\n")).lr == 0.5
 
 
 def test_a_config_is_frozen_and_refuses_impossible_values_however_it_is_built() -> None:
@@ -179,8 +191,8 @@ WRONG = [
     ("loader", "DALI", "auto, dali or pillow"),
     ("freeze", "layer4", "none, stem, layer1, layer2, layer3 or auto"),
     ("freeze", "null", "none, stem"),
-    ("arch", "mobilenet_v3", "mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large or one of 68 (README)"),
-    ("arch", "squeezenet1_0", "one of 68 (README)"),
+    ("arch", "mobilenet_v3", "mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large or one of 68 (docs/settings.md)"),
+    ("arch", "squeezenet1_0", "one of 68 (docs/settings.md)"),
     ("step_epochs", "0", "an integer >= 1"),
     ("runs", '""', "text"),
     *[("run", name, "a name of letters") for name in (".", "..", ".a", "-a", "a/b", "a b", "é", "a" * 101)],
@@ -417,18 +429,15 @@ def test_help_shows_every_flag_in_its_group_with_default_and_possible_values(
     assert "[an integer >= 1 or null] (default null)" in sections["Training"]
 
 
-def test_the_table_has_a_row_for_every_flag_below_its_group() -> None:
-    tables = dict(zip(*[iter(re.split(r"^### (.+)\n", flags_table(), flags=re.MULTILINE)[1:])] * 2, strict=True))
+def test_the_page_has_a_row_for_every_flag_below_its_group() -> None:
+    tables = dict(zip(*[iter(re.split(r"^## (.+)\n", settings_page(), flags=re.MULTILINE)[1:])] * 2, strict=True))
+    names = re.findall(r"`(\w+)`", tables.pop("Values of arch"))
+    assert names == SCHEMA["arch"]["enum"]
     assert list(tables) == list(GROUPS)
     for group, keys in GROUPS.items():
         rows = re.findall(r"^\| `--(\w+)` \| `([^|`]+)` \| ([^|]+) \|$", tables[group], re.MULTILINE)
         assert [key for key, _, _ in rows] == keys
     assert "| `--lr` | `0.01` | learning rate of the head [a finite number > 0] |" in tables["Optimizer"]
-
-
-def test_the_readme_has_the_table_of_flags() -> None:
-    """To renew it: python -c "from pipelines.config import flags_table; print(flags_table())"."""
-    assert flags_table().strip() in (DEFAULT_RECIPE.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_recipes_are_these() -> None:

@@ -43,7 +43,7 @@ def nvidia_hint() -> str:
         number = (re.search(r"\d+\.\d[\d.]*", _NVIDIA_DRIVER.read_text(errors="replace")) or [""])[0]
     return (
         f"an NVIDIA GPU is here, and PyTorch cannot use it: its driver {number} may be too old for CUDA "
-        f"{torch.version.cuda}: a newer driver, or a build of PyTorch for an older CUDA (README, More GPUs)"
+        f"{torch.version.cuda}: a newer driver, or a build of PyTorch for an older CUDA (docs/distributed.md)"
     )
 
 
