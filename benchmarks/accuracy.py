@@ -1,4 +1,4 @@
-"""Best and last validation accuracy of recipes over several seeds: the table that the README shows.
+"""Best and last validation accuracy of recipes over several seeds: the table that docs/benchmarks.md shows.
 
     python benchmarks/accuracy.py --seeds 5                                         # the four recipes, ants and bees
     python benchmarks/accuracy.py --seeds 5 --tutorial                              # and the tutorial's own code

@@ -1,7 +1,7 @@
 """The settings of a run: one frozen `Config`, made of defaults < YAML recipe (`--config`) < flags.
 
-A setting stands once, as a field of `Config`: its type, range, default and help text. The flags, `--help`, docs/settings.md
-and the error messages are derived from there. To renew that page: python -m pipelines.config > docs/settings.md
+A setting stands once, as a field of `Config`: its type, range, default and help text. The flags, `--help`, the error
+messages and docs/settings.md are derived from there; `python -m pipelines.config > docs/settings.md` renews the page.
 """
 
 import argparse
@@ -305,8 +305,8 @@ def parse_config(argv: list[str]) -> tuple[Config, str]:
     """Reads the command line and the recipe that it names.
 
     `argv` is what follows the script's name. Without `--config` the recipe is `configs/finetune.yaml` beside
-    `train.py`. Returns the config and the recipe's name, its file's name without the ending. Anything wrong is a `UserError` of one
-    line. `--help` prints the flags and exits with 0, as argparse does.
+    `train.py`. Returns the config and the recipe's name, its file's name without the ending. Anything wrong is a
+    `UserError` of one line. `--help` prints the flags and exits with 0, as argparse does.
     """
     flags = _read_flags(argv)
     given = flags.pop("config", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import config as config_module
-from pipelines.config import DEFAULT_RECIPE, GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
+from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
 
 import pytest
