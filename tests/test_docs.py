@@ -85,6 +85,20 @@ def test_the_tests_that_a_page_names_exist(page: Path) -> None:
         assert test in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    folders = "benchmarks|configs|deploy|docs|pipelines|slurm|tests"
+    for file in re.findall(rf"`((?:{folders})/[\w./-]+)[`:]", text_of(page)):
+        assert (ROOT / file).exists(), file
+
+
+def test_the_layers_have_these_modules() -> None:
+    _, _, after = text_of(ROOT / "docs" / "design.md").partition("\n## Layers\n")
+    table = after.partition("\n## ")[0]
+    for path in (ROOT / "pipelines").rglob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.stem}`" in table, path.relative_to(ROOT)
+
+
 def test_every_invariant_names_its_test() -> None:
     _, _, after = text_of(ROOT / "docs" / "design.md").partition("\n## Invariants\n")
     rows = re.findall(r"^\| (?!invariant|---)(.+?) \| (.+) \|$", after.partition("\n## ")[0], re.MULTILINE)
