@@ -125,7 +125,7 @@ def test_few_views_are_spread_evenly_and_each_is_as_any_other():
 
 @given(sizes_of_photos, st.integers(0, 2**32), st.integers(0, 1000), st.data())
 @settings(max_examples=60)
-def test_views_depend_on_nothing_but_seed_epoch_and_place(sizes, seed, epoch, data):
+def test_views_depend_on_nothing_but_seed_epoch_and_position(sizes, seed, epoch, data):
     whole = train_plan(sizes, seed).views(epoch, np.arange(len(sizes)))
     positions = np.array(data.draw(st.permutations(range(len(sizes)))))[: data.draw(st.integers(1, len(sizes)))]
     np.random.seed(data.draw(st.integers(0, 99)))  # noqa: NPY002 - global state must not matter
