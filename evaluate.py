@@ -137,9 +137,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
     parser.add_argument("--resize", help="shorter side before the central crop (default: the run's, or 256)")
+    parser.add_argument("--crop-mode", choices=("center", "squash"), help="default: the run's, or center")
     parser.add_argument("--transparency", help="white, black or ignored (default: the run's, or white)")
     parser.add_test_flips()
-    parser.add_argument("--loader", default="auto", help="auto, dali or torch (default: auto)")
+    parser.add_argument("--loader", default="auto", help="auto, dali or pillow (default: auto)")
     parser.add_argument("--eval-batch-per-device", help="photos of a batch on one device (default: 64)")
     parser.add_argument("--skip-bad-files", action="store_const", const=True, help="leave out unreadable photos")
     return parser.parse_args(arguments)
@@ -159,10 +160,12 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
 
     What is done to a photo stands in model.json, as for whoever else reads the weights.
     """
-    of_the_model = ("data", "arch", "image_size", "resize", "transparency", "test_flips")
+    of_the_model = ("data", "arch", "image_size", "resize", "crop_mode", "transparency", "test_flips")
     keys = (*of_the_model, "class_names", "loader", "eval_batch_per_device", "skip_bad_files")
     given = {key: value for key in keys if (value := getattr(options, key)) is not None}
-    if description:
+    if not description:
+        given.setdefault("crop_mode", "center")  # bare weights do not say what they saw
+    else:
         own: Mapping[str, Any] = description
         given = {key: own[key] for key in of_the_model if own[key] != ""} | given
     flags = [f"--{key}={value}" for key, value in given.items()]
@@ -238,7 +241,8 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list
     """The worst mistakes first, then the right answers that were closest to being wrong."""
     right = records["predicted"] == records["label"]
     shown = records[np.lexsort((-records["loss"], right))][:_SHOWN_PREDICTIONS]
-    images = central_views(split, shown["index"], image_size=config.image_size, resize=config.resize)
+    sizes: Any = {"image_size": config.image_size, "resize": config.resize, "crop_mode": config.crop_mode}
+    images = central_views(split, shown["index"], **sizes)
     predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))
     figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
 

@@ -33,7 +33,7 @@ from pipelines.data.dataset import check_dataset, map_labels
 from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.loader import Batch, Loader, Step, eval_loader, share_bad_photos, train_loader
 from pipelines.data.open import open_dataset
-from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_crop_mode
 from pipelines.distributed.exits import exit_status_of, run_script
 from pipelines.distributed.launch import launcher_hints, start_accelerator, start_processes
 from pipelines.distributed.stopping import StopRequest
@@ -105,6 +105,11 @@ def main(arguments: list[str]) -> None:
         main_first(state, partial(run.note_faulty, dataset))
     main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
     classes = dataset.splits["train"].classes
+    cropping = ""
+    if config.crop_mode == "auto":
+        train_split = dataset.splits["train"]
+        crop_mode, cropping = choose_crop_mode(train_split.sizes[train_split.faults == 0])
+        config = replace(config, crop_mode=crop_mode)
     saved = None if beginning == "new" else main_first(state, partial(newest_checkpoint, run, dataset))
     if beginning == "finished":
         main_first(state, partial(print, nothing_to_do))
@@ -175,6 +180,7 @@ def main(arguments: list[str]) -> None:
             print(
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
+                *([cropping] if cropping else []),
                 *([] if saved else _head_report(config, unfitted, weights, has_own_head)),
                 f"run: {run.folder}",
                 sep="\n",

@@ -53,16 +53,8 @@ _IR_VERSION = 10  # what onnxruntime reads since 1.18
 
 # In ONNX's own notation. onnxruntime's Resize is Pillow's filter, rounded otherwise: at most one grey level apart, in a
 # hundredth of the pixels of ants and bees. N x H x W x 3, as its optimiser breaks a Resize between two transposes.
-_PREPROCESS = """
-<ir_version: {ir}, opset_import: ["" : {opset}]>
-preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}] normalised)
-<
-    int64[1] shorter_side = {{{resize}}}, int64[2] square = {{{size}, {size}}}, int64[2] rows_and_columns = {{1, 2}},
-    int64[1] three = {{3}}, float half = {{0.5}}, float[0] no_roi = {{}}, float[0] no_scales = {{}},
-    float[1, 3, 1, 1] scale = {{{scale}}}, float[1, 3, 1, 1] shift = {{{shift}}}
->
-{{
-    photos = Shape <start = 0, end = 1> (pictures)
+_RESIZE = {
+    "center": """
     rows = Shape <start = 1, end = 2> (pictures)
     columns = Shape <start = 2, end = 3> (pictures)
     shorter = Min (rows, columns)
@@ -79,7 +71,21 @@ preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}]
     whole_margin = Round (margin)
     start = Cast <to = 7> (whole_margin)
     end = Add (start, square)
-    cropped = Slice (resized, start, end, rows_and_columns)
+    cropped = Slice (resized, start, end, rows_and_columns)""",
+    "squash": """
+    sizes = Concat <axis = 0> (photos, square, three)
+    cropped = Resize <mode = "linear", antialias = 1> (pictures, no_roi, no_scales, sizes)""",
+}
+_PREPROCESS = """
+<ir_version: {ir}, opset_import: ["" : {opset}]>
+preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}] normalised)
+<
+    int64[1] shorter_side = {{{resize}}}, int64[2] square = {{{size}, {size}}}, int64[2] rows_and_columns = {{1, 2}},
+    int64[1] three = {{3}}, float half = {{0.5}}, float[0] no_roi = {{}}, float[0] no_scales = {{}},
+    float[1, 3, 1, 1] scale = {{{scale}}}, float[1, 3, 1, 1] shift = {{{shift}}}
+>
+{{
+    photos = Shape <start = 0, end = 1> (pictures){resizing}
     channels_first = Transpose <perm = [0, 3, 1, 2]> (cropped)
     as_float = Cast <to = 1> (channels_first)
     scaled = Mul (as_float, scale)
@@ -327,6 +333,7 @@ def _write_graph(
             opset=opset,
             size=chosen.image_size,
             resize=chosen.resize,
+            resizing=_RESIZE[chosen.crop_mode],
             scale=_listed(1 / (255 * std)),  # the engines' own arithmetic: x * scale + shift
             shift=_listed(-mean / std),
         )
@@ -382,9 +389,8 @@ was not examined for biases in its data.
 
 ## Use
 
-The photo upright (by its EXIF orientation) and RGB, what is transparent {transparency}; shorter side to {resize}
-pixels, bilinear with antialiasing; the central {image_size} x {image_size}; then minus {mean}, divided by {std}, on the
-0..1 scale.
+The photo upright (by its EXIF orientation) and RGB, what is transparent {transparency}; {geometry};
+then minus {mean}, divided by {std}, on the 0..1 scale.
 
 ```python
 import torchvision
@@ -402,8 +408,7 @@ from torchvision import transforms
 
 classes = {class_list}
 preprocess = transforms.Compose([
-    transforms.Resize({resize}),
-    transforms.CenterCrop({image_size}),
+    {transforms},
     transforms.ToTensor(),
     transforms.Normalize({mean}, {std}),
 ])
@@ -462,8 +467,7 @@ def _facts(
         "recipe": _recipe(config),
         "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "transparency": "ignored" if preprocess.transparency == "ignored" else f"on {preprocess.transparency}",
-        "resize": preprocess.resize,
-        "image_size": preprocess.image_size,
+        **_geometry(preprocess),
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
         "mirrored": "Its logits are the mean of a picture's and its mirror image's (`test_flips`).\n"
@@ -473,6 +477,16 @@ def _facts(
         if reference.test_flips
         else "logits = model(preprocess(photo)[None])",
     }
+
+
+def _geometry(preprocess: Preprocess) -> dict[str, str]:
+    """How a photo becomes a square: in words, and in torchvision's."""
+    size, resize = preprocess.image_size, preprocess.resize
+    if preprocess.crop_mode == "squash":
+        words = f"all of it squeezed into {size} x {size} pixels, bilinear\nwith antialiasing"
+        return {"geometry": words, "transforms": f"transforms.Resize(({size}, {size}))"}
+    words = f"shorter side to {resize} pixels, bilinear with\nantialiasing; the central {size} x {size}"
+    return {"geometry": words, "transforms": f"transforms.Resize({resize}),\n    transforms.CenterCrop({size})"}
 
 
 def _model_card(facts: Mapping[str, Any], graph: str, check: Check, opset: int, *, has_matrix: bool) -> str:

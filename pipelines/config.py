@@ -73,6 +73,7 @@ _MOST_NAMED = 12  # of a setting's values
 ImageSize = Annotated[int, Field(ge=64, le=1024)]
 Resize = Annotated[int, Field(ge=64, le=4096)]
 Freeze = Literal["none", "stem", "layer1", "layer2", "layer3", "auto"]
+CropMode = Literal["center", "squash", "auto"]
 Transparency = Literal["white", "black", "ignored"]
 
 
@@ -134,6 +135,10 @@ class Config:
     """side of the square that the model sees, in pixels"""
     resize: Resize = 256
     """shorter side of a validation photo before its centre is cut out, in pixels"""
+    crop_mode: CropMode = "center"
+    """what validation sees of a photo: center, its central square; squash, all of it, squeezed into the square (resize
+    plays no part then), with training crops squeezed alike; auto: squash where the median training photo is 1.75 times
+    as long as wide or more, as the central square would be less than half of it"""
     transparency: Transparency = "white"
     """what transparent pixels are composed on; ignored: the colour that lies under them, often black"""
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
@@ -273,7 +278,9 @@ SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["propertie
 GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
-    "Images": ["image_size", "resize", "transparency", "crop_scale_min", "flip_probability", "views_per_photo"],
+    "Images": [
+        *("image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability", "views_per_photo"),
+    ],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
     "Training": [

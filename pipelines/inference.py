@@ -251,7 +251,11 @@ def read_preprocess(description: Mapping[str, Any], source: str) -> Preprocess:
     """What is done to a photo, as a `model.json` says it. UserError where something is missing or wrong."""
     found = check_preprocessing(description, source)
     (r, g, b), (std_r, std_g, std_b) = found["mean"], found["std"]
-    return Preprocess(found["resize"], found["image_size"], (r, g, b), (std_r, std_g, std_b), found["transparency"])
+    return Preprocess(
+        *(found["resize"], found["image_size"], (r, g, b), (std_r, std_g, std_b)),
+        transparency=found["transparency"],
+        crop_mode=found["crop_mode"],
+    )
 
 
 def find_photos(given: Sequence[str]) -> list[str]:

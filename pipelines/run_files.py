@@ -28,7 +28,7 @@ _ADDED_TO_MODEL = {
     "versions": {},
     "test_flips": False,
 }
-_ADDED_TO_PREPROCESSING = {"transparency": "ignored"}
+_ADDED_TO_PREPROCESSING = {"transparency": "ignored", "crop_mode": "center"}
 MEANT_BEFORE = {"transparency": "ignored"}  # settings that have another default
 _ADDED_TO_CHECKPOINT = {"format": 1, "precision": None, "first_weights": None, "settings": None}
 _CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)")
@@ -77,6 +77,7 @@ class Preprocessing(TypedDict):
     resize: Resize
     mean: Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=3, max_length=3)]
     transparency: Transparency
+    crop_mode: Literal["center", "squash"]
     std: Annotated[list[Annotated[float, Field(ge=1e-3, le=10)]], Field(min_length=3, max_length=3)]
 
 

@@ -52,11 +52,12 @@ def test_the_graph_takes_batches_of_uint8_pictures(exported_run):
     assert b"site-packages" not in file.read_bytes()  # no trace of the machine
 
 
-def test_the_graphs_pixels_are_the_engines(tmp_path):
-    chosen = Preprocess(72, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    text = export._PREPROCESS.format(
-        ir=10, opset=18, size=64, resize=72, scale=export._listed(np.ones(3)), shift=export._listed(np.zeros(3))
-    )
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_the_graphs_pixels_are_the_engines(crop_mode, tmp_path):
+    chosen = Preprocess(72, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_mode=crop_mode)
+    numbers = {"scale": export._listed(np.ones(3)), "shift": export._listed(np.zeros(3))}
+    resizing = export._RESIZE[crop_mode]
+    text = export._PREPROCESS.format(ir=10, opset=18, size=64, resize=72, resizing=resizing, **numbers)
     session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
     files = {f"{height} x {width}": encoded("PNG", photo=picture(height, width)) for height, width in SIZES}
     files |= {f"exif {turn}": encoded(exif=exif(turn)) for turn in range(1, 9)}
@@ -84,7 +85,9 @@ def test_the_tensors_are_those_of_best_pt(exported_run):
     description = json.loads((exported_run.folder / "model.json").read_text())
     assert json.loads(facts["classes"]) == description["classes"]
     preprocess = json.loads(facts["preprocess"])
-    assert preprocess == {key: description[key] for key in ("resize", "image_size", "mean", "std", "transparency")}
+    assert preprocess == {
+        key: description[key] for key in ("resize", "crop_mode", "image_size", "mean", "std", "transparency")
+    }
 
 
 def test_the_cards_own_code_runs(exported_run, tmp_path, monkeypatch, capsys):

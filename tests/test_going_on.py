@@ -35,7 +35,8 @@ def test_each_setting_says_what_becomes_of_a_run_that_goes_on_with_another_value
 
 
 OTHER = {
-    "seed": 1, "image_size": 96, "resize": 300, "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
+    "seed": 1, "image_size": 96, "resize": 300, "crop_mode": "squash",
+    "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
     "views_per_photo": 3,
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
     "batch_size": 16, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001,
@@ -85,6 +86,9 @@ def test_what_decides_the_result_is_refused_and_all_else_goes_on_and_is_said(run
         ({"optimizer": "adamw"}, {"momentum": 0.1}),
         ({"mode": "feature_extract"}, {"freeze": "layer3", "lr_body": 0.5}),
         ({"lr": 0.02}, {"lr_body": 0.02}),
+        ({"crop_mode": "squash"}, {"resize": 300}),
+        ({"crop_mode": "squash"}, {"crop_mode": "auto"}),
+        ({"crop_mode": "center"}, {"crop_mode": "auto"}),
         ({"batchnorm": "auto"}, {"batchnorm": "frozen"}),
         ({"weights": "none"}, {"batchnorm": "train"}),
         ({"weights": None}, {"weights": "imagenet"}),
@@ -113,6 +117,14 @@ def test_settings_that_nobody_names_are_those_that_the_run_began_with(run, capsy
     of_another_kind = Config(lr=0.1, freeze="none", arch="mobilenet_v2")
     with pytest.raises(UserError, match=r"other settings \(arch, freeze, lr\)"):
         RunFolder(run.folder, not_named=not_named).beginning(of_another_kind)
+
+
+def test_what_crop_mode_auto_has_come_to_stays(run, capsys):
+    """Photos that have gone since might lead it elsewhere. It is no change that anybody has to be told."""
+    saved_run(run, Config(crop_mode="squash"))
+    assert run.beginning(Config(crop_mode="auto")) == "resumed"
+    assert run.meant_before(Config(crop_mode="auto")) == {"crop_mode": "squash"}
+    assert capsys.readouterr().err == ""
 
 
 def test_named_is_what_stands_on_the_command_line_or_in_a_recipe_that_it_names(tmp_path):

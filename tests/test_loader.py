@@ -72,15 +72,17 @@ def levels(images: torch.Tensor) -> torch.Tensor:
     return (images * std + mean) * 255
 
 
-def torchvisions(split: Split, views: Views, image_size: int, train: bool) -> torch.Tensor:
+def torchvisions(split: Split, views: Views, plan: Plan) -> torch.Tensor:
     """What torchvision's own transforms make of the views' photos and windows, as pixel values."""
-    pictures = []
+    pictures, image_size = [], plan.image_size
     for index, window, flip in zip(views.indices, views.windows, views.flips, strict=True):
         photo = ImageOps.exif_transpose(Image.open(split.path(int(index)))).convert("RGB")
-        if train:
+        if isinstance(plan, TrainPlan):
             top, left, height, width = (int(value) for value in window)
             photo = F.resized_crop(photo, top, left, height, width, [image_size, image_size])
             photo = F.hflip(photo) if flip else photo
+        elif isinstance(plan, EvalPlan) and plan.squash:
+            photo = F.resize(photo, [image_size, image_size])
         else:
             photo = F.center_crop(F.resize(photo, image_size * 256 // 224), image_size)
         pictures.append(F.pil_to_tensor(photo).float())
@@ -93,7 +95,7 @@ def assert_torchvisions_pixels(split: Split, engine: str, plan: Plan) -> None:
     for number, step in enumerate(loader.epoch(0)):
         batch = next(step.batches)
         views = plan.views(0, np.arange(number * 64, number * 64 + step.size))
-        expected = torchvisions(split, views, plan.image_size, isinstance(plan, TrainPlan))
+        expected = torchvisions(split, views, plan)
         difference = (levels(batch.images) - expected).abs()
         largest = max(largest, difference[..., 1:-1, 1:-1].max().item())
         edge = max(edge, difference.max().item())
@@ -109,6 +111,7 @@ def assert_torchvisions_pixels(split: Split, engine: str, plan: Plan) -> None:
 def test_pixels_are_torchvisions(split, engine):
     assert_torchvisions_pixels(split, engine, train_plan(split))
     assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64))
+    assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64, squash=True))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

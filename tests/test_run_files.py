@@ -34,6 +34,7 @@ DESCRIPTION: dict[str, Any] = {
     "classes": ["ant", "bee"],
     "image_size": 64,
     "resize": 72,
+    "crop_mode": "center",
     "transparency": "white",
     "test_flips": False,
     "mean": [0.5, 0.5, 0.5],

@@ -91,9 +91,12 @@ def window_of(split: Split, views: Views, position: int) -> Image.Image:
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
 
-def central_views(split: Split, indices: np.ndarray, *, image_size: int, resize: int) -> list[np.ndarray]:
+def central_views(
+    split: Split, indices: np.ndarray, *, image_size: int, resize: int, crop_mode: str = "center"
+) -> list[np.ndarray]:
     """What the network sees of validation photos (positions in the split): uint8 [image_size, image_size, 3] each."""
-    views = EvalPlan(split.sizes, image_size=image_size, resize=resize).views(0, indices)
+    plan = EvalPlan(split.sizes, image_size=image_size, resize=resize, squash=crop_mode == "squash")
+    views = plan.views(0, indices)
     return [np.asarray(view_of(split, views, position, image_size)) for position in range(len(views))]
 
 
@@ -168,7 +171,8 @@ def inspect_at(split: Split, index: int) -> None:
 
 def views_of_sound(split: Split, preprocess: Preprocess, indices: range) -> Views:
     """The views of the sound files at `indices`."""
-    plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize)
+    squash = preprocess.crop_mode == "squash"
+    plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize, squash=squash)
     sound = np.asarray(indices)[split.faults[indices.start : indices.stop] == 0]
     return plan.views(0, sound)
 

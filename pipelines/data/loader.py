@@ -127,7 +127,8 @@ class Loader:
     def central(self, resize: int) -> "Loader":
         """Of a training's loader: the same photos as validation sees them. The two share an engine, as above."""
         other = copy.copy(self)
-        other.plan = EvalPlan(self.split.sizes, image_size=self.plan.image_size, resize=resize)
+        squash = isinstance(self.plan, TrainPlan) and self.plan.squash
+        other.plan = EvalPlan(self.split.sizes, image_size=self.plan.image_size, resize=resize, squash=squash)
         return other
 
     def empty_batch(self) -> Batch:
@@ -215,6 +216,7 @@ def train_loader(
     `in_order` may ask for `config.eval_batch_per_device`.
     """
     assert config.views_per_photo != "auto"
+    assert config.crop_mode != "auto"
     plan = TrainPlan(
         split.sizes,
         seed=config.seed,
@@ -222,6 +224,7 @@ def train_loader(
         crop_scale_min=config.crop_scale_min,
         flip_probability=config.flip_probability,
         views_per_photo=config.views_per_photo,
+        squash=config.crop_mode == "squash",
     )
     largest = largest_training_batch(config, micro_batch)
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
@@ -243,7 +246,8 @@ def eval_loader(
     std: Sequence[float] = IMAGENET_STD,
 ) -> Loader:
     """The central view of every photo of `split`, `config.eval_batch_per_device` at a time on each process."""
-    plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize)
+    squash = config.crop_mode == "squash"
+    plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize, squash=squash)
     micro_batch = config.eval_batch_per_device
     batch_size = micro_batch * state.num_processes
     return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, micro_batch, mean, std)

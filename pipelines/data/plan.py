@@ -71,7 +71,8 @@ class TrainPlan:
     flip each K-th part of the range is drawn from once. So few are enough.
 
     The crop follows torchvision's RandomResizedCrop (Szegedy et al. 2014): an area share uniform in
-    [crop_scale_min, 1], an aspect ratio log-uniform in [3/4, 4/3], ten attempts, then the largest central window.
+    [crop_scale_min, 1], an aspect ratio log-uniform in [3/4, 4/3], ten attempts, then the largest central window. With
+    `squash` it is drawn from the photo squeezed into a square, as validation sees it: the ratio times the photo's own.
 
     sizes: int32 [N, 2], height and width of each upright photo in pixels; (0, 0) for a photo that cannot be read,
     which keeps its place.
@@ -86,9 +87,11 @@ class TrainPlan:
         crop_scale_min: float,
         flip_probability: float,
         views_per_photo: int | None = None,
+        squash: bool = False,
     ) -> None:
         self.length = len(sizes)
         self.image_size = image_size
+        self.squash = squash
         self._sizes = sizes
         self._seed = seed
         self._crop_scale_min = crop_scale_min
@@ -119,7 +122,7 @@ class TrainPlan:
             # Of the attempts only the first: one that does not fit is drawn again from all of the range, as it must be.
             crops[:, 0] = (parts[:, :4] + crops[:, 0]) / self._views_per_photo
             flips = (parts[:, 4] + flips) / self._views_per_photo
-        windows = random_resized_crop(self._sizes[indices], crops, scale_min=self._crop_scale_min)
+        windows = random_resized_crop(self._sizes[indices], crops, scale_min=self._crop_scale_min, squash=self.squash)
         flips = flips < self._flip_probability
         resized = np.full((len(indices), 2), self.image_size, np.int32)
         return Views(indices, windows, resized, np.zeros((len(indices), 2), np.int32), flips)
@@ -146,21 +149,25 @@ class ViewsInOrder:
 class EvalPlan:
     """Every photo once, in the dataset's order: shorter side to `resize`, then the central square.
 
-    Integer for integer what torchvision's `Resize(resize)` and `CenterCrop(image_size)` compute.
+    Integer for integer what torchvision's `Resize(resize)` and `CenterCrop(image_size)` compute. With `squash` all of
+    the photo is squeezed into the square, torchvision's `Resize((image_size, image_size))`; `resize` plays no part.
     """
 
-    def __init__(self, sizes: np.ndarray, *, image_size: int, resize: int) -> None:
+    def __init__(self, sizes: np.ndarray, *, image_size: int, resize: int, squash: bool = False) -> None:
         self.length = len(sizes)
         self.image_size = image_size
         self._sizes = sizes
         self._resize = resize
+        self.squash = squash
 
     def views(self, epoch: int, positions: np.ndarray) -> Views:
         indices = np.asarray(positions, np.int64)
         sizes = np.maximum(self._sizes[indices], 1).astype(np.int64)
-        shorter = sizes.min(axis=1, keepdims=True)
-        # torchvision: int(resize * long / short), a float division cut off; exact here as the operands fit a double.
-        resized = np.floor(self._resize * sizes / shorter).astype(np.int64)
+        if self.squash:
+            resized = np.full_like(sizes, self.image_size)
+        else:
+            # torchvision: int(resize * long / short), a float division cut off; exact here as all fits a double.
+            resized = np.floor(self._resize * sizes / sizes.min(axis=1, keepdims=True)).astype(np.int64)
         anchors = np.rint((resized - self.image_size) / 2.0).astype(np.int32)  # round half to even, as Python's round
         windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
         return Views(indices, windows, resized.astype(np.int32), anchors, np.zeros(len(indices), bool))
@@ -217,22 +224,23 @@ def uniform(bits: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def random_resized_crop(sizes: np.ndarray, draws: np.ndarray, *, scale_min: float) -> np.ndarray:
+def random_resized_crop(sizes: np.ndarray, draws: np.ndarray, *, scale_min: float, squash: bool = False) -> np.ndarray:
     """int32 [n, 4]: top, left, height, width of a window in each photo.
 
     sizes: int [n, 2], height and width in pixels. draws: float64 [n, attempts, 4] in [0, 1), for area, aspect ratio,
-    top and left. scale_min: the smallest share of the photo's area.
+    top and left. scale_min: the smallest share of the photo's area. squash: aspect ratios are times the photo's own.
     """
     height, width = (np.maximum(sizes[:, axis, None], 1).astype(np.float64) for axis in (0, 1))
     area = height * width * (scale_min + (1 - scale_min) * draws[..., 0])
-    ratio = _exp((2 * draws[..., 1] - 1) * _LOG_RATIO_MAX)
+    own = width / height if squash else 1.0
+    ratio = _exp((2 * draws[..., 1] - 1) * _LOG_RATIO_MAX) * own
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = np.argmax(fits, axis=1)[:, None]
     w, h, u, v = (np.take_along_axis(a, first, axis=1) for a in (w, h, draws[..., 2], draws[..., 3]))
     top, left = np.floor(u * (height - h + 1)), np.floor(v * (width - w + 1))
 
-    wide, narrow = width / height > _RATIO_MAX, width / height < _RATIO_MIN
+    wide, narrow = width / height > _RATIO_MAX * own, width / height < _RATIO_MIN * own
     central_w = np.where(wide, np.rint(height * _RATIO_MAX), width)
     central_h = np.where(narrow, np.rint(width / _RATIO_MIN), height)
     central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]

@@ -135,8 +135,9 @@ class RunFolder:
         for line in self._edited():
             print(printable(line), file=sys.stderr, flush=True)
         if older := self.meant_before(config):
-            words = ", ".join(f"{key} {spelled(value)}" for key, value in older.items())
-            print(f"run: {printable(self.folder)} goes on as it began, with {words}", file=sys.stderr, flush=True)
+            is_said = {key for key in older if key != "crop_mode" or config.crop_mode != "auto"}
+            if words := ", ".join(f"{key} {spelled(value)}" for key, value in older.items() if key in is_said):
+                print(f"run: {printable(self.folder)} goes on as it began, with {words}", file=sys.stderr, flush=True)
             config = replace(config, **older)
         is_finished = status.get("state") == "finished"
         # Before the first checkpoint nothing is lost: a setting may be put right that has ended the run at its start.
@@ -165,6 +166,8 @@ class RunFolder:
         before, now = asdict(self.settings_before()), asdict(config)
         are_default = {key for key in MEANT_BEFORE if now[key] == SCHEMA[key]["default"]}
         meant = {key: MEANT_BEFORE[key] for key in are_default if before[key] == MEANT_BEFORE[key]}
+        if now["crop_mode"] == "auto":  # whatever it came to
+            meant["crop_mode"] = before["crop_mode"]
         own = {key: before[key] for key in self._not_named if key in REFUSED and before[key] != now[key]}
         with suppress(ValidationError):  # with a flag that does not go with them: then all that differs is to be told
             replace(config, **own)
@@ -450,6 +453,7 @@ def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) 
         "classes": list(dataset.splits["train"].classes),
         "image_size": config.image_size,
         "resize": config.resize,
+        "crop_mode": config.crop_mode,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "transparency": config.transparency,

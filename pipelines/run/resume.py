@@ -9,7 +9,7 @@ from pipelines.config import Config
 
 # What becomes of a run that goes on with another value of a setting. Each stands in one of the four; a test holds that.
 REFUSED = {  # it decides the result: the training, or, as the last two do, which of its weights are the best
-    *("seed", "image_size", "resize", "transparency", "crop_scale_min", "flip_probability"),
+    *("seed", "image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
     "views_per_photo",
     *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "class_weights"),
     *("label_smoothing", "clip_grad_norm"),
@@ -72,6 +72,7 @@ def _that_decide(config: Config) -> dict[str, Any]:
     if config.batchnorm == "auto":
         values["batchnorm"] = "train" if is_random else "frozen"
     idle = {
+        "resize": config.crop_mode == "squash",
         "momentum": config.optimizer != "sgd",
         "step_epochs": config.schedule != "step",
         "step_gamma": config.schedule != "step",
