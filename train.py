@@ -28,7 +28,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from pipelines.cache import cache_folder
-from pipelines.config import Config, dump_yaml, not_named, parse_config, recipe_given
+from pipelines.config import SCHEMA, Config, dump_yaml, not_named, parse_config, recipe_given
 from pipelines.data.dataset import check_dataset, map_labels
 from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.loader import Batch, Loader, Step, eval_loader, share_bad_photos, train_loader
@@ -181,6 +181,7 @@ def main(arguments: list[str]) -> None:
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
                 *([cropping] if cropping else []),
+                *_without_effect(config),
                 *([] if saved else _head_report(config, unfitted, weights, has_own_head)),
                 f"run: {run.folder}",
                 sep="\n",
@@ -445,6 +446,12 @@ def update(
         sums[3:5] = torch.stack([norm.nan_to_num(0, 0, 0), norm.isfinite()])
     optimizer.step()
     return accelerator.reduce(sums, "sum"), first_batch
+
+
+def _without_effect(config: Config) -> list[str]:
+    """A line on what somebody has set and what plays no part; at most one."""
+    idle = {key: why for key, why in config.without_effect().items() if getattr(config, key) != SCHEMA[key]["default"]}
+    return ["without effect: " + ", ".join(f"{key} ({why})" for key, why in idle.items())] if idle else []
 
 
 def _setup_report(

@@ -85,6 +85,12 @@ def engine_name(written: str) -> str:
 EngineName = Annotated[Literal["auto", "dali", "pillow"], BeforeValidator(engine_name)]
 
 
+_OF_EPOCHS = (
+    *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
+    *("optimizer", "lr", "momentum", "weight_decay", "clip_grad_norm", "schedule", "warmup_epochs"),
+)
+
+
 class Contradiction(ValueError):
     """Settings, named by `keys`, that are possible one by one but not together."""
 
@@ -197,7 +203,7 @@ class Config:
     """largest norm that the gradient may have; null: any"""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """turns gradients into steps"""
+    """the update rule"""
     lr: Annotated[float, Field(gt=0)] = 0.01
     """learning rate of the head"""
     lr_body: Annotated[float | None, Field(gt=0)] = None
@@ -205,7 +211,7 @@ class Config:
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """how strongly weights are drawn towards zero"""
+    """an L2 penalty with sgd, decoupled decay with adamw (Loshchilov & Hutter 2019)"""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """course of the learning rate after the warm-up"""
     step_epochs: Annotated[int, Field(ge=1)] = 5
@@ -240,6 +246,17 @@ class Config:
     """have W&B send an alert when the run ends, fails or is stopped to be requeued"""
     log_model: Literal["never", "best", "end"] = "best"
     """when the best weights go to W&B: each time they improve, once at the end, or never"""
+
+    def without_effect(self) -> dict[str, str]:
+        """The settings that play no part beside the others, each with the one that makes it so, as `key: value`."""
+        causes = {
+            "crop_mode: squash": (self.crop_mode == "squash", ("resize",)),
+            "optimizer: adamw": (self.optimizer == "adamw", ("momentum",)),
+            f"schedule: {self.schedule}": (self.schedule != "step", ("step_epochs", "step_gamma")),
+            "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body")),
+            "epochs: 0": (self.epochs == 0, _OF_EPOCHS),
+        }
+        return {key: cause for cause, (holds, keys) in causes.items() if holds for key in keys}
 
     @property
     def may_fit_head(self) -> bool:

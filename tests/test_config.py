@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import train
 from pipelines import config as config_module
 from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
@@ -480,3 +481,20 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
     (tmp_path / "old.yaml").write_text("loader: torch\n")
     assert parse_config(["--config", str(tmp_path / "old.yaml")])[0].loader == "pillow"
     assert parse_config(["--loader=torch"])[0].loader == "pillow"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, None),
+        ({"momentum": 0.5}, None),
+        ({"optimizer": "adamw"}, None),  # momentum is as nobody has set it
+        ({"optimizer": "adamw", "momentum": 0.5}, "momentum (optimizer: adamw)"),
+        ({"step_gamma": 0.5, "step_epochs": 2}, "step_epochs (schedule: cosine), step_gamma (schedule: cosine)"),
+        ({"mode": "feature_extract", "lr_body": 0.1}, "lr_body (mode: feature_extract)"),
+        ({"crop_mode": "squash", "resize": 300}, "resize (crop_mode: squash)"),
+        ({"epochs": 0, "head_init": "fitted", "lr": 0.5}, "lr (epochs: 0)"),
+    ],
+)
+def test_what_plays_no_part_is_said(settings, line):
+    assert train._without_effect(Config(**settings)) == ([f"without effect: {line}"] if line else [])

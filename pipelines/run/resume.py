@@ -71,15 +71,11 @@ def _that_decide(config: Config) -> dict[str, Any]:
     values["weights"] = "none" if is_random else "pretrained"
     if config.batchnorm == "auto":
         values["batchnorm"] = "train" if is_random else "frozen"
-    idle = {
-        "resize": config.crop_mode == "squash",
-        "momentum": config.optimizer != "sgd",
-        "step_epochs": config.schedule != "step",
-        "step_gamma": config.schedule != "step",
-        "freeze": config.mode == "feature_extract",
-        "lr_body": config.mode == "feature_extract" or config.lr_body == config.lr,
-    }
-    return {key: None if idle.get(key) else value for key, value in values.items()}
+    # A run of no epochs may go on for some, and then these count.
+    idle = {key for key, cause in config.without_effect().items() if cause != "epochs: 0"}
+    if config.lr_body == config.lr:
+        idle.add("lr_body")
+    return {key: None if key in idle else value for key, value in values.items()}
 
 
 def _absolute(data: str | None) -> str | None:
