@@ -220,8 +220,8 @@ def tests(setup: Setup, *, chosen: str, small: str) -> Finding:
     """tests/test_gpu.py, a part of it; each failed test is named."""
     if not importlib.util.find_spec("pytest"):
         return Finding("pytest is not installed")
-    words = ["-k", small] if setup.dry else ["-m", "gpu", "-k", chosen]
-    files = ["tests/test_gpu.py", "tests/test_progress.py"]
+    words = ["-m", "", "-k", small] if setup.dry else ["-m", "gpu", "-k", chosen]
+    files = ["tests/test_gpu.py", "tests/training/test_progress.py"]
     said = _output([sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *files, *words])
     failed = re.findall(r"^FAILED (\S+)", said, re.MULTILINE)
     last = said.strip().splitlines()[-1] if said.strip() else "no word"

@@ -1,7 +1,9 @@
-"""What the tests of several rooms share."""
+"""What the tests of several packages share."""
 
 import os
+import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import ModuleType
 from pipelines.distributed.exits import run_script
 from pipelines.run_files import read_description
 from pipelines.training.evaluation import predict
+from tests.helpers.paths import FIXTURES, ROOT
 
 import numpy as np
 import pytest
@@ -88,6 +91,23 @@ def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture
+def dirty(tmp_path, photo_folder, monkeypatch) -> Path:
+    """A folder whose three bad photos the scan has seen sound: they broke later, with size and time as before."""
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder({"train": {"a": 9, "b": 8}, "val": {"a": 4, "b": 3}}), root)
+    monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
+    return root
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch) -> Path:
+    with tarfile.open(FIXTURES / "run-of-0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return Path("runs/old")
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """A run of train.py, and what evaluate.py says of its validation photos: class and confidence by path."""
@@ -113,7 +133,7 @@ def trained_run(tmp_path_factory, random_weights, answers_of_evaluate) -> Traine
         flags += [f"--data={data}", f"--weights={random_weights}", "--image-size=64", "--resize=72"]
         flags += ["--lr=0.1", "--batch-size=6"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(Path(train.__file__).parent)
+        patch.chdir(ROOT)
         run = runs / "ants-and-bees"
         assert run_script(train.main, [*flags, f"--run={run.name}"]) == 0
     return TrainedRun(run, answers_of_evaluate(run))
@@ -132,7 +152,7 @@ def answers_of_evaluate() -> Callable[[Path], Mapping[str, tuple[str, float]]]:
             return records[-1][1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(Path(evaluate.__file__).parent)
+            patch.chdir(ROOT)
             patch.setattr(evaluate, "predict", listen)
             assert run_script(evaluate.main, [str(run)]) == 0
         (loader, rows), classes = records[0], read_description(run, "run")["classes"]

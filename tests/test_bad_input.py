@@ -23,12 +23,13 @@ from pipelines.data.headers import FAULTS, inspect_file
 from pipelines.data.plan import EvalPlan
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
+from tests.helpers.corpus import BROKEN_INSIDE, FAULTY, LITTER, ODD_NAMES, SOUND, ZOO, encoded, picture, write_zoo
+from tests.helpers.paths import ROOT
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from corpus import BROKEN_INSIDE, FAULTY, LITTER, ODD_NAMES, SOUND, ZOO, encoded, picture, write_zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.models import resnet34
@@ -510,7 +511,7 @@ def test_more_processes_than_photos(tmp_path: Path, photos: Path) -> None:
         text=True,
         timeout=200,
         env=os.environ | address,
-        cwd=Path(train.__file__).parent,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     assert "processes: 3 on cpu" in done.stdout

@@ -1,7 +1,6 @@
 """Photos that fail in the run: named, or left out with everybody else staying in place, alike on both engines."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -9,50 +8,19 @@ from pathlib import Path
 
 import evaluate
 import train
+from tests.helpers.corpus import break_openly, break_unseen
+from tests.helpers.engines import ENGINES, HAS_DALI
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import FROZEN, assert_same_weights, run_script, succeeded
 
 import pytest
-import torch
-from test_loader import ENGINES, HAS_DALI
-from test_train import FROZEN, ROOT, run_script, succeeded, val_rows
 
 BAD = ["train/a/03.jpg", "train/b/05.jpg", "train/b/06.jpg"]
-
-
-@pytest.fixture
-def dirty(tmp_path, photo_folder, monkeypatch) -> Path:
-    """A folder whose three bad photos the scan has seen sound: they broke later, with size and time as before."""
-    root = tmp_path / "photos"
-    shutil.copytree(photo_folder({"train": {"a": 9, "b": 8}, "val": {"a": 4, "b": 3}}), root)
-    monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
-    return root
-
-
-def break_unseen(photo: Path) -> None:
-    """Replaces the picture's data, so that no decoder can read it, without a trace in size and time."""
-    before, data = photo.stat(), photo.read_bytes()
-    start = data.index(b"\xff\xda")
-    photo.write_bytes(data[:2] + b"\xff\xd9" + bytes(start - 4) + data[start:])
-    os.utime(photo, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def break_openly(photo: Path) -> None:
-    """What the scan finds: a file cut off."""
-    photo.write_bytes(photo.read_bytes()[:-400])
 
 
 def settings(root: Path, weights: Path, runs: Path, engine: str) -> list[str]:
     flags = ["--data", root, "--weights", weights, "--runs", runs, "--loader", engine, "--epochs", 2, "--batch-size", 5]
     return [str(flag) for flag in [*flags, *FROZEN, "--skip-bad-files"]]
-
-
-def state_of(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "best.pt", weights_only=True)
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    states = state_of(one), state_of(other)
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert [row["val/loss"] for row in val_rows(one)] == [row["val/loss"] for row in val_rows(other)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

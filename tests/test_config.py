@@ -11,6 +11,7 @@ import train
 from pipelines import config as config_module
 from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
+from tests.helpers.paths import ROOT
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [path for path in RECIPES if path.stem != "sweep"]  # W&B's own format
 KEYS = [field.name for field in dataclasses.fields(Config)]
 
@@ -68,8 +69,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe: Call
 def test_without_config_the_recipe_is_finetune_beside_train_py(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_config([]) == (Config(), "finetune")
     monkeypatch.undo()
-    root = Path(__file__).resolve().parent.parent
-    assert parse_config([]) == parse_config(["--config", str(root / "configs" / "finetune.yaml")])
+    assert parse_config([]) == parse_config(["--config", str(ROOT / "configs" / "finetune.yaml")])
     assert parse_config([]) != (Config(), "finetune")
 
 

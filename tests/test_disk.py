@@ -12,16 +12,10 @@ import train
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.run.folder import RunFolder
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import SMALL, one_error_line
 
 import pytest
-from test_train import ROOT, SMALL
-
-
-def one_error_line(done: subprocess.CompletedProcess) -> str:
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
 
 
 def test_no_room_for_the_first_weights(photos, small_disk, run_here):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from pipelines.config import parse_config, settings_page
 from pipelines.errors import UserError
+from tests.helpers.paths import ROOT
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "slurm/*.md") for path in ROOT.glob(pattern) if path.is_file())
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_OURS = {"cd", "curl", "git", "mypy", "pip", "pre-commit", "ruff", "source", "touch", "wandb"}
@@ -80,7 +80,7 @@ def test_the_readme_is_for_newcomers() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_tests_that_a_page_names_exist(page: Path) -> None:
-    for file, test in re.findall(r"tests/(test_\w+\.py)::(test_\w+)", text_of(page)):
+    for file, test in re.findall(r"tests/([\w/]*test_\w+\.py)::(test_\w+)", text_of(page)):
         source = ast.parse(text_of(ROOT / "tests" / file))
         assert test in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
 
@@ -103,8 +103,9 @@ def test_every_invariant_names_its_test() -> None:
     _, _, after = text_of(ROOT / "docs" / "design.md").partition("\n## Invariants\n")
     rows = re.findall(r"^\| (?!invariant|---)(.+?) \| (.+) \|$", after.partition("\n## ")[0], re.MULTILINE)
     assert len(rows) > 20
+    named = r"`tests/[\w/]*test_\w+\.py::test_\w+`"
     for invariant, held_by in rows:
-        assert re.fullmatch(r"`tests/test_\w+\.py::test_\w+`(, `tests/test_\w+\.py::test_\w+`)*", held_by), invariant
+        assert re.fullmatch(rf"{named}(, {named})*", held_by), invariant
 
 
 # Commands

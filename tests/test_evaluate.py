@@ -13,7 +13,7 @@ from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.inference import open_run
 from pipelines.run import figures
 from pipelines.run.folder import describe_model
-from tests.test_train import run_script
+from tests.helpers.runs import run_script
 
 import numpy as np
 import pytest

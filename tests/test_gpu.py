@@ -19,12 +19,13 @@ from pipelines.data.engines.factory import make_engine
 from pipelines.data.loader import Loader
 from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 from pipelines.distributed.exits import run_script
+from tests.helpers.corpus import encoded, exif, picture
+from tests.helpers.engines import NO_DALI, levels
+from tests.helpers.paths import ROOT
 
 import numpy as np
 import pytest
 import torch
-from corpus import encoded, exif, picture
-from test_loader import NO_DALI, levels
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 NO_GPU = pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU: torch.cuda.is_available() is false")
@@ -32,7 +33,6 @@ TWO_GPUS = pytest.mark.skipif(GPUS < 2, reason="needs two NVIDIA GPUs")
 ON_A_GPU = [pytest.mark.gpu, NO_GPU]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 ENGINES = ["pillow", pytest.param("dali", marks=[NO_DALI, pytest.mark.slow])]
-ROOT = Path(__file__).resolve().parent.parent
 # Grey levels of 255 between a GPU's decoder and Pillow: on average, and the share of values that are 4 apart at most.
 MEAN_LEVELS, WITHIN_4 = 1.0, 0.99
 
@@ -69,8 +69,8 @@ def run_case(case: Callable[..., None], device: str, engine: str, *arguments: An
     if engine != "dali":
         case(*words)
         return
-    code = f"import json, sys, test_gpu; test_gpu.{case.__name__}(*json.loads(sys.argv[1]))"
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    code = f"import json, sys; from tests import test_gpu; test_gpu.{case.__name__}(*json.loads(sys.argv[1]))"
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(words)],
         capture_output=True,

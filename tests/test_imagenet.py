@@ -9,12 +9,13 @@ from pipelines.config import parse_config
 from pipelines.model.network import build_model
 from pipelines.model.optimizer import lr_factor, make_optimizer
 from pipelines.model.weights import Weights
+from tests.helpers.paths import ROOT
 
 import numpy as np
 import pytest
 from PIL import Image
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "imagenet.yaml"
+RECIPE = ROOT / "configs" / "imagenet.yaml"
 CLASSES = 1000
 
 

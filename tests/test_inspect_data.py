@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from pipelines import inspect_data
+from tests.helpers.corpus import encoded, picture
 
 import pytest
-from corpus import encoded, picture
 from PIL import Image
 
 

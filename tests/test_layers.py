@@ -1,11 +1,15 @@
-"""The layers of the code: a module imports from its own layer and from those before it, and never in a circle."""
+"""The layers of the code: a module imports from its own layer and from those before it, and never in a circle.
+
+Tests share code by tests/helpers/ and conftest.py, and never import one another.
+"""
 
 import ast
 from pathlib import Path
 
+from tests.helpers.paths import ROOT
+
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("inference", "compare", "inspect_data", "wandb_sync")  # addresses that people type
 LAYERS = ("base", "distributed", "data", "model", "run", "tracking", "training", "commands")  # what docs/design.md says
 MODULES = {
@@ -50,3 +54,12 @@ def test_scripts_are_imported_by_nothing() -> None:
         source = ast.parse(path.read_text(encoding="utf-8"))
         names = {str(node.module).split(".")[0] for node in ast.walk(source) if isinstance(node, ast.ImportFrom)}
         assert not names & {"train", "evaluate", "deploy"}, module
+
+
+def test_no_test_module_imports_another() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = [node.module or "", *(name.name for name in node.names)] if isinstance(node, ast.ImportFrom) else []
+            named += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            parts = {part for name in named for part in name.split(".")}
+            assert not any(part.startswith("test_") or part == "conftest" for part in parts), f"{path} imports {named}"

@@ -1,11 +1,10 @@
 """A run of version 0.1.0 (commit 5099800) is evaluated, exported, used and resumed for ever.
 
-tests/data/run-of-0.1.0.tar.xz holds its folder, stopped at step 5 of 9, its photos, and in expected.json what that
+tests/fixtures/run-of-0.1.0.tar.xz holds its folder, stopped at step 5 of 9, its photos, and in expected.json what that
 version said of it and how it went on. Each weight is one of two values in a short pattern, so that it takes 75 kB.
 """
 
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,8 @@ from deploy import export, predict
 import pytest
 import torch
 
-ARCHIVE = Path(__file__).parent / "data" / "run-of-0.1.0.tar.xz"
 SETTINGS = "--data photos --weights weights.pth --mode feature_extract --epochs 3 --batch-size 5 --image-size 64 "
 SETTINGS += "--resize 72 --lr 0.0005 --log-every 1 --tracker none --checkpoint-minutes 600 --runs runs --run old"
-
-
-@pytest.fixture
-def old(tmp_path, monkeypatch) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    monkeypatch.chdir(tmp_path)
-    return Path("runs/old")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A run that was stopped, killed or damaged goes on to the same end, bit for bit; a stop is answered by all."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,37 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import train
+from benchmarks import kills
 from pipelines.distributed import exits
 from pipelines.run_files import checkpoint_folders
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import (
+    FROZEN,
+    SMALL,
+    ask_at,
+    environment,
+    launched,
+    newest,
+    one_error_line,
+    rows,
+    rows_of,
+    run_script,
+    same_bits,
+    status,
+    succeeded,
+    train_rows,
+    val_rows,
+)
 
 import psutil
 import pytest
 import torch
-from test_disk import one_error_line
-from test_train import FROZEN, ROOT, SMALL, environment, launched, rows_of, run_script, succeeded, train_rows, val_rows
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kills
 
 EPOCHS = ["--epochs", "3", "--batch-size", "4", "--log-every", "2"]  # of 5 steps, the last one of 3 photos
 STOP_WITHIN = 30  # seconds; on an idle machine it is one or two
-
-
-def same_bits(one: Path, other: Path) -> bool:
-    states = [torch.load(path, weights_only=True) for path in (one, other)]
-    return kills.equal(*states)
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows_of(run)]
-
-
-def status(run: Path) -> dict[str, Any]:
-    return json.loads((run / "status.json").read_text())
-
-
-def newest(run: Path) -> Path:
-    return checkpoint_folders(run / "checkpoints")[-1]
 
 
 # Within this process: real signals, at chosen steps
@@ -57,18 +53,6 @@ def command(photos, tmp_path_factory) -> list[object]:
 def undisturbed(command) -> Path:
     assert exits.run_script(train.main, [*map(str, command), "--run", "undisturbed"]) == 0
     return Path(str(command[-1])) / "undisturbed"
-
-
-def ask_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal within the given call of one of train.py's functions."""
-    calls, function = iter(range(1, 1000)), getattr(train, name)
-
-    def asked(*arguments: Any) -> Any:
-        if next(calls) == call:
-            os.kill(os.getpid(), number)
-        return function(*arguments)
-
-    monkeypatch.setattr(train, name, asked)
 
 
 @pytest.mark.slow

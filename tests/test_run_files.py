@@ -23,48 +23,11 @@ from pipelines.run_files import (
     read_status,
     to_json,
 )
+from tests.helpers.run_files import DESCRIPTION, PROGRESS, STATUS, without
 
 import pytest
 import torch
-from test_old_runs import old  # noqa: F401 (a fixture)
 
-DESCRIPTION: dict[str, Any] = {
-    "format": 1,
-    "arch": "resnet18",
-    "classes": ["ant", "bee"],
-    "image_size": 64,
-    "resize": 72,
-    "crop_mode": "center",
-    "transparency": "white",
-    "test_flips": False,
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.25, 0.25, 0.25],
-    "scores": {"epoch": 3, "global_step": 9, "val/loss": 0.5, "val/top1": 0.75, "correct": 3, "count": 4},
-    "data": "/photos",
-    "dataset_fingerprint": "abc",
-    "versions": {"torch": "2.15.0"},
-}
-STATUS = {"state": "stopped", "reason": "", "exit_code": 75, "epoch": 1, "global_step": 5}
-SUMS = {"sums": [0.0, 1.0, 2.0, None, 4.0], "seconds": 0.5, "waited": 0.1}
-PROGRESS: dict[str, Any] = {
-    "format": 1,
-    "epoch": 1,
-    "global_step": 5,
-    "skipped_steps": 0,
-    "best": {"epoch": 1, "val/top1": 0.5},
-    "interval": SUMS,
-    "whole_epoch": SUMS,
-    "bad": {"train": [], "val": [3]},
-    "not_finite_in_a_row": 0,
-    "world_size": 1,
-    "precision": "no",
-    "first_weights": "0a",
-    "settings": {"lr": 0.1, "epochs": 5, "run": None, "compile": False},
-    "dataset_fingerprint": "abc",
-    "metrics_bytes": 10,
-    "versions": {},
-    "files": {"state.pt": "0a"},
-}
 DEEP = "[" * 100_000
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -79,10 +42,6 @@ def refused(action: Callable[[], Any], *told: str) -> None:
     assert line.isprintable()
     for each in told:
         assert each in line
-
-
-def without(content: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name != key}
 
 
 def test_whole_files_are_read(tmp_path):
@@ -279,7 +238,7 @@ def test_no_escape_sequence_reaches_the_terminal(tmp_path, run_here):
         assert (done.stdout + done.stderr.rstrip("\n")).isprintable()
 
 
-def test_sizes_and_colours_are_those_of_model_json(old, run_here):  # noqa: F811
+def test_sizes_and_colours_are_those_of_model_json(old, run_here):
     known = json.loads(Path("expected.json").read_text())["evaluate"]["loss"]
     (old / "config.yaml").unlink()
     for model in (old, old / "best.pt"):
@@ -293,7 +252,7 @@ def test_sizes_and_colours_are_those_of_model_json(old, run_here):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["export", "figures"])
-def test_nothing_is_written_through_a_link_that_leaves_the_run(name, old, run_here):  # noqa: F811
+def test_nothing_is_written_through_a_link_that_leaves_the_run(name, old, run_here):
     away = Path("away")
     away.mkdir()
     (away / "model.onnx").write_text("mine")
@@ -306,7 +265,7 @@ def test_nothing_is_written_through_a_link_that_leaves_the_run(name, old, run_he
     assert [path.name for path in away.iterdir()] == ["model.onnx"]
 
 
-def test_a_foreign_checkpoint_never_ends_in_a_trace(old, run_here):  # noqa: F811
+def test_a_foreign_checkpoint_never_ends_in_a_trace(old, run_here):
     (checkpoint,) = (old / "checkpoints").iterdir()
     progress = json.loads((checkpoint / "progress.json").read_text())
     settings = ["--config", old / "config.yaml", "--data", "photos", "--weights", old / "best.pt"]

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from tests.helpers.paths import ROOT
+
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
+CLUSTER = ROOT / "tests" / "helpers" / "slurm_cluster.sh"
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 MISSING = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]

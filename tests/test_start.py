@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
+
+from tests.helpers.paths import ROOT
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 HEAVY = (
     *("matplotlib", "torch._dynamo", "torch._inductor", "sympy", "torchmetrics", "wandb", "nvidia.dali"),
     *("scipy", "sklearn", "pandas", "mlflow", "onnx", "onnxruntime", "transformers", "tensorboard", "networkx"),

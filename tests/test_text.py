@@ -12,12 +12,12 @@ import train
 from deploy import predict
 from pipelines.distributed.exits import run_script
 from pipelines.text import LastingStream, counted, lasting_streams, printable
+from tests.helpers.paths import ROOT
 
 import pytest
 from tqdm import tqdm
 
 CHINESE = "蚂蚁"
-ROOT = Path(train.__file__).parent
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import evaluate
 import train
@@ -15,6 +14,8 @@ from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.data.loader import train_loader
 from pipelines.model.network import build_model
 from pipelines.model.weights import read_weights
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import FROZEN, SMALL, run_script, succeeded, train_rows, val_rows
 
 import pytest
 import torch
@@ -22,59 +23,7 @@ from accelerate import PartialState
 from torch import nn
 from torchvision.models import resnet18
 
-ROOT = Path(__file__).resolve().parent.parent
 METRICS = {"train/loss", "train/top1", "lr/head", "perf/images_per_s", "perf/data_wait", "epoch", "global_step"}
-SMALL = ["--image-size", "64", "--resize", "72", "--weights", "none", "--freeze", "none", "--batchnorm", "train"]
-SMALL += ["--head-init", "zeros", "--tracker", "none"]
-# BatchNorm as the weights have it: then neither the number of processes nor of micro-batches makes a difference.
-FROZEN = ["--image-size", "64", "--resize", "72", "--freeze", "none", "--batchnorm", "frozen", "--tracker", "none"]
-FROZEN += ["--head-init", "zeros", "--lr", "0.005"]
-
-
-def launched(processes: int = 1, precision: str = "no") -> list[str]:
-    """The beginning of a command that starts a script in so many processes on the CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
-    command += ["--mixed_precision", precision, "--num_processes", str(processes)]
-    # With --cpu the launcher would silently start a single process.
-    return [*command, *(["--multi_gpu", "--main_process_port", "0"] if processes > 1 else [])]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """That of a user without a GPU and without a key for any tracker."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_", "ACCELERATE_"))}
-    return {**kept, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE", **variables}
-
-
-def run_script(
-    name: str, *arguments: object, processes: int = 1, precision: str = "no", launcher: bool = True, **variables: str
-) -> subprocess.CompletedProcess:
-    """A script of the suite under `accelerate launch`, on the CPU, without a key for any tracker."""
-    command = launched(processes, precision) if launcher else [sys.executable]
-    return subprocess.run(
-        [*command, str(ROOT / name), *(str(argument) for argument in arguments)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=environment(**variables),
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def succeeded(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def rows_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def train_rows(run: Path) -> list[dict]:
-    return [row for row in rows_of(run) if "train/loss" in row]
-
-
-def val_rows(run: Path) -> list[dict]:
-    return [row for row in rows_of(run) if "val/loss" in row]
 
 
 def real(name: str) -> str:

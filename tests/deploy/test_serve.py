@@ -22,7 +22,8 @@ from deploy import connections, decoding, serve
 from pipelines.data.decode import pixels_of_file
 from pipelines.data.preprocess import Preprocess
 from pipelines.inference import open_onnx, open_run
-from tests.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, encoded, picture
+from tests.helpers.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, encoded, picture
+from tests.helpers.paths import ROOT
 
 import numpy as np
 import psutil
@@ -31,7 +32,6 @@ import torch
 from PIL import Image
 
 pytestmark = pytest.mark.slow
-ROOT = Path(serve.__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _watched: list[str] | None = None
 

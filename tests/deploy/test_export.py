@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.inference import Answer, PictureClassifier, ViewClassifier, answer_of, open_onnx, open_run
 from pipelines.model.weights import read_run_weights
 from pipelines.run_files import read_description
-from tests.corpus import encoded, exif, picture
+from tests.helpers.corpus import encoded, exif, picture
 
 import numpy as np
 import onnx

@@ -13,13 +13,12 @@ from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, UserError
 from pipelines.run.folder import RunFolder, atomic_write, describe_model, new_run_name, versions
+from tests.helpers.paths import ROOT
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ The same library versions make the same bytes; nothing is read from a disk.
 """
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -264,3 +265,16 @@ def write_zoo(folder: Path, names: Iterable[str]) -> list[Path]:
     for path in paths:
         path.write_bytes(ZOO[path.name].content)
     return paths
+
+
+def break_unseen(photo: Path) -> None:
+    """Replaces the picture's data, so that no decoder can read it, without a trace in size and time."""
+    before, data = photo.stat(), photo.read_bytes()
+    start = data.index(b"\xff\xda")
+    photo.write_bytes(data[:2] + b"\xff\xd9" + bytes(start - 4) + data[start:])
+    os.utime(photo, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def break_openly(photo: Path) -> None:
+    """What the scan finds: a file cut off."""
+    photo.write_bytes(photo.read_bytes()[:-400])

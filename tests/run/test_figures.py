@@ -19,6 +19,7 @@ from pipelines.run.figures import (
     save_predictions,
     save_train_batch,
 )
+from tests.helpers.paths import ROOT
 
 import matplotlib
 import numpy as np
@@ -244,7 +245,7 @@ def test_the_settings_of_the_machine_neither_change_nor_matter(tmp_path: Path) -
 
 def test_pyplot_is_never_imported() -> None:
     code = "import sys, pipelines.run.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(figures.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("count", [1, 2, 41])

@@ -13,12 +13,21 @@ from pipelines.model.logistic_regression import PENALTIES
 from pipelines.model.network import build_model
 from pipelines.model.weights import Weights
 from pipelines.training.fitted_head import chosen_start, why_not_fitted
+from tests.helpers.runs import (
+    FROZEN,
+    newest,
+    one_error_line,
+    rows,
+    run_script,
+    same_bits,
+    status,
+    succeeded,
+    train_rows,
+    val_rows,
+)
 
 import pytest
 import torch
-from test_disk import one_error_line
-from test_resume import newest, rows, same_bits, status
-from test_train import FROZEN, run_script, succeeded, train_rows, val_rows
 
 
 @pytest.fixture(scope="module")

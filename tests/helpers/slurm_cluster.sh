@@ -2,9 +2,9 @@
 # A private Slurm cluster of two nodes on one machine, for tests/test_slurm.py: each node is a network namespace with a
 # host name and an address of its own. Without systemd and without a GPU: a node's two GPUs are names of /dev/null.
 #
-#     tests/slurm_cluster.sh start        prints the file to source; leaves what already runs alone, revives dead nodes
-#     tests/slurm_cluster.sh kill node2   pulls its network cable, then kills its processes
-#     tests/slurm_cluster.sh stop         ends all of it and removes its folder
+#     tests/helpers/slurm_cluster.sh start        prints the file to source; leaves what runs alone, revives dead nodes
+#     tests/helpers/slurm_cluster.sh kill node2   pulls its network cable, then kills its processes
+#     tests/helpers/slurm_cluster.sh stop         ends all of it and removes its folder
 #
 # Needs root and Debian's or Ubuntu's munge, slurmctld, slurmd, slurm-client, iproute2. Settings: SLURM_CLUSTER, its
 # folder; SLURM_CLUSTER_SUBNET and SLURM_CLUSTER_PORT, where the defaults are taken.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pipelines.model.feature_store import FeatureStore
+from tests.helpers.paths import ROOT
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ from pipelines.model.feature_store import FeatureStore
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 FeatureStore(Path({str(tmp_path)!r}), 10**6).keep({MAKER!r}, np.arange(5), torch.zeros(5, 50))
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -9
     store = FeatureStore(tmp_path, TABLE + 100)
     assert not store.has(MAKER, np.arange(5))

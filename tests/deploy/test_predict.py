@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploy import predict
 from pipelines.inference import find_photos, open_run
-from tests.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, write_zoo
+from tests.helpers.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, write_zoo
 
 import numpy as np
 import pytest

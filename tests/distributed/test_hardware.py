@@ -4,10 +4,10 @@ import json
 
 from pipelines.distributed import hardware
 from pipelines.distributed.hardware import bf16_gain, has_bf16, nvidia_hint
+from tests.helpers.launches import hints
 
 import pytest
 import torch
-from test_processes import hints
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue Jun  6 22:20:39 UTC 2023\nGCC version:  12\n"
 

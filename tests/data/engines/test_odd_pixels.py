@@ -15,13 +15,13 @@ from pipelines.data.plan import EvalPlan
 from pipelines.inference import PictureClassifier, find_photos, read_preprocess
 from pipelines.run.folder import RunFolder
 from pipelines.run.resume import other_result
+from tests.helpers.corpus import encoded, picture, png
+from tests.helpers.engines import ENGINES
 
 import numpy as np
 import pytest
 import torch
-from corpus import encoded, picture, png
 from PIL import Image
-from test_loader import ENGINES
 
 SIZE = 64
 SHADE = np.tile(np.linspace(0, 1, 90), (90, 1))  # black to white, from left to right

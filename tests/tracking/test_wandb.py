@@ -11,164 +11,39 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import evaluate
 import train
 from pipelines import wandb_sync
-from pipelines.config import Config, parse_config
-from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
-from pipelines.errors import UserError
+from pipelines.config import parse_config
 from pipelines.run.folder import RunFolder, new_run_name
-from pipelines.tracking.session import Tracking
-from pipelines.tracking.settings import TrackerNames, check_tracker, tracker_names
 from pipelines.tracking.wandb_files import attempt_folders, has_key, history_row, read_records, steps_on_disk
+from tests.helpers.paths import ROOT
+from tests.helpers.tracked_runs import (
+    SECONDS,
+    Attempt,
+    attempts,
+    history_of,
+    killed,
+    one_line,
+    records_of,
+    rows_until,
+    wait_until,
+    without_own,
+)
+from tests.helpers.wandb_server_standin import KEY
 
 import psutil
 import pytest
 import wandb
 import yaml
-from accelerate import Accelerator
-from test_train import ROOT
-from wandb_server_standin import KEY, StandInServer
 
 SWEEP = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
 LATER = "send the run later with: python -m pipelines.wandb_sync"
-SECONDS = 40  # within which nothing may be waited for any longer; on an idle machine it is a few
 TRAINING = ["--image-size", "64", "--resize", "72", "--weights", "none", "--freeze", "none", "--batchnorm", "train"]
 TRAINING += ["--head-init", "zeros", "--batch-size", "4"]
-
-
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch, tmp_path) -> Iterator[None]:
-    """No W&B account, settings or server of this machine, and none left by another test."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name in ("NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home" / name.lower()))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    # A prompt would now be read from a terminal.
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    wandb.teardown()
-    yield
-    wandb.teardown()
-    os.environ.pop("WANDB_DATA_DIR", None)
-
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[StandInServer]:
-    server = StandInServer()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")  # seconds; W&B's own default is 15
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def dataset(photos, tmp_path_factory) -> Dataset:
-    return load_dataset(scan_dataset(photos, tmp_path_factory.mktemp("index"), 0.2))
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
-    return folder
-
-
-class Attempt:
-    """One attempt at a run's tracking, with the calls of the training loop in the loop's order."""
-
-    def __init__(self, folder: Path, dataset: Dataset, checkpoint: int = 0, **settings: Any) -> None:
-        """checkpoint: the step that the run is resumed at; later rows are taken back, as in the loop."""
-        config = Config(**{"tracker": "wandb", "runs": str(folder.parent), **settings})
-        self.run = RunFolder(folder)
-        rows = [row for row in self.run.read_metrics() if row["global_step"] <= checkpoint]
-        self.run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        log_with = None if config.tracker == "none" else config.tracker
-        accelerator = Accelerator(cpu=True, log_with=log_with, project_dir=config.runs)
-        self.tracking = Tracking(accelerator, config, self.run, dataset, {"world_size": 1})
-        self.at = checkpoint
-
-    def steps(self, last: int) -> "Attempt":
-        """Up to step `last`: a training row every 2 steps, and every 4 a validation row, which belongs to it."""
-        for step in range(self.at + 2, last + 1, 2):
-            self._row({"global_step": step, "train/loss": 1 / step}, hold=step % 4 == 0)
-            if step % 4 == 0:
-                self._row({"global_step": step, "val/top1": step / 100})
-        self.at = last
-        return self
-
-    def _row(self, row: dict[str, Any], hold: bool = False) -> None:
-        self.run.append_metrics(row)
-        self.tracking.log(row, hold=hold)
-
-    def finish(self) -> None:
-        self.tracking.finish({"best/val_top1": 0.75})
-
-    @property
-    def run_id(self) -> str:
-        return (self.run.folder / "wandb_id").read_text()
-
-
-def rows_until(last: int) -> list[dict[str, Any]]:
-    """What W&B must have of such a run, whatever happened to it: each step once, in order."""
-    rows = [{"global_step": step, "train/loss": 1 / step} for step in range(2, last + 1, 2)]
-    return [row | ({"val/top1": row["global_step"] / 100} if row["global_step"] % 4 == 0 else {}) for row in rows]
-
-
-def without_own(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if not key.startswith("_")}
-
-
-def attempts(folder: Path) -> list[Path]:
-    return attempt_folders(folder, (folder / "wandb_id").read_text())
-
-
-def records_of(attempt: Path) -> list[Any]:
-    (file,) = attempt.glob("run-*.wandb")
-    for _ in range(50):  # it is closed a moment after `finish`
-        records = list(read_records(file))
-        if any(record.WhichOneof("record_type") == "exit" for record in records):
-            break
-        time.sleep(0.1)
-    return records
-
-
-def history_of(folder: Path) -> list[dict[str, Any]]:
-    rows = [row for attempt in attempts(folder) for record in records_of(attempt) if (row := history_row(record))]
-    assert all(row["_step"] == row["global_step"] for row in rows)
-    return [without_own(row) for row in rows]
-
-
-def killed(attempt: Callable[[], Any]) -> None:
-    """Runs `attempt` in a process of its own, which is then killed, together with W&B's, as Slurm kills a job."""
-    if not (child := os.fork()):
-        try:
-            attempt()
-            for process in psutil.Process().children(recursive=True):
-                process.kill()
-            os.kill(os.getpid(), signal.SIGKILL)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    give_up = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-
-
-def one_line(capfd) -> str:
-    output = capfd.readouterr()
-    assert output.out == ""
-    assert len(output.err.splitlines()) == 1, output.err
-    return output.err.rstrip("\n")
 
 
 # Weights & Biases, offline
@@ -682,192 +557,6 @@ def test_what_an_agent_of_the_sweep_starts_is_accepted(monkeypatch):
     for task in ("1", "2"):
         monkeypatch.setenv("WANDB_RUN_ID", f"run{task}")
         assert new_run_name(recipe) == f"run{task}"
-
-
-# TensorBoard, and none
-
-
-def test_tensorboard_has_every_row_once_in_the_runs_folder_after_a_resume_too(folder, dataset, capfd):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    Attempt(folder, dataset, tracker="tensorboard").steps(8).tracking.abandon()
-    time.sleep(1.1)
-    Attempt(folder, dataset, checkpoint=4, tracker="tensorboard", tags="a").steps(12).finish()
-    assert one_line(capfd) == "tags and group are W&B's: tensorboard does not get them"
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    values = [(event.step, round(event.value, 4)) for event in events.Scalars("val/top1")]
-    assert values == [(4, 0.04), (8, 0.08), (12, 0.12)]
-    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
-    assert [path.name for path in folder.parent.iterdir()] == ["one"]
-
-
-def test_another_of_accelerates_trackers_has_settings_and_every_row_of_each_life(
-    folder, dataset, capfd, monkeypatch, tmp_path
-):
-    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny, of the dev group, is not installed")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    check_tracker(Config(tracker="mlflow", project="p"))
-    Attempt(folder, dataset, tracker="mlflow", project="p").steps(8).tracking.stopped()
-    Attempt(folder, dataset, checkpoint=4, tracker="mlflow", project="p").steps(12).finish()
-    assert capfd.readouterr().err.count("tracking has stopped") == 0
-    client = mlflow.MlflowClient()
-    runs = client.search_runs(
-        [client.get_experiment_by_name("p").experiment_id], order_by=["attributes.start_time ASC"]
-    )
-    assert [run.info.run_name for run in runs] == ["one", "one"]
-    assert all(run.data.params["lr"] == "0.01" and run.info.status == "FINISHED" for run in runs)
-    for run, last in zip(runs, (8, 12), strict=True):
-        history = {key: client.get_metric_history(run.info.run_id, key) for key in ("val/top1", "train/loss")}
-        assert [(each.step, each.value) for each in history["val/top1"]] == [
-            (step, step / 100) for step in range(4, last + 1, 4)
-        ]
-        assert [each.step for each in history["train/loss"]] == list(range(2, last + 1, 2))
-
-
-def test_a_tracker_that_asks_for_a_key_is_left_behind(folder, dataset, capfd, monkeypatch):
-    def asking(*_: object) -> None:  # stands in for Comet and others without a key
-        input("key: ")
-
-    monkeypatch.setattr(Accelerator, "init_trackers", asking)
-    Attempt(folder, dataset, tracker="tensorboard").steps(4).finish()
-    assert one_line(capfd).startswith("tracking has stopped (")
-
-
-def test_no_tracker_makes_nothing(folder, dataset, capfd):
-    Attempt(folder, dataset, tracker="none").steps(4).finish()
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
-    assert capfd.readouterr() == ("", "")
-
-
-# What settings and environment may say
-
-
-def refusal(**settings: Any) -> str:
-    with pytest.raises(UserError) as refused:
-        check_tracker(Config(**settings))
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
-
-
-def test_names_are_made_whole(monkeypatch):
-    assert tracker_names(Config()) == TrackerNames("dalitune")
-    assert tracker_names(Config(tags="a,, b ,a,")) == TrackerNames("dalitune", tags=("a", "b"))
-    assert tracker_names(Config(project="team/proj")) == TrackerNames("proj", "team")
-    for name, value in {"TAGS": ",x,", "PROJECT": "us/p/", "ENTITY": "", "MODE": " ", "RUN_GROUP": " g "}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    assert tracker_names(Config()) == TrackerNames("p", "us", "g", ("x",))
-    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_ENTITY"]) == ("p", "us"), "as W&B itself reads them"
-    assert "WANDB_MODE" not in os.environ
-    assert tracker_names(Config(project="them/q", tags="y", group="h")) == TrackerNames("q", "them", "h", ("y",))
-    # Another tracker has rules of its own.
-    assert tracker_names(Config(tracker="mlflow", project="a/b")) == TrackerNames("a/b")
-
-
-@pytest.mark.parametrize(
-    ("settings", "variables", "line"),
-    [
-        ({"tags": f"a,{'b' * 65}"}, {}, "tags: the tag bbbbbbbbbbbbbbbbbbbb... has 65 characters, and W&B takes 64"),
-        ({}, {"TAGS": "b" * 65}, "WANDB_TAGS: the tag bbbbbbbbbbbbbbbbbbbb... has 65 characters"),
-        ({"project": "a/b/c"}, {}, "project: entity 'a/b' cannot have '/'"),
-        ({"project": "what?"}, {}, "project: project 'what?' cannot have '?': it is a name, or ENTITY/PROJECT"),
-        ({}, {"PROJECT": "p" * 129}, "WANDB_PROJECT: W&B takes one line of at most 128 characters"),
-        ({}, {"PROJECT": "a/p", "ENTITY": "b"}, "WANDB_PROJECT: a/p and WANDB_ENTITY b contradict each other"),
-        ({}, {"ENTITY": "my team"}, "WANDB_ENTITY: entity 'my team' cannot have ' '"),
-        ({"group": "a\nb"}, {}, "group: W&B takes one line of at most 128 characters"),
-        ({}, {"NAME": "n" * 129}, "WANDB_NAME: W&B takes one line of at most 128 characters"),
-        ({}, {"MODE": "bogus"}, "WANDB_MODE: Input should be 'online', 'offline'"),
-        ({}, {"INIT_TIMEOUT": "soon"}, "WANDB_INIT_TIMEOUT: Input should be a valid number"),
-        ({}, {"BASE_URL": "nowhere"}, "WANDB_BASE_URL: Input should be a valid URL"),
-        ({}, {"RUN_ID": "a/b"}, "WANDB_RUN_ID: Run ID cannot contain the characters"),
-        ({}, {"FORK_FROM": "a?_step=3"}, "WANDB_FORK_FROM: a run goes on in its folder here"),
-        ({}, {"DIR": "/dev/null/x"}, "WANDB_DIR: /dev/null/x/wandb is no folder that can be written to"),
-        ({}, {"DIR": "/proc/x"}, "WANDB_DIR: /proc/x/wandb is no folder that can be written to"),
-        ({}, {"CACHE_DIR": "/proc/x"}, "WANDB_CACHE_DIR: /proc/x is no folder that can be written to"),
-        ({}, {"IDENTITY_TOKEN_FILE": "/nowhere"}, "WANDB_IDENTITY_TOKEN_FILE: /nowhere cannot be read"),
-        ({}, {"MODE": "shared"}, "WANDB_MODE: shared is for several writers of one run"),
-        ({"tracker": "none", "alerts": True}, {}, "alerts: they are W&B's"),
-        ({"tracker": "clearml"}, {}, "tracker: clearml is not installed: pip install clearml, or --tracker none"),
-    ],
-)
-def test_what_wandb_would_not_take_is_refused_at_the_start(monkeypatch, settings, variables, line):
-    for name, value in variables.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    assert refusal(**settings).startswith(line)
-
-
-def test_a_tracker_whose_installation_is_broken_is_refused_at_the_start(monkeypatch, tmp_path):
-    (tmp_path / "tensorboard.py").write_text("raise RuntimeError('of another protobuf')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
-    told = (
-        "tracker: tensorboard cannot be imported (of another protobuf): pip install -U tensorboard, or --tracker none"
-    )
-    assert refusal(tracker="tensorboard").startswith(told)
-
-
-def test_the_service_of_a_shell_that_is_gone_is_not_asked(folder, dataset, capfd, monkeypatch):
-    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere/socket")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    check_tracker(Config())
-    Attempt(folder, dataset).steps(4).finish()
-    assert one_line(capfd).startswith("wandb: offline (WANDB_MODE=offline)")
-    assert history_of(folder) == rows_until(4)
-
-
-@pytest.mark.parametrize(
-    ("variables", "line"),
-    [
-        ({"TRACKING_URI": "foo://x"}, "tracker: mlflow cannot file the run in 'p' of foo://x ("),
-        ({"TRACKING_URI": "file:///proc/x"}, "tracker: mlflow cannot file the run in 'p' of file:///proc/x ("),
-        ({"TAGS": "a=b"}, "MLFLOW_TAGS: it must be a mapping in JSON, and not 'a=b'"),
-        ({"TAGS": "[]"}, "MLFLOW_TAGS: it must be a mapping"),
-        ({"RUN_ID": "0" * 32}, "tracker: mlflow cannot file the run in 'p'"),
-        ({"EXPERIMENT_NAME": "it's"}, 'tracker: mlflow cannot file the run in "it\'s"'),
-        ({"EXPERIMENT_NAME": "gone"}, "tracker: MLflow's experiment 'gone' is deleted"),
-        ({"TRACKING_URI": "http://127.0.0.1:1"}, ""),  # no server now: not the settings' fault
-    ],
-)
-def test_what_mlflow_cannot_use_is_refused_at_the_start(monkeypatch, tmp_path, variables, line):
-    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny, of the dev group, is not installed")
-    for name, value in {"ALLOW_FILE_STORE": "true", "TRACKING_URI": str(tmp_path / "mlruns"), **variables}.items():
-        monkeypatch.setenv(f"MLFLOW_{name}", value)
-    for name in ("MAX_RETRIES", "TIMEOUT"):  # which the check sets
-        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "1")
-    if variables.get("EXPERIMENT_NAME") == "gone":
-        mlflow.delete_experiment(mlflow.create_experiment("gone"))
-    if line:
-        assert refusal(tracker="mlflow", project="p").startswith(line)
-    else:
-        check_tracker(Config(tracker="mlflow", project="p"))
-
-
-def test_a_training_ends_with_that_line_before_anything_is_made(photos, tmp_path, run_here, monkeypatch):
-    monkeypatch.setenv("WANDB_TAGS", "b" * 65)
-    done = run_here(train, "--data", photos, "--runs", tmp_path / "runs")
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert done.stderr.startswith("error: WANDB_TAGS: the tag ")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_run_id_that_was_left_in_the_shell_is_not_this_runs(folder, dataset, capfd, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "left")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    attempt = Attempt(folder, dataset).steps(4)
-    assert attempt.run_id != "left"
-    assert "WANDB_RUN_ID=left is not used: no agent has set it" in capfd.readouterr().err
-    attempt.finish()
-    assert history_of(folder) == rows_until(4)
-
-
-def test_sending_by_hand_tells_its_help_without_a_key_and_a_bad_variable_in_a_line(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as ended:
-        wandb_sync.main(["--help"])
-    assert (ended.value.code, "RUN" in capsys.readouterr().out) == (0, True)
-    monkeypatch.setenv("WANDB_MODE", "bogus")
-    assert wandb_sync.main(["runs/none"]) == 2
-    assert capsys.readouterr().err.startswith("error: WANDB_MODE: Input should be 'online'")
 
 
 # Alerts

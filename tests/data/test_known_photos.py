@@ -13,13 +13,11 @@ from pipelines.data.known_photos import in_known_positions
 from pipelines.errors import UserError
 from pipelines.run.folder import RunFolder
 from pipelines.run_files import checkpoint_folders
+from tests.helpers.corpus import break_openly, break_unseen
+from tests.helpers.runs import FROZEN, one_error_line, same_bits, succeeded
 
 import numpy as np
 import pytest
-from test_bad_photos import break_openly, break_unseen
-from test_disk import one_error_line
-from test_resume import same_bits
-from test_train import FROZEN, succeeded
 
 
 @pytest.fixture

@@ -1,0 +1,172 @@
+"""Both engines execute the same plan to the same pixels, torchvision's."""
+
+import os
+from pathlib import Path
+
+from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.plan import EvalPlan, Plan, TrainPlan, Views
+from tests.helpers.engines import (
+    EDGE_LEVELS,
+    ENGINES,
+    HAS_DALI,
+    LEVELS,
+    MEAN_LEVELS,
+    levels,
+    make_loader,
+    train_plan,
+    write_photo,
+)
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import functional as F
+
+
+def torchvisions(split: Split, views: Views, plan: Plan) -> torch.Tensor:
+    """What torchvision's own transforms make of the views' photos and windows, as pixel values."""
+    pictures, image_size = [], plan.image_size
+    for index, window, flip in zip(views.indices, views.windows, views.flips, strict=True):
+        photo = ImageOps.exif_transpose(Image.open(split.path(int(index)))).convert("RGB")
+        if isinstance(plan, TrainPlan):
+            top, left, height, width = (int(value) for value in window)
+            photo = F.resized_crop(photo, top, left, height, width, [image_size, image_size])
+            photo = F.hflip(photo) if flip else photo
+        elif isinstance(plan, EvalPlan) and plan.squash:
+            photo = F.resize(photo, [image_size, image_size])
+        else:
+            photo = F.center_crop(F.resize(photo, image_size * 256 // 224), image_size)
+        pictures.append(F.pil_to_tensor(photo).float())
+    return torch.stack(pictures)
+
+
+def assert_torchvisions_pixels(split: Split, engine: str, plan: Plan) -> None:
+    loader = make_loader(split, engine, plan, batch_size=64, micro_batch=64)
+    largest, edge, total, count = 0.0, 0.0, 0.0, 0
+    for number, step in enumerate(loader.epoch(0)):
+        batch = next(step.batches)
+        views = plan.views(0, np.arange(number * 64, number * 64 + step.size))
+        expected = torchvisions(split, views, plan)
+        difference = (levels(batch.images) - expected).abs()
+        largest = max(largest, difference[..., 1:-1, 1:-1].max().item())
+        edge = max(edge, difference.max().item())
+        total, count = total + difference.sum().item(), count + difference.numel()
+    loader.close()
+    print(f"{engine} {type(plan).__name__}: {largest:.3f}, edge {edge:.3f}, mean {total / count:.4f} grey levels")
+    assert largest <= LEVELS + 0.01  # normalising and back costs a little
+    assert edge <= EDGE_LEVELS[engine] + 0.01
+    assert total / count <= MEAN_LEVELS
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pixels_are_torchvisions(split, engine):
+    assert_torchvisions_pixels(split, engine, train_plan(split))
+    assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64))
+    assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64, squash=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pixels_are_torchvisions_on_the_real_photos(engine, tmp_path):
+    if not os.environ.get("DALITUNE_DATA"):
+        pytest.skip("needs the ants-and-bees photos: set DALITUNE_DATA to the folder that holds train/ and val/")
+    photos = load_dataset(scan_dataset(Path(os.environ["DALITUNE_DATA"]), tmp_path, 0.2)).splits["val"]
+    assert len(photos) == 153
+    assert_torchvisions_pixels(photos, engine, EvalPlan(photos.sizes, image_size=224, resize=256))
+    assert_torchvisions_pixels(photos, engine, train_plan(photos, image_size=224))
+
+
+FORMATS = {
+    "progressive.jpg": ("RGB", {"progressive": True, "quality": 90}),
+    "grey.jpg": ("L", {}),
+    "cmyk.jpg": ("CMYK", {}),
+    "rgba.png": ("RGBA", {}),
+    "palette.png": ("P", {}),
+    "one_bit.png": ("1", {}),
+    "grey.png": ("L", {}),
+    "grey_alpha.png": ("LA", {}),
+    "grey_16_bit.png": ("I;16", {}),
+    "photo.webp": ("RGB", {"lossless": True}),
+    "photo.bmp": ("RGB", {}),
+    "photo.tiff": ("RGB", {}),
+    "photo.ppm": ("RGB", {}),
+} | {f"orientation_{value}.jpg": ("RGB", {"exif": value}) for value in range(1, 9)}
+
+
+def test_engines_agree_on_every_format_and_orientation(tmp_path):
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    for number, (name, (mode, options)) in enumerate(FORMATS.items()):
+        path = tmp_path / "train" / ("a", "b")[number % 2] / name
+        write_photo(path.with_suffix(".png"), 130, 97, number)
+        picture = Image.open(path.with_suffix(".png"))
+        picture.load()
+        path.with_suffix(".png").unlink()
+        if mode == "I;16":
+            picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+        else:
+            picture = picture.convert(mode)
+        if "exif" in options:
+            exif = Image.Exif()
+            exif[0x0112] = options["exif"]
+            options = {"exif": exif, "quality": 92}
+        picture.save(path, **options)
+    photos = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.0001))
+    photos = photos.splits["train"]
+    assert len(photos) + 2 >= len(FORMATS)  # val takes one of each class
+    assert not photos.faults.any(), photos.faulty_files()
+    images = {}
+    for engine in ("pillow", "dali"):
+        loader = make_loader(photos, engine, batch_size=len(photos), micro_batch=len(photos))
+        images[engine] = next(next(loader.epoch(0)).batches)
+        loader.close()
+    assert torch.equal(images["pillow"].indices, images["dali"].indices)
+    difference = (levels(images["pillow"].images) - levels(images["dali"].images)).abs()
+    assert difference.max() <= EDGE_LEVELS["dali"] + 0.01
+    difference = difference[..., 1:-1, 1:-1].amax(dim=(1, 2, 3))
+    names = [Path(photos.path(index)).name for index in images["pillow"].indices.tolist()]
+    worst = dict(zip(names, difference.tolist(), strict=True))
+    assert max(worst.values()) <= LEVELS + 0.01, worst
+
+
+ENCODINGS = [
+    ("jpg", {}),
+    ("jpg", {"progressive": True}),
+    ("png", {}),
+    ("webp", {}),
+    ("tiff", {"compression": "tiff_lzw"}),
+]
+
+
+def test_damaged_photos_are_the_same_photos_for_both_engines_and_any_crop(tmp_path):
+    """200 files with bytes changed behind their header: each is decoded, or named and left out, by both alike."""
+    rng = np.random.default_rng(11)
+    for number in range(200):
+        ending, options = ENCODINGS[number % len(ENCODINGS)]
+        photo = tmp_path / "train" / "ab"[number // 5 % 2] / f"{number:03}.{ending}"
+        write_photo(photo, 160, 170, number, **options)
+        data = bytearray(photo.read_bytes())
+        start = data.index(b"\xff\xda") + 14 if ending == "jpg" else 60
+        for at in rng.integers(start, len(data) - 12, (1, 2, 5, 30)[number // 5 % 4]):
+            data[at] = rng.integers(256)
+        photo.write_bytes(data)
+    photos = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.01)).splits["train"]
+    bad = []
+    for engine, epoch in [("pillow", 0), ("pillow", 1), *([("dali", 0), ("dali", 1)] if HAS_DALI else [])]:
+        loader = make_loader(photos, engine, batch_size=16, micro_batch=16, skip_bad_files=True)
+        seen = [index for step in loader.epoch(epoch) for batch in step.batches for index in batch.indices.tolist()]
+        loader.close()
+        assert sorted([*seen, *loader.bad, *np.flatnonzero(photos.faults)]) == list(range(len(photos)))
+        bad.append(sorted(loader.bad))
+    assert all(each == bad[0] for each in bad)
+    assert 0 < len(bad[0]) < len(photos) // 2
+    assert (photos.faults > 0).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 20_000)])
+def test_of_a_strip_only_the_square_that_is_kept_is_computed(tmp_path, shape):
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    for label in "ab":
+        write_photo(tmp_path / "train" / label / "strip.png", *shape, seed=0)
+        write_photo(tmp_path / "train" / label / "photo.png", 90, 120, seed=1)
+    photos = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.01)).splits["train"]
+    assert_torchvisions_pixels(photos, "dali", EvalPlan(photos.sizes, image_size=224, resize=256))
