@@ -16,6 +16,7 @@ from pipelines.model.optimizer import lr_factor, rate_jump
 from pipelines.run import resume
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run_files import checkpoint_folders, read_run_config, to_json
+from pipelines.training.report import how_it_goes_on
 
 import pytest
 import torch
@@ -401,7 +402,7 @@ def test_fewer_epochs_than_are_trained_end_the_run_and_that_is_said(start, tmp_p
 def test_what_batchnorm_makes_of_another_number_of_processes_is_said(batchnorm, world_size, micro_batch, line):
     saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions()}
     now, one = Config(max_batch_per_device=micro_batch), SimpleNamespace(num_processes=1, mixed_precision="no")
-    lines = train._how_it_goes_on(now, Config(), saved, one, SimpleNamespace(batchnorm=batchnorm), 50)
+    lines = how_it_goes_on(now, Config(), saved, one, SimpleNamespace(batchnorm=batchnorm), 50)
     lines = [each for each in lines if "resumed at" not in each and "settings changed" not in each]
     assert len(lines) == bool(line)
     assert line in "".join(lines)
