@@ -153,7 +153,7 @@ class Config:
     """chance that a training photo is mirrored"""
     views_per_photo: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
-    computed once, so that more epochs cost little; null: new ones every epoch; auto: 6 where stages are frozen, else
+    computed once, so that more epochs cost little; null: new ones every epoch; auto: 4 where stages are frozen, else
     null"""
 
     loader: EngineName = "auto"
