@@ -62,7 +62,7 @@ from pipelines.training.evaluation import (
     predict,
     validation_row,
 )
-from pipelines.training.fitted_head import Start, chosen_start, fit_head, resolved, why_not_fitted
+from pipelines.training.fitted_head import LONG, Start, chosen_start, fit_head, resolved, why_not_fitted
 from pipelines.training.micro_batch import micro_batch_of
 from pipelines.training.progress import EpochTable, Interval, StepWatch
 from pipelines.training.report import (
@@ -129,10 +129,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: {advice}")
     engine, reason = agree_on_engine(config.loader, state)
     steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)
-    last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    epochs = -(-last_step // steps_per_epoch)
+    likely_epochs = LONG if config.epochs == "auto" else config.epochs
     trackers = None if config.tracker == "none" else config.tracker
-    accelerator = start_accelerator(config, state, trackers, steps=last_step)
+    accelerator = start_accelerator(config, state, trackers, steps=likely_epochs * steps_per_epoch)
     checkpoints = Checkpoints(run, dataset, accelerator)
     first_weights = saved.get("first_weights") if saved else weights.digest()
 
@@ -142,7 +141,7 @@ def main(arguments: list[str]) -> None:
     if saved:
         was_fitted = saved.get("head_is_fitted", config.head_init == "fitted" and not unfitted)
         unfitted = "" if was_fitted else unfitted or "the run has begun without one"
-    if unfitted and not epochs:
+    if unfitted and config.epochs == 0:
         raise UserError(f"epochs: 0: no head is fitted, as {unfitted}: give --epochs, as in --epochs 10 --lr 0.001")
     to_fit = not unfitted and saved is None
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
@@ -153,9 +152,6 @@ def main(arguments: list[str]) -> None:
 
     # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
     at = Progress(saved["epoch"], saved["global_step"], saved["skipped_steps"], saved["best"]) if saved else Progress()
-    if at.global_step < last_step:  # max_steps may have ended an epoch early
-        at.epoch = min(at.epoch, at.global_step // steps_per_epoch)
-    table = EpochTable(visible=state.is_main_process, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     watch, interval, whole_epoch = StepWatch(), Interval(accelerator.device), Interval(accelerator.device)
     stop = StopRequest(run.stop_file if state.is_main_process else None)
     clock = CheckpointClock(config.checkpoint_minutes)
@@ -171,7 +167,6 @@ def main(arguments: list[str]) -> None:
 
     to_close = ExitStack()
     to_close.callback(run.close)
-    to_close.callback(table.close)
     try:
         main_first(state, partial(run.keep_photos, dataset, anew=saved is None))
         main_first(state, partial(run.cut_metrics, saved["metrics_bytes"] if saved else 0))
@@ -206,8 +201,15 @@ def main(arguments: list[str]) -> None:
         else:
             start = chosen_start(config, fitted, unfitted)
         network.freeze(frozen_stages(config, start.freeze))
-        chosen = resolved(config, start, network)
+        chosen = resolved(config, start, network, len(photos["train"]))
         assert chosen.views_per_photo != "auto"
+        assert chosen.epochs != "auto"
+        last_step = min(chosen.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+        epochs = -(-last_step // steps_per_epoch)
+        if at.global_step < last_step:  # max_steps may have ended an epoch early
+            at.epoch = min(at.epoch, at.global_step // steps_per_epoch)
+        table = EpochTable(visible=state.is_main_process, epochs=chosen.epochs, steps_per_epoch=steps_per_epoch)
+        to_close.callback(table.close)
 
         # Optimizer and loaders. The loaders are not prepared by Accelerate: the plan shards.
         model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
@@ -237,19 +239,20 @@ def main(arguments: list[str]) -> None:
             for loader in (training, validation):
                 loader.bad = run.still_bad(loader.split, saved["bad"][loader.split.name])
         facts = describe_run(accelerator, dataset, network, engine)
+        facts["epochs"] = chosen.epochs
         facts["frozen_up_to"] = "layer4" if config.mode == "feature_extract" else start.freeze
         tracking = Tracking(accelerator, config, run, dataset, facts)
         stop.listen()  # again: a tracker may have taken the signals over
         if state.is_main_process:
             print(
                 *([start.reason] if start.reason and epochs else []),
-                *setup_report(config, weights, network, accelerator, facts),
+                *setup_report(chosen, weights, network, accelerator, facts),
                 *features.report(),
                 *store_report(features, validation_features),
                 f"loader: {engine} ({reason}); {counted(steps_per_epoch, 'step')} an epoch, {last_step} in all, "
                 f"{counted(micro_batch, 'photo')} at a time on a process",
                 *how_it_goes_on(config, before, saved, accelerator, network, last_step),
-                *(rate_jump(config, steps_per_epoch, at.global_step, last_rates) if at.global_step < last_step else []),
+                *(rate_jump(chosen, steps_per_epoch, at.global_step, last_rates) if at.global_step < last_step else []),
                 sep="\n",
                 flush=True,
             )
@@ -299,7 +302,7 @@ def main(arguments: list[str]) -> None:
             save()
 
         # The loop: update, log, save, evaluate, keep the best.
-        rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, max(0, at.global_step - 1)))
+        rates = set_learning_rates(optimizer, lr_factor(chosen, steps_per_epoch, max(0, at.global_step - 1)))
         if to_fit:
             run.append_metrics(fitted)
             tracking.show(run.figures / "head_penalty.png")
@@ -324,7 +327,7 @@ def main(arguments: list[str]) -> None:
                 stop_if_asked()
             steps = training.epoch(epoch - 1, start_step, images=not features.are_kept)
             for step in islice(steps, max(0, last_step - at.global_step)):
-                rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, at.global_step))
+                rates = set_learning_rates(optimizer, lr_factor(chosen, steps_per_epoch, at.global_step))
                 votes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
                 sums, batch = update(
                     *(model, features, optimizer, step, votes, training, accelerator, config, class_weights)
