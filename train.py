@@ -12,11 +12,10 @@ number are left in runs/<name>/.
 
 import math
 import os
-import shlex
 import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -28,14 +27,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from pipelines.cache import cache_folder
-from pipelines.config import SCHEMA, Config, dump_yaml, not_named, parse_config, recipe_given
+from pipelines.config import Config, dump_yaml, not_named, parse_config, recipe_given
 from pipelines.data.dataset import check_dataset, map_labels
 from pipelines.data.engines.factory import agree_on_engine
-from pipelines.data.loader import Batch, Loader, Step, eval_loader, share_bad_photos, train_loader
+from pipelines.data.loader import Loader, eval_loader, share_bad_photos, train_loader
 from pipelines.data.open import open_dataset
-from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_crop_mode
+from pipelines.data.preprocess import choose_crop_mode
 from pipelines.distributed.exits import exit_status_of, run_script
-from pipelines.distributed.launch import launcher_hints, start_accelerator, start_processes
+from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.stopping import StopRequest
 from pipelines.distributed.sync import main_first, main_then_others
 from pipelines.errors import MachineError, PassStopped, Stopped, UserError
@@ -43,7 +42,6 @@ from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import MEMORY_LIMIT, FrozenFeatures, store_report
 from pipelines.model.logistic_regression import class_weights_of
 from pipelines.model.network import (
-    TransferModel,
     average_batchnorm_statistics,
     build_model,
     frozen_stages,
@@ -53,31 +51,33 @@ from pipelines.model.optimizer import learning_rates, lr_factor, make_optimizer,
 from pipelines.model.weights import Weights, read_weights
 from pipelines.run import figures
 from pipelines.run.checkpoint import CheckpointClock, Checkpoints, Progress, newest_checkpoint
-from pipelines.run.folder import RunFolder, describe_model, new_run_name, versions
-from pipelines.run.resume import changed_settings
-from pipelines.run_files import is_run_config
+from pipelines.run.folder import RunFolder, describe_model, new_run_name
 from pipelines.text import counted, printable
 from pipelines.tracking.session import Tracking, describe_run
 from pipelines.tracking.settings import check_tracker
 from pipelines.training.evaluation import (
     BEST_BY,
-    answers_are_finite,
     best_scores,
     loss_and_top1,
     predict,
-    score,
     validation_row,
-    wilson_interval,
 )
-from pipelines.training.fitted_head import Start, chosen_start, fit_head, resolved, why_not_fitted
+from pipelines.training.fitted_head import LONG, Start, chosen_start, fit_head, resolved, why_not_fitted
 from pipelines.training.micro_batch import micro_batch_of
 from pipelines.training.progress import EpochTable, Interval, StepWatch
+from pipelines.training.report import (
+    end_report,
+    head_report,
+    how_it_goes_on,
+    save_last_figures,
+    save_train_batch,
+    say_whose_recipe,
+    setup_report,
+    without_effect,
+)
+from pipelines.training.step import update
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from torch.nn import functional
-from torch.nn.utils import get_total_norm
 
 
 def main(arguments: list[str]) -> None:
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process, not_named=not_named(arguments))
     beginning = "new" if config.prepare else main_first(state, partial(run.beginning, config))
     if not config.prepare:
-        main_first(state, partial(_say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))
+        main_first(state, partial(say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))
     nothing_to_do = f"{run.folder} is finished: nothing to do (--overwrite starts it anew)"
     if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
         main_first(state, partial(print, nothing_to_do))
@@ -129,10 +129,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: {advice}")
     engine, reason = agree_on_engine(config.loader, state)
     steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)
-    last_step = min(config.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
-    epochs = -(-last_step // steps_per_epoch)
+    likely_epochs = LONG if config.epochs == "auto" else config.epochs
     trackers = None if config.tracker == "none" else config.tracker
-    accelerator = start_accelerator(config, state, trackers, steps=last_step)
+    accelerator = start_accelerator(config, state, trackers, steps=likely_epochs * steps_per_epoch)
     checkpoints = Checkpoints(run, dataset, accelerator)
     first_weights = saved.get("first_weights") if saved else weights.digest()
 
@@ -142,7 +141,7 @@ def main(arguments: list[str]) -> None:
     if saved:
         was_fitted = saved.get("head_is_fitted", config.head_init == "fitted" and not unfitted)
         unfitted = "" if was_fitted else unfitted or "the run has begun without one"
-    if unfitted and not epochs:
+    if unfitted and config.epochs == 0:
         raise UserError(f"epochs: 0: no head is fitted, as {unfitted}: give --epochs, as in --epochs 10 --lr 0.001")
     to_fit = not unfitted and saved is None
     photos, labels = dataset.splits, {split: map_labels(dataset.splits[split], classes) for split in ("train", "val")}
@@ -153,9 +152,6 @@ def main(arguments: list[str]) -> None:
 
     # Where the training stands. `at.epoch` counts what is trained and evaluated, `at.global_step` the updates.
     at = Progress(saved["epoch"], saved["global_step"], saved["skipped_steps"], saved["best"]) if saved else Progress()
-    if at.global_step < last_step:  # max_steps may have ended an epoch early
-        at.epoch = min(at.epoch, at.global_step // steps_per_epoch)
-    table = EpochTable(visible=state.is_main_process, epochs=config.epochs, steps_per_epoch=steps_per_epoch)
     watch, interval, whole_epoch = StepWatch(), Interval(accelerator.device), Interval(accelerator.device)
     stop = StopRequest(run.stop_file if state.is_main_process else None)
     clock = CheckpointClock(config.checkpoint_minutes)
@@ -171,7 +167,6 @@ def main(arguments: list[str]) -> None:
 
     to_close = ExitStack()
     to_close.callback(run.close)
-    to_close.callback(table.close)
     try:
         main_first(state, partial(run.keep_photos, dataset, anew=saved is None))
         main_first(state, partial(run.cut_metrics, saved["metrics_bytes"] if saved else 0))
@@ -181,8 +176,8 @@ def main(arguments: list[str]) -> None:
                 dump_yaml(config).rstrip(),
                 *dataset.report(),
                 *([cropping] if cropping else []),
-                *_without_effect(config),
-                *([] if saved else _head_report(config, unfitted, weights, has_own_head)),
+                *without_effect(config),
+                *([] if saved else head_report(config, unfitted, weights, has_own_head)),
                 f"run: {run.folder}",
                 sep="\n",
                 flush=True,
@@ -206,8 +201,15 @@ def main(arguments: list[str]) -> None:
         else:
             start = chosen_start(config, fitted, unfitted)
         network.freeze(frozen_stages(config, start.freeze))
-        chosen = resolved(config, start, network)
+        chosen = resolved(config, start, network, len(photos["train"]))
         assert chosen.views_per_photo != "auto"
+        assert chosen.epochs != "auto"
+        last_step = min(chosen.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
+        epochs = -(-last_step // steps_per_epoch)
+        if at.global_step < last_step:  # max_steps may have ended an epoch early
+            at.epoch = min(at.epoch, at.global_step // steps_per_epoch)
+        table = EpochTable(visible=state.is_main_process, epochs=chosen.epochs, steps_per_epoch=steps_per_epoch)
+        to_close.callback(table.close)
 
         # Optimizer and loaders. The loaders are not prepared by Accelerate: the plan shards.
         model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
@@ -237,19 +239,20 @@ def main(arguments: list[str]) -> None:
             for loader in (training, validation):
                 loader.bad = run.still_bad(loader.split, saved["bad"][loader.split.name])
         facts = describe_run(accelerator, dataset, network, engine)
+        facts["epochs"] = chosen.epochs
         facts["frozen_up_to"] = "layer4" if config.mode == "feature_extract" else start.freeze
         tracking = Tracking(accelerator, config, run, dataset, facts)
         stop.listen()  # again: a tracker may have taken the signals over
         if state.is_main_process:
             print(
                 *([start.reason] if start.reason and epochs else []),
-                *_setup_report(config, weights, network, accelerator, facts),
+                *setup_report(chosen, weights, network, accelerator, facts),
                 *features.report(),
                 *store_report(features, validation_features),
                 f"loader: {engine} ({reason}); {counted(steps_per_epoch, 'step')} an epoch, {last_step} in all, "
                 f"{counted(micro_batch, 'photo')} at a time on a process",
-                *_how_it_goes_on(config, before, saved, accelerator, network, last_step),
-                *(rate_jump(config, steps_per_epoch, at.global_step, last_rates) if at.global_step < last_step else []),
+                *how_it_goes_on(config, before, saved, accelerator, network, last_step),
+                *(rate_jump(chosen, steps_per_epoch, at.global_step, last_rates) if at.global_step < last_step else []),
                 sep="\n",
                 flush=True,
             )
@@ -299,7 +302,7 @@ def main(arguments: list[str]) -> None:
             save()
 
         # The loop: update, log, save, evaluate, keep the best.
-        rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, max(0, at.global_step - 1)))
+        rates = set_learning_rates(optimizer, lr_factor(chosen, steps_per_epoch, max(0, at.global_step - 1)))
         if to_fit:
             run.append_metrics(fitted)
             tracking.show(run.figures / "head_penalty.png")
@@ -324,13 +327,13 @@ def main(arguments: list[str]) -> None:
                 stop_if_asked()
             steps = training.epoch(epoch - 1, start_step, images=not features.are_kept)
             for step in islice(steps, max(0, last_step - at.global_step)):
-                rates = set_learning_rates(optimizer, lr_factor(config, steps_per_epoch, at.global_step))
+                rates = set_learning_rates(optimizer, lr_factor(chosen, steps_per_epoch, at.global_step))
                 votes = (stop.is_made(), clock.has_run_out() and state.is_main_process)
                 sums, batch = update(
                     *(model, features, optimizer, step, votes, training, accelerator, config, class_weights)
                 )
                 if at.global_step == 0 and state.is_main_process:
-                    figures.attempt("train_batch.png", partial(_save_train_batch, run, batch, training, classes))
+                    figures.attempt("train_batch.png", partial(save_train_batch, run, batch, training, classes))
                     tracking.show(run.figures / "train_batch.png")
                 at.global_step += 1
                 at.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
@@ -359,10 +362,10 @@ def main(arguments: list[str]) -> None:
 
         # What is left: curves, the best weights, and what to type next.
         if state.is_main_process:
-            _save_last_figures(run, records, classes, best_by)
+            save_last_figures(run, records, classes, best_by)
             if not epochs:
                 views = training.central(config.resize)
-                save_views = partial(_save_train_batch, run, views.empty_batch(), views, classes)
+                save_views = partial(save_train_batch, run, views.empty_batch(), views, classes)
                 figures.attempt("train_batch.png", save_views)
                 tracking.show(run.figures / "train_batch.png")
             for picture in ("curves", "confusion_matrix", "per_class"):
@@ -372,7 +375,7 @@ def main(arguments: list[str]) -> None:
             tracking.finish(best_scores(at.best) | {"best/epoch": at.best["epoch"]} | of_the_head)
             run.write_status("finished", "", 0, at.epoch, at.global_step)
             seconds = time.perf_counter() - started
-            print(*_end_report(at.best, best_by, run, (training, validation), seconds), sep="\n")
+            print(*end_report(at.best, best_by, run, (training, validation), seconds), sep="\n")
     except BaseException as error:
         ending = exit_status_of(error)
         is_stop = ending.exit_code == Stopped.exit_code
@@ -392,182 +395,6 @@ def main(arguments: list[str]) -> None:
 
 def _feature_store(config: Config) -> FeatureStore | None:
     return FeatureStore(cache_folder() / "features", int(config.cache_gb * 1e9)) if config.cache_gb else None
-
-
-def update(
-    model: Any,
-    features: FrozenFeatures,
-    optimizer: torch.optim.Optimizer,
-    step: Step,
-    votes: tuple[bool, bool],
-    loader: Loader,
-    accelerator: Accelerator,
-    config: Config,
-    class_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Batch]:
-    """One optimizer update from one global batch.
-
-    votes: whether this process wants to stop, to save. class_weights: float32 [C], of the photos in the loss.
-    Returns float32 [7], sums over all processes: loss, correct answers, photos, norm of the gradient before it is
-    clipped (0 where it is not finite), 1 where it is finite, votes to stop, to save; and this process's first
-    micro-batch.
-    The loss is the sum over this process's photos divided by the global number of positions. DDP takes the mean of the
-    processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
-    """
-    optimizer.zero_grad()
-    sums = torch.zeros(7, device=accelerator.device)
-    for position, vote in enumerate(votes, start=5):
-        if vote:  # filled, as a copy from the host would wait for all of the step before
-            sums[position].fill_(1)
-    for number in range(step.rounds):
-        # A process without a share takes part with a batch of no photos, as the others wait for its gradients.
-        batch = next(step.batches, None) or loader.empty_batch()
-        if number == 0:
-            first_batch = batch
-        with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
-            with accelerator.autocast():
-                logits = model(features.of(batch)).float()
-            losses = functional.cross_entropy(
-                logits,
-                batch.labels,
-                weight=class_weights,
-                label_smoothing=config.label_smoothing,
-                reduction="sum",
-            )
-            accelerator.backward(losses * (accelerator.num_processes / step.size))
-        correct = (logits.argmax(dim=1) == batch.labels).sum()
-        sums[:3] += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])
-    if config.clip_grad_norm is not None:
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
-    else:
-        accelerator.unscale_gradients(optimizer)
-        norm = get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
-    if accelerator.is_main_process:  # it is the same on all
-        sums[3:5] = torch.stack([norm.nan_to_num(0, 0, 0), norm.isfinite()])
-    optimizer.step()
-    return accelerator.reduce(sums, "sum"), first_batch
-
-
-def _without_effect(config: Config) -> list[str]:
-    """A line on what somebody has set and what plays no part; at most one."""
-    idle = {key: why for key, why in config.without_effect().items() if getattr(config, key) != SCHEMA[key]["default"]}
-    return ["without effect: " + ", ".join(f"{key} ({why})" for key, why in idle.items())] if idle else []
-
-
-def _setup_report(
-    config: Config, weights: Weights, network: TransferModel, accelerator: Accelerator, facts: dict[str, Any]
-) -> list[str]:
-    processes = accelerator.num_processes
-    lines = [
-        f"weights: {weights.source}; {facts['parameters']:,} parameters, "
-        f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
-        *weights.notes,
-        f"processes: {processes} on {accelerator.device.type}, precision {facts['precision']}",
-        *launcher_hints(accelerator, config, facts["train_photos"]),
-    ]
-    if network.dropout_is_left_out:
-        lines.append(f"dropout: what {config.arch} has of it is left out, as nothing here depends on how it is drawn")
-    if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
-        lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
-    return lines
-
-
-def _head_report(config: Config, unfitted: str, weights: Weights, has_own_head: bool) -> list[str]:
-    """unfitted: why no head is fitted. has_own_head: whether the weights' own head is for these classes."""
-    if not config.may_fit_head:
-        return []
-    if unfitted:
-        return [f"head: not fitted, as {unfitted}: it is {'the one of the weights' if has_own_head else 'zeros'}"]
-    return [f"head: fitted anew, in place of the one of {weights.source}"] if has_own_head else []
-
-
-def _end_report(
-    best: dict[str, Any], best_by: str, run: RunFolder, loaders: tuple[Loader, ...], seconds: float
-) -> list[str]:
-    low, high = wilson_interval(best["correct"], best["count"])
-    known = sum(int((loader.split.faults > 0).sum()) for loader in loaders)
-    met = sum(len(loader.bad) for loader in loaders)
-    accuracies = {key.removeprefix("val/"): f"{best[key]:.4f}" for key in BEST_BY.values() if key in best}
-    chosen = best_by.removeprefix("val/")
-    others = "".join(f" ({name} {value})" for name, value in accuracies.items() if name != chosen)
-    lines = [
-        f"best val {chosen} {accuracies[chosen]}{others} at epoch {best['epoch']}: {best['correct']} of "
-        f"{best['count']}, 95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
-    ]
-    if known + met:
-        lines.append(
-            f"left out: {counted(known + met, 'photo')}, {known} of them found by the scan and {met} met in the run"
-        )
-    return [
-        *lines,
-        f"best weights: {run.best}",
-        f"figures:      {run.figures}",
-        f"next:         accelerate launch evaluate.py {run.folder}",
-    ]
-
-
-def _say_whose_recipe(recipe: Path | None, run: RunFolder, *, is_new: bool) -> None:
-    """A line where a run has the config.yaml of another one, which may have been meant."""
-    if recipe is None or not is_run_config(recipe) or not RunFolder(recipe.parent).status():
-        return
-    other = recipe.resolve().parent
-    if other != run.folder.resolve():
-        go_on = f"--runs {shlex.quote(str(other.parent))} --run {shlex.quote(other.name)}"
-        what = "a new run" if is_new else run.folder
-        print(printable(f"{what} with the settings of {other}: {go_on} goes on with that one"), flush=True)
-
-
-def _how_it_goes_on(
-    config: Config,
-    before: Config | None,
-    saved: dict[str, Any] | None,
-    accelerator: Accelerator,
-    network: TransferModel,
-    last_step: int,
-) -> list[str]:
-    if before is None:
-        return []
-    settings = changed_settings(before, config)
-    changes = [f"settings changed: {settings}"] if settings else []
-    if saved is None:
-        return ["resumed: there is no checkpoint yet, so it begins at step 0", *changes]
-    lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}", *changes]
-    by_itself = "BatchNorm (train) normalises each by itself, so that results differ by more than rounding"
-    if saved["world_size"] != accelerator.num_processes:
-        what = "sums in another order" if network.batchnorm != "train" else f"in other shares, and {by_itself}"
-        lines.append(f"the checkpoint is of {counted(saved['world_size'], 'process')}: the same photos, {what}")
-    elif network.batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
-        lines.append(f"max_batch_per_device: other micro-batches, and {by_itself}")
-    if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
-        lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
-    if saved["global_step"] >= last_step:
-        limit = f"epochs {config.epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
-        lines.append(f"nothing is left to train: with {limit} the run ends at step {last_step}")
-    if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
-        lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
-    return lines
-
-
-def _save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tuple[str, ...]) -> None:
-    if not len(batch.images):  # its features were known; what they are of is worth a look
-        batch = next(next(training.epoch(0)).batches)
-    titles = [classes[label] for label in batch.labels[:16].tolist()]
-    images = batch.images[:16].float().cpu().numpy()
-    figures.save_train_batch(run.figures / "train_batch.png", images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-
-
-def _save_last_figures(run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...], best_by: str) -> None:
-    """The curves, and what the last evaluation says of each class."""
-    paths = {name: run.figures / f"{name}.png" for name in ("curves", "confusion_matrix", "per_class")}
-    title = run.folder.name
-    draw = figures.attempt
-    draw("curves.png", lambda: figures.save_curves(paths["curves"], run.read_metrics(), title=title, best_by=best_by))
-    # A run that was killed between its last evaluation and its end has them already.
-    if records is not None and answers_are_finite(records):
-        scores = score(records, len(classes))
-        pairs, per_class = scores.confusion_pairs, scores.per_class
-        draw("confusion_matrix.png", partial(figures.save_confusion_matrix, paths["confusion_matrix"], pairs, classes))
-        draw("per_class.png", partial(figures.save_per_class, paths["per_class"], per_class, classes))
 
 
 def _where(global_step: int, rates: dict[str, float], indices: list[int], loader: Loader) -> str:

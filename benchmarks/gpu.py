@@ -33,7 +33,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import train
 from pipelines.config import parse_config
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.engines.factory import make_engine
@@ -48,6 +47,7 @@ from pipelines.model.optimizer import make_optimizer
 from pipelines.model.weights import read_weights
 from pipelines.run.folder import versions
 from pipelines.training.progress import Interval, StepWatch
+from pipelines.training.step import update
 
 import numpy as np
 import torch
@@ -392,7 +392,7 @@ class Training:
         started = time.perf_counter()
         with watched():
             for step in islice(steps, number):
-                sums, _ = train.update(
+                sums, _ = update(
                     self.model, features, self.optimizer, step, (False, False), loader, self.accelerator, self.config
                 )
                 self._interval.add(sums)

@@ -99,14 +99,14 @@ def compare(folder: Path, kills: int, processes: int, seed: int) -> Outcome:
     most = STEPS_PER_EPOCH * epochs // (kills + 1)
     _make_photos(folder / "photos")
     undisturbed, killed = folder / "runs" / "undisturbed", folder / "runs" / "killed"
-    _live(folder, undisturbed.name, processes, epochs)
+    _attempt(folder, undisturbed.name, processes, epochs)
     in_a_checkpoint = 0
     for number in range(kills):
         saving = number % 2 == 1
-        if not _live(folder, killed.name, processes, epochs, _Moment(killed, saving, draw.randint(1, most))):
+        if not _attempt(folder, killed.name, processes, epochs, _Moment(killed, saving, draw.randint(1, most))):
             raise SystemExit(f"the training was over before kill {number + 1}: give fewer")
         in_a_checkpoint += (killed / "checkpoints" / ".unfinished").exists()
-    _live(folder, killed.name, processes, epochs)
+    _attempt(folder, killed.name, processes, epochs)
     return Outcome(kills, in_a_checkpoint, _rows(killed)[-1]["global_step"], _differences(undisturbed, killed))
 
 
@@ -117,18 +117,18 @@ def kill_at_calls(folder: Path, every: int, *, overwrite: bool) -> tuple[int, li
     torch.set_num_threads(1)  # in a fork of a process with threads OpenMP would wait for them for ever
     _make_photos(folder / "photos")
     runs, differences = folder / "runs", list[str]()
-    _short_life(folder, "undisturbed")
-    _short_life(folder, "earlier", "--lr=0.5")
+    _short_attempt(folder, "undisturbed")
+    _short_attempt(folder, "earlier", "--lr=0.5")
     for kills in itertools.count():
         run = runs / "killed"
         if overwrite:
             shutil.copytree(runs / "earlier", run)
         call = 1 + kills * every
-        if _short_life(folder, run.name, *(["--overwrite"] if overwrite else []), die_at=call):
+        if _short_attempt(folder, run.name, *(["--overwrite"] if overwrite else []), die_at=call):
             return kills, differences
         # Slurm's second attempt lets --overwrite be, and would refuse to go on with an earlier run that is still whole.
         is_whole = not (run / ".unbegun").exists() and "\nlr: 0.5\n" in _text_of(run / "config.yaml")
-        if _short_life(folder, run.name, "--overwrite", requeued=not (overwrite and is_whole)):
+        if _short_attempt(folder, run.name, "--overwrite", requeued=not (overwrite and is_whole)):
             differences += [f"{name} after call {call}" for name in _differences(runs / "undisturbed", run)]
         else:
             differences.append(f"no second attempt after call {call}")
@@ -140,7 +140,7 @@ def _text_of(file: Path) -> str:
     return file.read_text("utf-8") if file.exists() else ""
 
 
-def _short_life(folder: Path, name: str, *flags: str, die_at: int = 0, requeued: bool = False) -> bool:
+def _short_attempt(folder: Path, name: str, *flags: str, die_at: int = 0, requeued: bool = False) -> bool:
     """A run of three steps in a fork, which has all libraries. Returns whether it came to its end."""
     if child := os.fork():
         return os.waitpid(child, 0)[1] == 0
@@ -186,7 +186,7 @@ class _Moment:
         return count >= self._first + self._rows
 
 
-def _live(folder: Path, name: str, processes: int, epochs: int, kill: _Moment | None = None) -> bool:
+def _attempt(folder: Path, name: str, processes: int, epochs: int, kill: _Moment | None = None) -> bool:
     """One attempt at the run. Returns True if it was killed, False if it ended by itself, as it should."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["--mixed_precision", "no", "--num_processes", str(processes)]

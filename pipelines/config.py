@@ -153,7 +153,7 @@ class Config:
     """chance that a training photo is mirrored"""
     views_per_photo: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
-    computed once, so that more epochs cost little; null: new ones every epoch; auto: 6 where stages are frozen, else
+    computed once, so that more epochs cost little; null: new ones every epoch; auto: 4 where stages are frozen, else
     null"""
 
     loader: EngineName = "auto"
@@ -186,8 +186,9 @@ class Config:
     compile: bool = False
     """run the model through torch.compile"""
 
-    epochs: Annotated[int, Field(ge=0)] = 10
-    """how often every training photo is seen; 0 where a head is fitted, which is the whole training then"""
+    epochs: Literal["auto"] | Annotated[int, Field(ge=0)] = 10
+    """how often every training photo is seen; 0 where a head is fitted: that is the whole training then; auto: 16, or 8
+    where stages are frozen, and more where that would be fewer than 128 steps"""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """end the run after this many steps, in the regular way"""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -267,7 +268,7 @@ class Config:
     def _check_together(self) -> "Config":
         if self.resize < self.image_size:
             raise Contradiction("resize must be at least image_size", "resize", "image_size")
-        if self.warmup_epochs > self.epochs:
+        if self.epochs != "auto" and self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
         if self.epochs == 0 and not self.may_fit_head:
             raise Contradiction("nothing would teach the head: give epochs, or head_init fitted", "epochs", "head_init")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import train
 from pipelines import config as config_module
 from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
+from pipelines.training.report import without_effect
 from tests.helpers.paths import ROOT
 
 import pytest
@@ -497,4 +497,4 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
     ],
 )
 def test_what_plays_no_part_is_said(settings, line):
-    assert train._without_effect(Config(**settings)) == ([f"without effect: {line}"] if line else [])
+    assert without_effect(Config(**settings)) == ([f"without effect: {line}"] if line else [])

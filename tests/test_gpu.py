@@ -284,7 +284,7 @@ def test_known_features_stay_on_the_gpu(root, tmp_path, random_weights, monkeypa
     settings += ["--runs", str(tmp_path)]
     losses = {}
     for where, room in (("the GPU's memory", 2**40), ("in memory", 0)):
-        monkeypatch.setattr("pipelines.model.features.room_on", lambda _, room=room: room)
+        monkeypatch.setattr("pipelines.model.features.free_bytes_on", lambda _, room=room: room)
         assert run_script(train.main, [*settings, "--run", f"room-{room}"]) == 0
         assert where in capsys.readouterr().out
         rows = [json.loads(line) for line in (tmp_path / f"room-{room}" / "metrics.jsonl").read_text().splitlines()]

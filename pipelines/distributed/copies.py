@@ -41,6 +41,6 @@ def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def room_on(device: torch.device) -> int:
+def free_bytes_on(device: torch.device) -> int:
     """How many bytes may be kept on a GPU for a whole run, asked before it trains; 0 elsewhere."""
     return torch.cuda.mem_get_info(device)[0] // _SHARE if device.type == "cuda" else 0

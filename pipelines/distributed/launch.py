@@ -169,6 +169,7 @@ def _cpu_precision_hint(accelerator: Accelerator, config: Config, photos: int) -
         return ["this processor only emulates bf16, slowly: accelerate launch --mixed_precision no"]
     if accelerator.mixed_precision != "no":
         return []
+    assert config.epochs != "auto"
     seen = min(config.epochs * photos, (config.max_steps or sys.maxsize) * config.batch_size)
     is_long = seen * (config.image_size / 224) ** 2 >= _BF16_MATTERS
     # Several processes would disturb each other; what is known of the machine is said all the same.

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pipelines.data.loader import Batch, Loader, share_bad_photos
 from pipelines.data.plan import random_bits
-from pipelines.distributed.copies import read_later, room_on, to_device
+from pipelines.distributed.copies import free_bytes_on, read_later, to_device
 from pipelines.errors import PassStopped
 from pipelines.files import ROOT
 from pipelines.model.feature_store import FeatureStore
@@ -88,7 +88,7 @@ class FrozenFeatures:
             self._numbers = math.prod(self._of_none.shape[1:])
             self.bytes = self._shown * self._copies * loader.plan.length * self._numbers * self._of_none.element_size()
         self.are_kept = 0 < self.bytes <= limit
-        self._home = accelerator.device if self.bytes <= room_on(accelerator.device) else torch.device("cpu")
+        self._home = accelerator.device if self.bytes <= free_bytes_on(accelerator.device) else torch.device("cpu")
 
     def report(self) -> list[str]:
         """For the start of a run: whether the views are kept, where there are few; at most one line."""

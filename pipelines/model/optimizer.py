@@ -37,6 +37,7 @@ def lr_factor(config: Config, steps_per_epoch: int, global_step: int) -> float:
     if config.schedule == "step":
         return config.step_gamma ** (global_step // steps_per_epoch // config.step_epochs)
     if config.schedule == "cosine":
+        assert config.epochs != "auto"
         remaining = max(1, config.epochs * steps_per_epoch - warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * (global_step - warmup_steps) / remaining))
     return 1.0

@@ -135,11 +135,12 @@ class RunFolder:
         for line in self._edited():
             print(printable(line), file=sys.stderr, flush=True)
         if older := self.meant_before(config):
-            is_said = {key for key in older if key != "crop_mode" or config.crop_mode != "auto"}
-            if words := ", ".join(f"{key} {spelled(value)}" for key, value in older.items() if key in is_said):
+            was_auto = {key for key in ("crop_mode", "epochs") if getattr(config, key) == "auto"}
+            if words := ", ".join(f"{key} {spelled(older[key])}" for key in older if key not in was_auto):
                 print(f"run: {printable(self.folder)} goes on as it began, with {words}", file=sys.stderr, flush=True)
             config = replace(config, **older)
         is_finished = status.get("state") == "finished"
+        at = status.get("epoch", 0), status.get("global_step", 0)
         # Before the first checkpoint nothing is lost: a setting may be put right that has ended the run at its start.
         if (changed := other_result(before, config)) and (is_finished or self.has_saved()):
             values = ", ".join(f"{key} {spelled(getattr(before, key))}" for key in changed)
@@ -150,7 +151,7 @@ class RunFolder:
             )
         # Best weights that somebody has removed are in the checkpoint, and are put back on the way to the end.
         has_its_weights = self.best.exists() or not self.has_checkpoint()
-        if is_finished and has_its_weights and not is_longer(before, config, status.get("global_step", 0)):
+        if is_finished and has_its_weights and not is_longer(before, config, *at):
             return "finished"
         # A run that is cut off before its first checkpoint may have best weights, of its first epoch, and begins anew.
         has_lost = is_finished or status.get("epoch", 0) > 1
@@ -166,8 +167,8 @@ class RunFolder:
         before, now = asdict(self.settings_before()), asdict(config)
         are_default = {key for key in MEANT_BEFORE if now[key] == SCHEMA[key]["default"]}
         meant = {key: MEANT_BEFORE[key] for key in are_default if before[key] == MEANT_BEFORE[key]}
-        if now["crop_mode"] == "auto":  # whatever it came to
-            meant["crop_mode"] = before["crop_mode"]
+        # Whatever it came to; the default recipe may have had a number of epochs, and have auto now.
+        meant |= {key: before[key] for key in ("crop_mode", "epochs") if now[key] == "auto" and before[key] != "auto"}
         own = {key: before[key] for key in self._not_named if key in REFUSED and before[key] != now[key]}
         with suppress(ValidationError):  # with a flag that does not go with them: then all that differs is to be told
             replace(config, **own)

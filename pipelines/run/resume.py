@@ -51,12 +51,14 @@ def ask_for_the_same_photos(before: Config, now: Config) -> bool:
     return one == other
 
 
-def is_longer(before: Config, now: Config, global_step: int) -> bool:
-    """Whether a run that was finished at `global_step` is to go on: for more epochs, or more of its steps."""
+def is_longer(before: Config, now: Config, epoch: int, global_step: int) -> bool:
+    """Whether a run that was finished after `epoch` epochs is to go on: for more of them, or more of its steps."""
     if now.max_steps is not None and now.max_steps <= global_step:
         return False
     was_cut = before.max_steps is not None and before.max_steps <= global_step
-    return was_cut or now.epochs > before.epochs
+    if now.epochs == "auto":  # as before: it is the same number for the same photos
+        return was_cut
+    return was_cut or now.epochs > (epoch if before.epochs == "auto" else before.epochs)
 
 
 def spelled(value: Any) -> str:

@@ -24,7 +24,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast
 
-_VIEWS = 6  # of a photo that frozen stages see: they take as long as the training of the rest
+_VIEWS = 4  # of a photo that frozen stages see: held-out losses were no better with six (docs/recipes.md)
+# For `epochs: auto`. Held-out losses of ants and bees with layer4 alone were no better after 16 (docs/recipes.md).
+LONG, SHORT, LEAST_STEPS = 16, 8, 128
 _RIGHT_ON_NEARLY_ALL = 0.95  # of what is held out
 
 
@@ -123,12 +125,19 @@ def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) ->
     return Start(freeze, restarts, "; ".join(filter(None, [reason, again])))
 
 
-def resolved(config: Config, start: Start, network: TransferModel) -> Config:
-    """The settings with what `auto` has come to. network: frozen as `start` has it."""
+def resolved(config: Config, start: Start, network: TransferModel, photos: int) -> Config:
+    """The settings with what `auto` has come to. network: frozen as `start` has it. photos: to train on.
+
+    The same after any stop: it follows from `start`, which a checkpoint keeps, and from what a run may not change.
+    """
     views = config.views_per_photo
     if views == "auto":
         views = _VIEWS if network.frozen_part_is_fixed else None
-    return replace(config, freeze=start.freeze, views_per_photo=views)
+    epochs = config.epochs
+    if epochs == "auto":
+        epochs = SHORT if network.frozen_part_is_fixed else LONG
+        epochs = max(epochs, -(-LEAST_STEPS // -(-photos // config.batch_size)))
+    return replace(config, freeze=start.freeze, views_per_photo=views, epochs=epochs)
 
 
 def _chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[Freeze, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.distributed.copies import read_later
 from pipelines.errors import UserError
+from pipelines.training.step import LEARNED, StepSums
 
 import torch
 from tqdm import tqdm
@@ -33,7 +34,8 @@ class Interval:
     def __init__(self, device: torch.device) -> None:
         # Apple's GPUs have no float64.
         self._device = device
-        self._sums = torch.zeros(5, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(LEARNED.stop, device=device, dtype=kind)
         self._started, self._waited_before = time.perf_counter(), 0.0
 
     def start(self, wait_seconds: float) -> None:
@@ -44,10 +46,8 @@ class Interval:
         self._started, self._waited_before = time.perf_counter(), wait_seconds
 
     def add(self, sums: torch.Tensor) -> None:
-        """sums: float [5 or more], of one step over all processes: summed loss, correct answers, photos, norm of the
-        gradient, 1 where that is finite, ...
-        """
-        self._sums += sums[:5]
+        """sums: of one step over all processes, the tensor of `StepSums`."""
+        self._sums += sums[LEARNED]
 
     def state(self, wait_seconds: float) -> dict[str, Any]:
         """What `restore` needs to go on with this interval in another attempt at the run; JSON."""
@@ -89,7 +89,7 @@ class StepWatch:
         self._copies: deque[tuple[Callable[[], list[float]], Callable[[], str]]] = deque()
 
     def add(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
-        """sums: float [7], of one step over all processes: as for `Interval.add`, then votes to stop and to save.
+        """sums: of one step over all processes, the tensor of `StepSums`.
 
         where: names step, lr and photos, for the message.
         """
@@ -100,9 +100,9 @@ class StepWatch:
         """Looks at all steps but the last `keep`. Raises UserError once three losses in a row are not finite."""
         while len(self._copies) > keep:
             read, where = self._copies.popleft()
-            loss, *_, stop, save = read()
-            self.stop, self.save = self.stop or stop > 0, self.save or save > 0
-            self.not_finite_in_a_row = 0 if math.isfinite(loss) else self.not_finite_in_a_row + 1
+            sums = StepSums(*read())
+            self.stop, self.save = self.stop or sums.stop_votes > 0, self.save or sums.save_votes > 0
+            self.not_finite_in_a_row = 0 if math.isfinite(sums.loss) else self.not_finite_in_a_row + 1
             if self.not_finite_in_a_row == _DIVERGED_AFTER:
                 raise UserError(
                     f"the loss was not finite in {_DIVERGED_AFTER} updates in a row, last at {where()}: lower --lr, "

@@ -5,13 +5,13 @@ import shutil
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
-import train
 from pipelines.config import SCHEMA, Config, dump_yaml, not_named
 from pipelines.errors import UserError
 from pipelines.model.optimizer import lr_factor, rate_jump
 from pipelines.run import resume
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run_files import read_run_config, to_json
+from pipelines.training.report import how_it_goes_on
 from tests.helpers.run_files import PROGRESS, without
 
 import pytest
@@ -271,7 +271,7 @@ def test_a_rate_that_is_off_its_course_is_said_with_both_values():
 def test_what_batchnorm_makes_of_another_number_of_processes_is_said(batchnorm, world_size, micro_batch, line):
     saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions()}
     now, one = Config(max_batch_per_device=micro_batch), SimpleNamespace(num_processes=1, mixed_precision="no")
-    lines = train._how_it_goes_on(now, Config(), saved, one, SimpleNamespace(batchnorm=batchnorm), 50)
+    lines = how_it_goes_on(now, Config(), saved, one, SimpleNamespace(batchnorm=batchnorm), 50)
     lines = [each for each in lines if "resumed at" not in each and "settings changed" not in each]
     assert len(lines) == bool(line)
     assert line in "".join(lines)

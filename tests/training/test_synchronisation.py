@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import train
 from pipelines.config import Config
 from pipelines.data.loader import Batch, Step
 from pipelines.distributed.copies import to_device
@@ -12,6 +11,7 @@ from pipelines.model.network import TransferModel
 from pipelines.model.optimizer import make_optimizer
 from pipelines.training.evaluation import _outcomes
 from pipelines.training.progress import Interval
+from pipelines.training.step import update
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, f
         with no_waiting:
             for votes in ((False, False), (True, True)):
                 batches = (batch(images[:0] if features.are_kept else images) for _ in range(2))
-                sums, first = train.update(
+                sums, first = update(
                     network, features, optimizer, Step(8, 2, batches), votes, training, accelerator, config
                 )
                 interval.add(sums)
@@ -133,5 +133,5 @@ def test_votes_reach_the_sums(votes):
     step = Step(2, 1, iter([Batch(images, labels, torch.arange(2))]))
     features: Any = SimpleNamespace(of=lambda batch: network.frozen_part(batch.images))
     loader: Any = None
-    sums, _ = train.update(network, features, make_optimizer(network, config), step, votes, loader, accelerator, config)
+    sums, _ = update(network, features, make_optimizer(network, config), step, votes, loader, accelerator, config)
     assert (sums[2].item(), sums[5:].bool().tolist()) == (2, list(votes))

@@ -1,0 +1,144 @@
+"""What a training says of itself on the terminal, at its start and at its end, and the pictures that it leaves."""
+
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import SCHEMA, Config
+from pipelines.data.loader import Batch, Loader
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.distributed.launch import launcher_hints
+from pipelines.model.network import TransferModel
+from pipelines.model.weights import Weights
+from pipelines.run import figures
+from pipelines.run.folder import RunFolder, versions
+from pipelines.run.resume import changed_settings
+from pipelines.run_files import is_run_config
+from pipelines.text import counted, printable
+from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wilson_interval
+
+import numpy as np
+from accelerate import Accelerator
+
+
+def without_effect(config: Config) -> list[str]:
+    """A line on what somebody has set and what plays no part; at most one."""
+    idle = {key: why for key, why in config.without_effect().items() if getattr(config, key) != SCHEMA[key]["default"]}
+    return ["without effect: " + ", ".join(f"{key} ({why})" for key, why in idle.items())] if idle else []
+
+
+def setup_report(
+    config: Config, weights: Weights, network: TransferModel, accelerator: Accelerator, facts: dict[str, Any]
+) -> list[str]:
+    processes = accelerator.num_processes
+    lines = [
+        f"weights: {weights.source}; {facts['parameters']:,} parameters, "
+        f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
+        *weights.notes,
+        f"processes: {processes} on {accelerator.device.type}, precision {facts['precision']}",
+        *launcher_hints(accelerator, config, facts["train_photos"]),
+    ]
+    if network.dropout_is_left_out:
+        lines.append(f"dropout: what {config.arch} has of it is left out, as nothing here depends on how it is drawn")
+    if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
+        lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
+    return lines
+
+
+def head_report(config: Config, unfitted: str, weights: Weights, has_own_head: bool) -> list[str]:
+    """unfitted: why no head is fitted. has_own_head: whether the weights' own head is for these classes."""
+    if not config.may_fit_head:
+        return []
+    if unfitted:
+        return [f"head: not fitted, as {unfitted}: it is {'the one of the weights' if has_own_head else 'zeros'}"]
+    return [f"head: fitted anew, in place of the one of {weights.source}"] if has_own_head else []
+
+
+def end_report(
+    best: dict[str, Any], best_by: str, run: RunFolder, loaders: tuple[Loader, ...], seconds: float
+) -> list[str]:
+    low, high = wilson_interval(best["correct"], best["count"])
+    known = sum(int((loader.split.faults > 0).sum()) for loader in loaders)
+    met = sum(len(loader.bad) for loader in loaders)
+    accuracies = {key.removeprefix("val/"): f"{best[key]:.4f}" for key in BEST_BY.values() if key in best}
+    chosen = best_by.removeprefix("val/")
+    others = "".join(f" ({name} {value})" for name, value in accuracies.items() if name != chosen)
+    lines = [
+        f"best val {chosen} {accuracies[chosen]}{others} at epoch {best['epoch']}: {best['correct']} of "
+        f"{best['count']}, 95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
+    ]
+    if known + met:
+        lines.append(
+            f"left out: {counted(known + met, 'photo')}, {known} of them found by the scan and {met} met in the run"
+        )
+    return [
+        *lines,
+        f"best weights: {run.best}",
+        f"figures:      {run.figures}",
+        f"next:         accelerate launch evaluate.py {run.folder}",
+    ]
+
+
+def say_whose_recipe(recipe: Path | None, run: RunFolder, *, is_new: bool) -> None:
+    """A line where a run has the config.yaml of another one, which may have been meant."""
+    if recipe is None or not is_run_config(recipe) or not RunFolder(recipe.parent).status():
+        return
+    other = recipe.resolve().parent
+    if other != run.folder.resolve():
+        go_on = f"--runs {shlex.quote(str(other.parent))} --run {shlex.quote(other.name)}"
+        what = "a new run" if is_new else run.folder
+        print(printable(f"{what} with the settings of {other}: {go_on} goes on with that one"), flush=True)
+
+
+def how_it_goes_on(
+    config: Config,
+    before: Config | None,
+    saved: dict[str, Any] | None,
+    accelerator: Accelerator,
+    network: TransferModel,
+    last_step: int,
+) -> list[str]:
+    if before is None:
+        return []
+    settings = changed_settings(before, config)
+    changes = [f"settings changed: {settings}"] if settings else []
+    if saved is None:
+        return ["resumed: there is no checkpoint yet, so it begins at step 0", *changes]
+    lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}", *changes]
+    by_itself = "BatchNorm (train) normalises each by itself, so that results differ by more than rounding"
+    if saved["world_size"] != accelerator.num_processes:
+        what = "sums in another order" if network.batchnorm != "train" else f"in other shares, and {by_itself}"
+        lines.append(f"the checkpoint is of {counted(saved['world_size'], 'process')}: the same photos, {what}")
+    elif network.batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
+        lines.append(f"max_batch_per_device: other micro-batches, and {by_itself}")
+    if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
+        lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
+    if saved["global_step"] >= last_step:
+        limit = f"epochs {config.epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
+        lines.append(f"nothing is left to train: with {limit} the run ends at step {last_step}")
+    if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
+        lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
+    return lines
+
+
+def save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tuple[str, ...]) -> None:
+    if not len(batch.images):  # its features were known; what they are of is worth a look
+        batch = next(next(training.epoch(0)).batches)
+    titles = [classes[label] for label in batch.labels[:16].tolist()]
+    images = batch.images[:16].float().cpu().numpy()
+    figures.save_train_batch(run.figures / "train_batch.png", images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def save_last_figures(run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...], best_by: str) -> None:
+    """The curves, and what the last evaluation says of each class."""
+    paths = {name: run.figures / f"{name}.png" for name in ("curves", "confusion_matrix", "per_class")}
+    title = run.folder.name
+    draw = figures.attempt
+    draw("curves.png", lambda: figures.save_curves(paths["curves"], run.read_metrics(), title=title, best_by=best_by))
+    # A run that was killed between its last evaluation and its end has them already.
+    if records is not None and answers_are_finite(records):
+        scores = score(records, len(classes))
+        pairs, per_class = scores.confusion_pairs, scores.per_class
+        draw("confusion_matrix.png", partial(figures.save_confusion_matrix, paths["confusion_matrix"], pairs, classes))
+        draw("per_class.png", partial(figures.save_per_class, paths["per_class"], per_class, classes))

@@ -1,0 +1,85 @@
+"""One optimizer update, and the sums that the processes make of it."""
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+from pipelines.config import Config
+from pipelines.data.loader import Batch, Loader, Step
+from pipelines.model.features import FrozenFeatures
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional
+from torch.nn.utils import get_total_norm
+
+
+class StepSums(NamedTuple):
+    """What is summed over all processes in a step: float32 [7] on the device, in this order.
+
+    loss: of the photos. grad_norm: before it is clipped, 0 where it is not finite. finite_steps: 1 where it is finite.
+    stop_votes, save_votes: how many processes want to stop, to save.
+    """
+
+    loss: float
+    correct: float
+    photos: float
+    grad_norm: float
+    finite_steps: float
+    stop_votes: float
+    save_votes: float
+
+
+LEARNED = slice(0, StepSums._fields.index("stop_votes"))  # all but the votes
+
+
+def update(
+    model: Any,
+    features: FrozenFeatures,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    votes: tuple[bool, bool],
+    loader: Loader,
+    accelerator: Accelerator,
+    config: Config,
+    class_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Batch]:
+    """One optimizer update from one global batch.
+
+    votes: whether this process wants to stop, to save. class_weights: float32 [C], of the photos in the loss.
+    Returns the tensor of `StepSums`, and this process's first micro-batch.
+    The loss is the sum over this process's photos divided by the global number of positions. DDP takes the mean of the
+    processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
+    """
+    optimizer.zero_grad()
+    sums = torch.zeros(len(StepSums._fields), device=accelerator.device)
+    learned, own_votes = sums[LEARNED], sums[LEARNED.stop :]
+    for vote, is_given in zip(own_votes, votes, strict=True):
+        if is_given:  # filled, as a copy from the host would wait for all of the step before
+            vote.fill_(1)
+    for number in range(step.rounds):
+        # A process without a share takes part with a batch of no photos, as the others wait for its gradients.
+        batch = next(step.batches, None) or loader.empty_batch()
+        if number == 0:
+            first_batch = batch
+        with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
+            with accelerator.autocast():
+                logits = model(features.of(batch)).float()
+            losses = functional.cross_entropy(
+                logits,
+                batch.labels,
+                weight=class_weights,
+                label_smoothing=config.label_smoothing,
+                reduction="sum",
+            )
+            accelerator.backward(losses * (accelerator.num_processes / step.size))
+        correct = (logits.argmax(dim=1) == batch.labels).sum()
+        learned[:3] += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])
+    if config.clip_grad_norm is not None:
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+    else:
+        accelerator.unscale_gradients(optimizer)
+        norm = get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    if accelerator.is_main_process:  # it is the same on all
+        learned[3:] = torch.stack([norm.nan_to_num(0, 0, 0), norm.isfinite()])
+    optimizer.step()
+    return accelerator.reduce(sums, "sum"), first_batch

@@ -1,0 +1,82 @@
+"""How long a training is, where the settings leave that open."""
+
+import json
+from types import SimpleNamespace
+
+import train
+from pipelines.config import Config
+from pipelines.run.folder import RunFolder
+from pipelines.training.fitted_head import Start, resolved
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("photos", "batch_size", "frozen", "epochs"),
+    [
+        (244, 16, True, 8),
+        (340, 16, False, 16),
+        (1_000_000, 256, False, 16),
+        (60, 16, True, 32),  # 4 steps an epoch
+        (60, 16, False, 32),
+        (3, 16, False, 128),
+    ],
+)
+def test_few_photos_are_seen_more_often(photos, batch_size, frozen, epochs):
+    network = SimpleNamespace(frozen_part_is_fixed=frozen)
+    config = Config(epochs="auto", batch_size=batch_size)
+    assert resolved(config, Start("none"), network, photos).epochs == epochs
+    assert resolved(Config(epochs=3), Start("none"), network, photos).epochs == 3
+
+
+def finished(folder, **settings):
+    run = RunFolder(folder / "run")
+    run.create(Config(**settings))
+    run.write_status("finished", epoch=8, global_step=80)
+    run.best.touch()
+    run.close()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "beginning"),
+    [
+        ("auto", "auto", "finished"),
+        ("auto", 8, "finished"),
+        (8, "auto", "finished"),  # the default recipe had a number once
+    ],
+)
+def test_a_finished_run_is_not_longer_by_auto(tmp_path, before, now, beginning):
+    run = finished(tmp_path, epochs=before)
+    assert run.beginning(Config(epochs=now)) == beginning
+    assert run.meant_before(Config(epochs=now)).get("epochs", now) == (before if now == "auto" else now)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_where_auto_has_it(photo_folder, random_weights, run_here, tmp_path):
+    """Of 20 photos in steps of 4, an epoch has 5 steps, and 128 steps need 26 epochs."""
+    photos = photo_folder({"train": {"ant": 10, "bee": 10}, "val": {"ant": 2, "bee": 2}})
+    command = [
+        "--data",
+        photos,
+        "--weights",
+        random_weights,
+        "--image-size",
+        "64",
+        "--resize",
+        "72",
+        "--runs",
+        tmp_path,
+    ]
+    command += ["--config", "configs/finetune.yaml", "--freeze", "layer3", "--batch-size", "4", "--tracker", "none"]
+    done = run_here(train, *command, "--run", "one", "--max-steps", "7")
+    assert done.returncode == 0, done.stderr
+    done = run_here(train, *command, "--run", "one")
+    assert "resumed at step 7" in done.stdout
+    assert "5 steps an epoch, 130 in all" in done.stdout
+    status = json.loads((tmp_path / "one" / "status.json").read_text())
+    assert (status["state"], status["epoch"], status["global_step"]) == ("finished", 26, 130)
+    assert "is finished: nothing to do" in run_here(train, *command, "--run", "one").stdout
+    done = run_here(train, *command, "--run", "one", "--epochs", "27")
+    assert "settings changed: epochs 27 (was auto)" in done.stdout
+    assert json.loads((tmp_path / "one" / "status.json").read_text())["global_step"] == 135
