@@ -101,7 +101,7 @@ def dirty(tmp_path, photo_folder, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def old(tmp_path, monkeypatch) -> Path:
+def old_run(tmp_path, monkeypatch) -> Path:
     with tarfile.open(FIXTURES / "run-of-0.1.0.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Photos that fail in the run: named, or left out with everybody else staying in place, alike on both engines."""
+"""Photos that fail in the run: named, or left out while no other photo moves, alike on both engines."""
 
 import json
 import re
@@ -99,9 +99,7 @@ def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here):
 
 
 @pytest.mark.slow
-def test_a_photo_that_fails_on_one_process_is_said_once_and_stands_in_the_status(
-    dirty, tmp_path, random_weights, run_here
-):
+def test_a_photo_that_fails_on_one_process_is_reported_once(dirty, tmp_path, random_weights, run_here):
     flags = settings(dirty, random_weights, tmp_path / "runs", "pillow")[:-1]
     assert run_here(train, *flags, "--run", "sound", "--max-steps", 1).returncode == 0
     break_unseen(dirty / BAD[0])
@@ -124,10 +122,10 @@ def test_what_changes_between_scan_and_use_in_an_evaluation(
     flags = settings(dirty, random_weights, tmp_path / "runs", engine)
     assert run_here(train, *flags, "--run", "r", "--max-steps", 1).returncode == 0
     photo = dirty / "val/a/02.jpg"
-    judged: Callable = evaluate.check_dataset
+    check: Callable = evaluate.check_dataset
 
     def change_after_the_scan(*arguments, **options) -> None:
-        judged(*arguments, **options)
+        check(*arguments, **options)
         if change == "vanishes":
             photo.unlink()
         else:

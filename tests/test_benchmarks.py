@@ -18,14 +18,14 @@ def row(recipe: str, best: float, *, processor: float = 100.0, seed: int = 0) ->
     return key | {"best": best, "last": best, "last_loss": 0.25, "seconds": 60.4, "processor": processor}
 
 
-def test_the_table_has_mean_sample_deviation_range_and_median_seconds():
+def test_the_table_of_accuracies():
     rows = [row("finetune", best, processor=cost) for best, cost in ((0.94, 90), (0.95, 100), (0.96, 400))]
     lines = accuracy.table([*rows, row("my/own.yaml", 0.9)], ["finetune", "my/own.yaml"]).splitlines()
     assert lines[2] == ("| `finetune` | 3 | 0.9500 ± 0.0100 | 0.9400-0.9600 | 0.9500 ± 0.0100 | 0.2500 | 60 | 100 |")
     assert lines[3].startswith("| `own` | 1 | 0.9000 ± 0.0000 |")
 
 
-def test_the_tutorial_takes_turns_with_the_recipes_and_ignores_their_settings(tmp_path, monkeypatch, capsys):
+def test_the_tutorial_and_the_recipes_take_turns(tmp_path, monkeypatch, capsys):
     asked = []
 
     def run(recipe, seed, data, settings, precision):
@@ -161,7 +161,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
         ("import time; time.sleep(60)", "nothing within 3 s"),
     ],
 )
-def test_a_check_that_crashes_or_hangs_is_a_line_and_the_next_goes_on(code, found, tmp_path, monkeypatch, capsys):
+def test_a_check_that_crashes_or_hangs_does_not_stop_the_next(code, found, tmp_path, monkeypatch, capsys):
     check = gpu.Check("one", 3 / 60, "all is well", lambda _: gpu.Finding(""))
     other = gpu.Check("other", 1, "all is well", lambda _: gpu.Finding(""))
     answer = "import json, sys; open(sys.argv[1], 'w').write(json.dumps({'found': 'a | b', 'ok': True, 'numbers': {}}))"

@@ -82,7 +82,7 @@ def test_without_the_default_recipe_one_line_says_so(
     assert parse("--config", recipe("lr: 0.5\n")).lr == 0.5
 
 
-def test_a_config_is_frozen_and_refuses_impossible_values_however_it_is_built() -> None:
+def test_a_config_is_frozen_and_has_no_impossible_values() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().lr = 1.0  # type: ignore[misc]
     for wrong in ({"lr": -1}, {"lr": math.nan}, {"resize": 100}, {"learning_rate": 1}):
@@ -201,7 +201,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("key", "text", "possible"), WRONG)
-def test_a_wrong_value_is_told_with_key_origin_value_and_what_is_possible(
+def test_a_wrong_value_is_named_with_key_origin_and_alternatives(
     recipe: Callable[[str], str], key: str, text: str, possible: str
 ) -> None:
     path = recipe(f"{key}: {text}\n")
@@ -231,7 +231,7 @@ def test_a_list_or_a_mapping_is_no_value(recipe: Callable[[str], str]) -> None:
     assert "runs cannot be a mapping" in fault("--config", recipe("runs:\n  a: b\n"))
 
 
-def test_a_wrong_value_of_the_recipe_is_told_even_where_a_flag_replaces_it(recipe: Callable[[str], str]) -> None:
+def test_a_wrong_value_in_a_recipe_is_an_error_even_under_a_flag(recipe: Callable[[str], str]) -> None:
     path = recipe("lr: abc\n")
     assert fault("--config", path, "--lr", "0.1").startswith(f"{path}: lr cannot be 'abc'")
 
@@ -354,7 +354,7 @@ def test_contradictions_are_told_with_both_keys_and_their_origins(argv: list[str
     assert told in fault(*argv)
 
 
-def test_a_contradiction_between_recipe_and_flag_names_both_and_a_flag_can_settle_one(
+def test_a_flag_can_contradict_a_recipe_and_settle_it(
     recipe: Callable[[str], str],
 ) -> None:
     path = recipe("image_size: 320\n")
@@ -404,13 +404,13 @@ def test_a_dump_is_read_back_to_an_equal_config(tmp_path_factory: pytest.TempPat
 # Help, table and recipes tell everything
 
 
-def test_every_key_has_a_group_in_the_order_of_the_fields_and_a_help_text() -> None:
+def test_every_key_has_a_group_and_a_help_text() -> None:
     assert [key for keys in GROUPS.values() for key in keys] == KEYS == list(SCHEMA)
     for key in KEYS:
         assert len(SCHEMA[key]["description"]) > 10, key
 
 
-def test_help_shows_every_flag_in_its_group_with_default_and_possible_values(
+def test_help_shows_every_flag_with_default_and_possible_values(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")

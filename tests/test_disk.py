@@ -18,7 +18,7 @@ from tests.helpers.runs import SMALL, one_error_line
 import pytest
 
 
-def test_no_room_for_the_first_weights(photos, small_disk, run_here):
+def test_no_space_for_the_first_weights(photos, small_disk, run_here):
     runs = small_disk("size=20m")
     done = run_here(train, *SMALL, "--data", photos, "--runs", runs, "--run", "r", "--max-steps", "2")
     assert done.returncode == 3
@@ -30,7 +30,7 @@ def test_no_room_for_the_first_weights(photos, small_disk, run_here):
     assert json.loads((runs / "r" / "status.json").read_text())["exit_code"] == 3
 
 
-def test_no_room_for_better_weights_leaves_the_old_ones_whole(tmp_path, small_disk):
+def test_no_space_for_better_weights_leaves_the_old_ones_whole(tmp_path, small_disk):
     import torch
     from torchvision.models import resnet18
 
@@ -47,7 +47,7 @@ def test_no_room_for_better_weights_leaves_the_old_ones_whole(tmp_path, small_di
     run.close()
 
 
-def test_no_room_for_metrics_leaves_no_half_row(small_disk):
+def test_no_space_for_metrics_leaves_no_half_row(small_disk):
     disk = small_disk("size=64k")
     run = RunFolder(disk / "r")
     run.create(Config())
@@ -58,7 +58,7 @@ def test_no_room_for_metrics_leaves_no_half_row(small_disk):
     run.close()
 
 
-def test_pictures_without_room_are_said_and_the_run_goes_on(photos, tmp_path, run_here, small_disk, monkeypatch):
+def test_a_run_goes_on_where_there_is_no_space_for_pictures(photos, tmp_path, run_here, small_disk, monkeypatch):
     full = small_disk("size=4k")
     monkeypatch.setattr(RunFolder, "figures", property(lambda self: full, lambda self, value: None), raising=False)
     monkeypatch.setattr(Path, "mkdir", _mkdir_of_an_existing(Path.mkdir, full))
@@ -72,7 +72,7 @@ def _mkdir_of_an_existing(mkdir: Callable, folder: Path) -> Callable:
     return lambda self, *args, **options: None if self == folder else mkdir(self, *args, **options)
 
 
-def test_no_room_for_the_index(photos, tmp_path, small_disk, run_here, monkeypatch):
+def test_no_space_for_the_index(photos, tmp_path, small_disk, run_here, monkeypatch):
     disk = small_disk("size=4k")
     (disk / "full").write_bytes(bytes(4096))
     monkeypatch.setenv("DALITUNE_CACHE", str(disk))
@@ -100,7 +100,7 @@ def test_nothing_is_written_to_the_data_folder(tmp_path, photo_folder, small_dis
 
 
 @pytest.mark.slow
-def test_a_second_run_into_one_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_one_run_at_a_time_in_a_folder_and_no_lock_after_a_kill(tmp_path):
     folder = tmp_path / "r"
     holder = "import sys, time; from pathlib import Path; from pipelines.config import Config; "
     holder += "from pipelines.run.folder import RunFolder; r = RunFolder(Path(sys.argv[1])); "

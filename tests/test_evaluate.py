@@ -69,7 +69,7 @@ def read(path: Path) -> dict:
         ("train beside test", ["--split=test"], 3, "split test: 3 of 10 photos"),
     ],
 )
-def test_what_has_no_splits_is_scored_as_a_whole_but_for_the_runs_own(
+def test_photos_without_splits_are_scored_as_a_whole(
     data: str, flags: list[str], count: int | None, told: str, make_run, flat, photo_folder, run_here, tmp_path: Path
 ) -> None:
     own = flat({"ant": 10, "bee": 10})
@@ -190,7 +190,7 @@ def test_a_picture_that_fails_costs_no_score(monkeypatch, make_run, flat, run_he
 
 
 @pytest.mark.slow
-def test_a_training_whose_every_picture_fails_and_whose_best_is_balanced(
+def test_best_by_balanced_in_a_training_whose_pictures_all_fail(
     monkeypatch, photo_folder, run_here, tmp_path: Path
 ) -> None:
     def fail(*_: object, **__: object) -> None:

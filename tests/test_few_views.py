@@ -86,7 +86,7 @@ def stop_in_the_second(prepare):
 
 
 @pytest.mark.slow
-def test_a_bad_photo_met_in_a_pass_leaves_its_places_empty(dirty, tmp_path, random_weights, run_here):
+def test_a_photo_found_bad_while_features_are_computed_is_left_out(dirty, tmp_path, random_weights, run_here):
     command = [
         "--data",
         dirty,

@@ -78,9 +78,7 @@ def test_more_steps_after_an_early_end_lead_to_the_same_weights(start, tmp_path)
 
 
 @pytest.mark.slow
-def test_first_weights_are_not_needed_again_and_a_finished_run_needs_no_photos(
-    start, random_weights, tmp_path, monkeypatch
-):
+def test_a_resume_needs_no_first_weights_and_a_finished_run_no_photos(start, random_weights, tmp_path, monkeypatch):
     monkeypatch.delenv("DALITUNE_WEIGHTS", raising=False)
     first = Path(shutil.copy(random_weights, tmp_path / "w.pth"))
     cosine = {"schedule": "cosine", "weights": first}
@@ -121,7 +119,7 @@ def test_a_runs_own_recipe_goes_on_with_it_whoever_gave_the_name(start, tmp_path
 
 
 @pytest.mark.slow
-def test_fewer_epochs_than_are_trained_end_the_run_and_that_is_said(start, tmp_path):
+def test_fewer_epochs_than_are_trained_end_the_run(start, tmp_path):
     succeeded(start("--max-steps", 7, epochs=4, schedule="cosine"))
     status = tmp_path / "runs" / "r" / "status.json"
     for flags, line in (({}, "with epochs 1 the run ends at step 5"), ({"max-steps": 7}, "with max_steps 7 the")):

@@ -143,11 +143,11 @@ def pixels_are_pillows(device: str, engine: str, root: str, train: bool) -> None
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_pixels_depend_on_neither_company_nor_run(root, device, engine):
-    run_case(pixels_depend_on_neither_company_nor_run, device, engine, root)
+def test_pixels_depend_on_neither_the_batch_nor_the_run(root, device, engine):
+    run_case(pixels_depend_on_neither_the_batch_nor_the_run, device, engine, root)
 
 
-def pixels_depend_on_neither_company_nor_run(device: str, engine: str, root: str) -> None:
+def pixels_depend_on_neither_the_batch_nor_the_run(device: str, engine: str, root: str) -> None:
     split = train_split(root)
     runs = []
     for batch in (16, 16, 64):
@@ -189,7 +189,7 @@ def test_no_step_waits_for_the_gpu(root, tmp_path, random_weights, device, engin
 
 
 def no_step_waits_for_the_gpu(device: str, engine: str, root: str, runs: str, weights: str, few_views: bool) -> None:
-    """CUDA's own check, which knows no CPU: there the same run takes place without it."""
+    """CUDA's own check, which knows no CPU: there the same run goes without it."""
     steps, update = [], train.update
 
     def watched(*given: Any) -> Any:
@@ -283,10 +283,10 @@ def test_known_features_stay_on_the_gpu(root, tmp_path, random_weights, monkeypa
     settings += ["--head-init", "zeros", "--loader", "pillow", "--epochs", "3", "--tracker", "none"]
     settings += ["--runs", str(tmp_path)]
     losses = {}
-    for where, room in (("the GPU's memory", 2**40), ("in memory", 0)):
-        monkeypatch.setattr("pipelines.model.features.free_bytes_on", lambda _, room=room: room)
-        assert run_script(train.main, [*settings, "--run", f"room-{room}"]) == 0
+    for where, free in (("the GPU's memory", 2**40), ("in memory", 0)):
+        monkeypatch.setattr("pipelines.model.features.free_bytes_on", lambda _, free=free: free)
+        assert run_script(train.main, [*settings, "--run", f"free-{free}"]) == 0
         assert where in capsys.readouterr().out
-        rows = [json.loads(line) for line in (tmp_path / f"room-{room}" / "metrics.jsonl").read_text().splitlines()]
-        losses[room] = [row["train/loss"] for row in rows if "train/loss" in row]
+        rows = [json.loads(line) for line in (tmp_path / f"free-{free}" / "metrics.jsonl").read_text().splitlines()]
+        losses[free] = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[0] == pytest.approx(losses[2**40], rel=1e-3)

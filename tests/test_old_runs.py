@@ -20,12 +20,12 @@ SETTINGS += "--resize 72 --lr 0.0005 --log-every 1 --tracker none --checkpoint-m
 
 
 @pytest.fixture
-def expected(old) -> dict[str, Any]:
+def expected(old_run) -> dict[str, Any]:
     return json.loads(Path("expected.json").read_text())
 
 
-def test_an_old_run_is_evaluated(old, expected, run_here):
-    done = run_here(evaluate, old, "--data", "photos", "--json", "scores.json")
+def test_an_old_run_is_evaluated(old_run, expected, run_here):
+    done = run_here(evaluate, old_run, "--data", "photos", "--json", "scores.json")
     assert done.returncode == 0, done.stderr
     scores = json.loads(Path("scores.json").read_text())
     for key in ("confusion_matrix", "dataset_fingerprint"):
@@ -33,8 +33,8 @@ def test_an_old_run_is_evaluated(old, expected, run_here):
     assert {key: scores[key] for key in expected["evaluate"]} == pytest.approx(expected["evaluate"], rel=1e-4)
 
 
-def test_an_old_run_predicts(old, expected, run_here):
-    done = run_here(predict, old, "photos/val", "--json", "answers.jsonl", "--cpu")
+def test_an_old_run_predicts(old_run, expected, run_here):
+    done = run_here(predict, old_run, "photos/val", "--json", "answers.jsonl", "--cpu")
     assert done.returncode == 0, done.stderr
     answers = {row.pop("path"): row for row in map(json.loads, Path("answers.jsonl").read_text().splitlines())}
     assert answers.keys() == expected["predict"].keys()
@@ -44,23 +44,23 @@ def test_an_old_run_predicts(old, expected, run_here):
 
 
 @pytest.mark.slow
-def test_an_old_run_is_exported(old, expected, run_here):
-    done = run_here(export, old, "--photos", "photos/val")
+def test_an_old_run_is_exported(old_run, expected, run_here):
+    done = run_here(export, old_run, "--photos", "photos/val")
     assert done.returncode == 0, done.stderr
     assert f"same top-1 as PyTorch on {len(expected['predict'])} of" in done.stdout
-    assert (old / "export" / "model.onnx").exists()
+    assert (old_run / "export" / "model.onnx").exists()
 
 
-def test_an_old_run_goes_on_as_it_would_have(old, expected, run_here):
-    Path("weights.pth").symlink_to(old / "best.pt")
+def test_an_old_run_goes_on_as_it_would_have(old_run, expected, run_here):
+    Path("weights.pth").symlink_to(old_run / "best.pt")
     done = run_here(train, *SETTINGS.split())
     assert done.returncode == 0, done.stderr
     assert "resumed at step 5, from epoch-0001-step-00000005" in done.stdout
-    rows = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["global_step"]) for row in rows] == [
         (row["epoch"], row["global_step"]) for row in expected["metrics"]
     ]
     for row, before in zip(rows, expected["metrics"], strict=True):
         assert {key: row[key] for key in before} == pytest.approx(before, rel=1e-3)
-    assert json.loads((old / "status.json").read_text())["state"] == "finished"
-    assert torch.load(old / "best.pt", weights_only=True)["fc.bias"].shape == (2,)
+    assert json.loads((old_run / "status.json").read_text())["state"] == "finished"
+    assert torch.load(old_run / "best.pt", weights_only=True)["fc.bias"].shape == (2,)

@@ -125,7 +125,7 @@ def copy(stopped, tmp_path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "copy"))
 
 
-def test_checkpoints_are_in_order_however_many_epochs_and_steps_there_are(tmp_path):
+def test_checkpoints_are_in_order_of_any_number_of_steps(tmp_path):
     names = [
         "epoch-9999-step-99990000",
         "epoch-9999-step-100000000",
@@ -187,8 +187,8 @@ def test_other_photos_are_refused_and_more_epochs_go_on(photos, tmp_path, run_he
 
 
 @pytest.mark.slow
-def test_no_room_for_a_checkpoint_leaves_the_one_before_whole(command, small_disk, run_here):
-    """A ResNet-18 with its momentum takes 90 MB, its best weights 45: there is room for one checkpoint, not for two."""
+def test_no_space_for_a_checkpoint_leaves_the_one_before_whole(command, small_disk, run_here):
+    """A ResNet-18 with its momentum takes 90 MB, its best weights 45: one checkpoint fits, and two do not."""
     runs = small_disk("size=200m")
     done = run_here(train, *command[:-1], runs, "--run", "r")
     assert done.returncode == 3
@@ -256,7 +256,7 @@ def start(tmp_path, photos) -> Iterator[Callable[..., Started]]:
 
 @pytest.mark.slow
 @pytest.mark.kills
-def test_a_kill_at_any_call_on_the_run_folder_leaves_nothing_in_the_way():
+def test_a_kill_at_any_call_on_the_run_folder_blocks_no_restart():
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--calls", "23"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -275,7 +275,7 @@ def test_killed_five_times_a_training_ends_as_if_it_had_not_been(count, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.kills
-def test_stopped_on_two_processes_a_run_goes_on_on_one_and_on_three(start, photos, random_weights, tmp_path, run_here):
+def test_a_run_stopped_on_two_processes_goes_on_on_one_and_three(start, photos, random_weights, tmp_path, run_here):
     settings = [*FROZEN, "--weights", random_weights, "--data", photos, "--batch-size", "5", "--log-every", "1"]
     settings += ["--epochs", "6"]
     succeeded(run_here(train, *settings, "--runs", tmp_path, "--run", "alone"))
@@ -303,7 +303,7 @@ def test_stopped_on_two_processes_a_run_goes_on_on_one_and_on_three(start, photo
 
 @pytest.mark.slow
 @pytest.mark.kills
-def test_one_of_two_processes_dies_and_the_other_ends_with_the_cause_on_top(start):
+def test_when_one_of_two_processes_dies_the_other_ends(start):
     both = start("r", count=2).wait_for_rows()
     both.workers()[1].kill()
     begun = time.monotonic()
@@ -318,7 +318,7 @@ def test_one_of_two_processes_dies_and_the_other_ends_with_the_cause_on_top(star
 
 @pytest.mark.slow
 @pytest.mark.kills
-def test_a_signal_to_the_launcher_or_to_a_worker_stops_all_at_one_step(start):
+def test_a_signal_to_launcher_or_worker_stops_all_at_one_step(start):
     for name, count, to_launcher, number in (
         ("int", 2, True, signal.SIGINT),
         ("usr1", 2, False, signal.SIGUSR1),

@@ -111,7 +111,7 @@ def test_a_foreign_description_is_refused_by_its_key(key, value, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", "null", DEEP, '{"a":' * 10_000, "\x1b[2J", "9" * 10_000, "[" + " " * (1 << 24) + "]"]
 )
-def test_what_is_no_description_at_all_is_refused_by_every_reader(text, tmp_path):
+def test_every_reader_refuses_a_file_that_is_no_description(text, tmp_path):
     for name, read in (("model.json", lambda: read_description(tmp_path, "run")), ("status.json", read_status)):
         (tmp_path / name).write_text(text)
         refused(read if name == "model.json" else lambda: read_status(tmp_path), f"{name} is damaged")
@@ -238,41 +238,43 @@ def test_no_escape_sequence_reaches_the_terminal(tmp_path, run_here):
         assert (done.stdout + done.stderr.rstrip("\n")).isprintable()
 
 
-def test_sizes_and_colours_are_those_of_model_json(old, run_here):
+def test_sizes_and_colours_are_those_of_model_json(old_run, run_here):
     known = json.loads(Path("expected.json").read_text())["evaluate"]["loss"]
-    (old / "config.yaml").unlink()
-    for model in (old, old / "best.pt"):
+    (old_run / "config.yaml").unlink()
+    for model in (old_run, old_run / "best.pt"):
         done = run_here(evaluate, model, "--data", "photos", "--figures", "figures")
         assert done.returncode == 0, done.stderr
         assert f"{known:.4f}" in done.stdout.split("loss", 1)[1].splitlines()[0]
-    description = json.loads((old / "model.json").read_text())
-    (old / "model.json").write_text(json.dumps(description | {"mean": [0.0, 0.0, 0.0]}))
-    done = run_here(evaluate, old, "--data", "photos", "--figures", "figures")
+    description = json.loads((old_run / "model.json").read_text())
+    (old_run / "model.json").write_text(json.dumps(description | {"mean": [0.0, 0.0, 0.0]}))
+    done = run_here(evaluate, old_run, "--data", "photos", "--figures", "figures")
     assert f"{known:.4f}" not in done.stdout
 
 
 @pytest.mark.parametrize("name", ["export", "figures"])
-def test_nothing_is_written_through_a_link_that_leaves_the_run(name, old, run_here):
+def test_nothing_is_written_through_a_link_that_leaves_the_run(name, old_run, run_here):
     away = Path("away")
     away.mkdir()
     (away / "model.onnx").write_text("mine")
-    shutil.rmtree(old / name, ignore_errors=True)
-    (old / name).symlink_to(away.resolve())
-    script, *arguments = (export, old, "--photos", "photos/val") if name == "export" else (evaluate, old)
+    shutil.rmtree(old_run / name, ignore_errors=True)
+    (old_run / name).symlink_to(away.resolve())
+    script, *arguments = (export, old_run, "--photos", "photos/val") if name == "export" else (evaluate, old_run)
     done = run_here(script, *arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"{name} is a link that leads out of the run" in done.stderr
     assert [path.name for path in away.iterdir()] == ["model.onnx"]
 
 
-def test_a_foreign_checkpoint_never_ends_in_a_trace(old, run_here):
-    (checkpoint,) = (old / "checkpoints").iterdir()
+def test_a_foreign_checkpoint_never_ends_in_a_trace(old_run, run_here):
+    (checkpoint,) = (old_run / "checkpoints").iterdir()
     progress = json.loads((checkpoint / "progress.json").read_text())
-    settings = ["--config", old / "config.yaml", "--data", "photos", "--weights", old / "best.pt"]
+    settings = ["--config", old_run / "config.yaml", "--data", "photos", "--weights", old_run / "best.pt"]
     torch.save({"model": {"x": torch.ones(1)}}, checkpoint / "state.pt")
     progress["files"]["state.pt"] = file_digest(checkpoint / "state.pt")
     (checkpoint / "progress.json").write_text(json.dumps(progress))
-    (old / "config.yaml").write_text((old / "config.yaml").read_text().replace("weights.pth", str(old / "best.pt")))
+    (old_run / "config.yaml").write_text(
+        (old_run / "config.yaml").read_text().replace("weights.pth", str(old_run / "best.pt"))
+    )
     done = run_here(train, *settings)
     assert done.returncode == 2, done.stderr
     line = done.stderr.splitlines()[-1]

@@ -348,7 +348,7 @@ def test_a_sweep_gives_each_task_its_run_and_refuses_bad_lines(lab, training):
     assert [task.facts()["ExitCode"] for task in tasks[2:]] == ["2:0"] * 4
 
 
-def test_photos_are_unpacked_only_on_a_disk_of_each_node_and_into_a_folder_of_ones_own(lab, training, tmp_path):
+def test_photos_are_unpacked_on_each_nodes_own_disk_only(lab, training, tmp_path):
     photos = Path(training[1])
     with tarfile.open(f"{photos}.tar", "w") as tar:
         tar.add(photos, arcname=".")
@@ -363,7 +363,7 @@ def test_photos_are_unpacked_only_on_a_disk_of_each_node_and_into_a_folder_of_on
     assert "is not a folder of this user: set LOCAL_DISK" in foreign.text()
 
 
-def test_a_job_with_tasks_for_each_gpu_that_is_submitted_without_an_environment(lab, training):
+def test_a_job_with_a_task_for_each_gpu_and_no_environment(lab, training):
     """As many write their jobs, at a site that exports nothing, and whose scripts do not stand `set -u`."""
     activate = lab.folder / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)

@@ -22,7 +22,7 @@ def test_a_script_loads_nothing_heavy_that_it_may_not_use(module):
     assert done.stdout.split() == []
 
 
-def test_what_torchvision_wanted_of_torch_dynamo_is_there_when_it_is_asked_for():
+def test_torch_dynamo_is_loaded_when_torchvision_needs_it():
     code = """
 import pipelines, torch, torchvision
 from torchvision.ops import roi_align

@@ -92,7 +92,7 @@ def test_the_rows_and_the_tutorials_three_lines(photos, tmp_path, run_here):
 
 @pytest.mark.slow
 def test_two_and_four_processes_train_as_one(photos, photo_folder, random_weights, tmp_path, run_here):
-    """The same losses to float tolerance, BatchNorm frozen. The last step has one place: others have no photo then."""
+    """The same losses to float tolerance, BatchNorm frozen. The last step has one photo, other processes none."""
     settings = ["--data", photos, "--weights", random_weights, "--epochs", "2", "--batch-size", 6]
     settings += [*FROZEN, "--runs", tmp_path, "--log-every", "1"]
     assert "processes: 1 on cpu" in succeeded(run_here(train, *settings, "--run", "p1"))

@@ -68,7 +68,7 @@ def scan(data: Path, tmp_path: Path, val_fraction: float = 0.2) -> Dataset:
 
 def inspect_file(tmp_path: Path, content: bytes, name: str = "x.jpg") -> tuple[str, tuple[int, int]]:
     """What a scan says of one file: the reason and (height, width)."""
-    root = tmp_path / "judged"
+    root = tmp_path / "scanned"
     shutil.rmtree(root, ignore_errors=True)
     write(root / "train" / "a" / name, content)
     write(root / "val" / "a" / "fine.jpg", encoded())
@@ -638,7 +638,7 @@ def test_a_photo_of_val_that_is_in_train_too_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "BMP"])  # below and above two edges
-def test_copies_in_any_two_splits_and_under_two_classes_are_found(tmp_path: Path, kind: str) -> None:
+def test_copies_across_splits_and_classes_are_found(tmp_path: Path, kind: str) -> None:
     root = make_folder(tmp_path / "data", {"train/a": 2, "train/b": 2, "val/a": 1, "test/b": 1})
     content = encoded(kind, size=(120, 100), seed=99)
     for name in ("train/a/x.jpg", "train/b/y.jpg", "train/b/z.jpg", "val/a/x.jpg", "test/a/x.jpg", "test/a/z.jpg"):
@@ -708,9 +708,7 @@ def test_two_spellings_of_one_class_are_one_and_that_is_said(tmp_path: Path) -> 
         ({f"train/{NFC}": 1, f"train/{NFD}": 1, "val/ants": 1}, f"'train' has {NFC} twice, in two Unicode norm"),
     ],
 )
-def test_names_that_a_person_takes_for_one_are_refused_by_their_cause(
-    tmp_path: Path, counts: dict[str, int], message: str
-) -> None:
+def test_class_names_that_look_alike_are_refused(tmp_path: Path, counts: dict[str, int], message: str) -> None:
     root = make_folder(tmp_path / "data", counts)
     if len(os.listdir(root / "train")) < 2:
         pytest.skip("a file system that takes them for one")
@@ -719,7 +717,7 @@ def test_names_that_a_person_takes_for_one_are_refused_by_their_cause(
         check_dataset(dataset, skip_bad_files=False, splits=("val", "train") if "train/ants" in counts else ("train",))
 
 
-def test_a_models_class_in_another_case_and_two_classes_of_one_name_but_for_case_are_told(tmp_path: Path) -> None:
+def test_class_names_that_differ_in_case_only_are_reported(tmp_path: Path) -> None:
     dataset = scan(make_folder(tmp_path / "data", {"train/A": 3, "train/a": 1, "val/A": 3, "val/a": 1}), tmp_path)
     report = dataset.report()
     assert "A and a are two classes: they differ in case or blanks only" in report

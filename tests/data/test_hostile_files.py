@@ -111,9 +111,9 @@ def grid(columns: int, rows: int, width: int, height: int, tile: int = 128, part
     tiles = columns * rows
 
     def meta(offset: int) -> bytes:
-        places = struct.pack(">HHHHHHII", 0x4400, 2, 1, 1, 0, 1, 0, len(layout))
-        places += struct.pack(">HHHH", 2, 0, 0, parts) + struct.pack(">II", offset, len(data)) * parts
-        inner = box(b"pitm", struct.pack(">H", 1), 0) + box(b"iloc", places, 1)
+        extents = struct.pack(">HHHHHHII", 0x4400, 2, 1, 1, 0, 1, 0, len(layout))
+        extents += struct.pack(">HHHH", 2, 0, 0, parts) + struct.pack(">II", offset, len(data)) * parts
+        inner = box(b"pitm", struct.pack(">H", 1), 0) + box(b"iloc", extents, 1)
         inner += box(b"hdlr", struct.pack(">I4s13x", 0, b"pict"), 0)
         inner += box(b"iinf", struct.pack(">H", 2) + b"".join(entries), 0) + box(b"idat", layout)
         reference = struct.pack(">HH", 1, tiles) + struct.pack(">H", 2) * tiles
@@ -205,7 +205,7 @@ def cost(work: Callable[[], object]) -> tuple[float, float]:
 
 @pytest.mark.filterwarnings("ignore:Image size", "ignore:Tag data")
 @pytest.mark.parametrize("name", FILES)
-def test_it_is_judged_within_seconds_and_64_megabytes(tmp_path: Path, name: str) -> None:
+def test_the_scan_of_a_file_takes_seconds_and_64_megabytes(tmp_path: Path, name: str) -> None:
     make, expected = FILES[name]
     path = tmp_path / "photo"
     path.write_bytes(make())
@@ -314,7 +314,7 @@ ACCEPTED: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", ACCEPTED)
-def test_what_is_accepted_takes_bounded_time_and_32_bytes_a_pixel(tmp_path: Path, kind: str) -> None:
+def test_accepted_files_take_bounded_time_and_32_bytes_a_pixel(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "photo"
     path.write_bytes(ACCEPTED[kind]())
     assert inspect_file(os.fsencode(path))[:2] == ("", (SIDE, SIDE))

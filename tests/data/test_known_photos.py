@@ -1,4 +1,4 @@
-"""A run goes on with its photos in their places: some may have gone or been mended, none may be new or another."""
+"""A run goes on with its photos in their positions: some may have gone or been mended, none may be new or another."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_without_a_change_nothing_is_arranged(run, root):
     assert run.arrange(scanned(moved)) == scanned(moved)
 
 
-def test_a_photo_that_left_keeps_its_place_empty(run, root, capsys):
+def test_a_removed_photo_leaves_its_position_empty(run, root, capsys):
     before = begun(run, root)
     (root / "train" / "ant" / "02.jpg").unlink()
     (root / "val" / "bee" / "00.jpg").unlink()
@@ -115,7 +115,7 @@ def test_another_order_and_other_splits_do_not_matter(run, root):
 
 
 @pytest.mark.parametrize("case", ["split", "both splits", "a folder above", "a CSV above", "no split folder", "a file"])
-def test_the_same_photos_under_other_names_of_their_splits_are_the_same(run, root, capsys, case):
+def test_renamed_splits_are_the_same_photos(run, root, capsys, case):
     if case == "no split folder":
         shutil.rmtree(root / "val")
         shutil.rmtree(root / "test")
@@ -222,7 +222,7 @@ def test_what_was_bad_may_be_mended(run, root, capsys):
     assert names(mended) == names(before)
 
 
-def test_a_photo_mended_in_its_size_is_used_again_and_runs_of_before_know_sizes_only(run, root, capsys):
+def test_a_mended_photo_of_the_same_size_is_used_again(run, root, capsys):
     train = begun(run, root).splits["train"]
     kept = dict(np.load(run.folder / "photos.npz"))
     run.note_bad(train, [1])
@@ -238,7 +238,7 @@ def test_a_photo_mended_in_its_size_is_used_again_and_runs_of_before_know_sizes_
     assert run.arrange(scanned(root)) == scanned(root)
 
 
-def test_a_photo_left_out_is_tried_again_once_its_file_has_changed(run, root):
+def test_a_left_out_photo_is_tried_again_once_its_file_has_changed(run, root):
     train = begun(run, root).splits["train"]
     run.note_bad(train, [1, 2])
     (root / "train/ant/02.jpg").touch()
@@ -292,8 +292,8 @@ def test_a_tampered_file_leaves_it_to_the_fingerprint(run, root, tampered, capsy
 
 
 @pytest.mark.slow
-def test_after_a_broken_photo_the_run_goes_on_whatever_is_done_about_it(root, random_weights, tmp_path, run_here):
-    """Left out or removed it leaves its place empty, with the same weights in every bit; mended, it is used again."""
+def test_a_run_goes_on_after_a_broken_photo(root, random_weights, tmp_path, run_here):
+    """Left out or removed it leaves its position empty, with the same weights bit for bit; mended, it is used again."""
 
     def train_on(photos: Path, runs: Path, epochs: int, *more: str) -> subprocess.CompletedProcess:
         flags = ["--data", photos, "--weights", random_weights, "--runs", runs, "--run", "r", "--epochs", epochs]

@@ -252,9 +252,7 @@ def test_a_name_with_a_backslash_or_a_blank_is_taken_as_it_is(tmp_path: Path) ->
         ("path;label\na.jpg;a;b\n", "utf-8", "line 2: more values than columns; put a value with a semicolon"),
     ],
 )
-def test_a_csv_file_that_cannot_be_told_is_refused_with_its_cause(
-    tmp_path: Path, text: str, encoding: str, told: str
-) -> None:
+def test_an_unclear_csv_file_is_refused_with_its_cause(tmp_path: Path, text: str, encoding: str, told: str) -> None:
     with pytest.raises(UserError) as error:
         read_csv(tmp_path, text, encoding)
     assert told in str(error.value)

@@ -58,7 +58,7 @@ def test_processes_together_see_the_one_process_epoch(split, engine, world_size)
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("photos", [1, 7])
-def test_fewer_photos_than_places(split, engine, photos):
+def test_a_short_batch_is_short_and_an_empty_share_is_empty(split, engine, photos):
     """7 photos on 4 processes, and one: empty shares are empty, nothing is padded or doubled."""
     few = replace(split, labels=split.labels[:photos], sizes=split.sizes[:photos], faults=split.faults[:photos])
     seen = []
@@ -116,7 +116,7 @@ def test_a_photo_that_breaks_in_the_run_is_named(broken, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_skipped_photo_leaves_its_place_empty_and_moves_nobody(broken, engine, capsys):
+def test_a_skipped_photo_moves_no_other(broken, engine, capsys):
     loader = make_loader(broken, engine, batch_size=4, micro_batch=4, skip_bad_files=True)
     bad = {index for index in range(12) if Path(broken.path(index)).name in ("04.jpg", "07.jpg")}
     for epoch in range(2):

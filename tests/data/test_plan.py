@@ -78,7 +78,7 @@ def test_golden_stream():
 
 @given(sizes_of_photos, st.integers(0, 1000), st.integers(1, 5))
 @settings(max_examples=60)
-def test_a_photo_with_few_views_shows_them_in_turn_wherever_it_stands(sizes, epoch, views_per_photo):
+def test_a_photo_with_few_views_shows_them_in_turn(sizes, epoch, views_per_photo):
     plan = train_plan(sizes, views_per_photo=views_per_photo)
     everywhere = np.arange(len(sizes))
 
@@ -212,7 +212,7 @@ def test_a_batch_of_a_million_photos_is_a_random_sample():
         assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 5 / length**0.5
 
 
-def test_uniform_draws_are_uniform_and_uncorrelated_between_neighbours():
+def test_uniform_draws_are_uniform_and_uncorrelated():
     draws = uniform(random_bits(0, np.arange(200)[:, None], np.arange(200)[None, :]))
     assert draws.min() >= 0
     assert draws.max() < 1
@@ -235,7 +235,7 @@ def test_a_crop_lies_within_its_photo(sizes, epoch, scale_min):
     assert (left + width <= full[:, 1]).all()
 
 
-def test_an_unreadable_photo_keeps_its_place_and_moves_nobody():
+def test_an_unreadable_photo_moves_no_other():
     sizes = [(300, 400), (200, 500), (640, 480)]
     sound, with_bad = train_plan(sizes), train_plan([sizes[0], (0, 0), sizes[2]])
     one, other = sound.views(0, np.arange(3)), with_bad.views(0, np.arange(3))

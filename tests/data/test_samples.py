@@ -273,7 +273,7 @@ def test_shapes_need_more_than_a_linear_classifier(drawn: Path) -> None:
         assert np.mean((val @ weights).argmax(axis=1) == truth) < 0.6
 
 
-def test_unwritable_place_for_shapes(tmp_path: Path) -> None:
+def test_unwritable_folder_for_shapes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="DALITUNE_CACHE"):
         photos.shapes(tmp_path / "file")

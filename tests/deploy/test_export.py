@@ -204,7 +204,7 @@ def test_a_photo_near_a_tie_moves_the_preprocessing_out_of_the_graph(
         (["--graph", "pictures"], None),
     ],
 )
-def test_the_person_chooses_the_graph_and_how_many_near_ties_it_may_miss(
+def test_flags_choose_the_graph_and_its_tolerance_for_near_ties(
     copied_run, exported_run, network_graph, run_here, monkeypatch, flags, graph
 ):
     compare = export.compare

@@ -45,7 +45,7 @@ def test_each_photo_has_the_answer_that_evaluate_gives(trained_run, run_here, tm
     assert [{**row, "confidence": str(row["confidence"]), "error": ""} for row in rows] == in_csv
 
 
-def test_the_table_shows_each_photo_and_json_on_stdout_is_nothing_but_json(trained_run, run_here, tmp_path):
+def test_the_table_and_json_on_stdout(trained_run, run_here, tmp_path):
     photo, (name, confidence) = next(iter(trained_run.evaluated.items()))
     near = tmp_path / ("a long name " * 8 + ".jpg")
     near.write_bytes(Path(photo).read_bytes())

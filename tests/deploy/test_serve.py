@@ -94,7 +94,7 @@ def one_server(exported_run, tmp_path) -> Iterator[Server]:
         yield serving
 
 
-def test_every_validation_photo_has_evaluates_class_from_50_clients_at_once(server, exported_run):
+def test_50_clients_at_once_get_evaluates_classes(server, exported_run):
     photos = list(exported_run.evaluated)
     photos *= -(-50 // len(photos))
     with ThreadPoolExecutor(50) as clients:
@@ -112,7 +112,7 @@ def test_every_validation_photo_has_evaluates_class_from_50_clients_at_once(serv
 def test_whatever_is_sent_is_answered(server):
     for name, specimen in ZOO.items():
         status, answer = server.classify(specimen.content)
-        # A graph that resizes has no room for all of a strip.
+        # A graph that resizes has not enough memory for all of a strip.
         if name in SOUND and not answer.get("error", "").startswith("too long"):
             assert (status, set(answer)) == (200, {"class", "confidence", "runner_up", "classes"}), name
             continue
@@ -188,7 +188,7 @@ def test_a_client_that_leaves_or_dawdles_is_let_go(one_server, monkeypatch):
     assert not list(one_server.folder.iterdir())
 
 
-def test_a_folder_that_takes_nothing_is_an_answer_and_one_that_was_removed_is_made_again(one_server):
+def test_an_upload_folder_that_is_full_or_was_removed(one_server):
     one_server.folder.rmdir()
     one_server.folder.touch()
     status, answer = one_server.classify(b"photo")
@@ -339,7 +339,7 @@ def test_health_tells_busy_from_dead(one_server, monkeypatch):
     assert one_server.ask("GET", "/health")[0] == 200
 
 
-def test_connections_that_ask_nothing_make_room(one_server, monkeypatch):
+def test_idle_connections_are_closed_for_new_ones(one_server, monkeypatch):
     monkeypatch.setattr(connections, "CONNECTIONS", 8)
     upload = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nsome"
     held = _hold(one_server, b"GET / HT", 12) + _hold(one_server, upload, 12)
@@ -353,7 +353,7 @@ def test_connections_that_ask_nothing_make_room(one_server, monkeypatch):
         connection.close()
 
 
-def test_uploads_are_bounded_in_bytes_and_an_address_has_its_share(exported_run, tmp_path, monkeypatch):
+def test_uploads_are_bounded_in_all_and_for_each_address(exported_run, tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "_STORED", 2**20)
     with _serving(exported_run.folder, "pytorch", tmp_path) as server:
         head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n"

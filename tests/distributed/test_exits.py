@@ -58,7 +58,7 @@ def test_a_fault_of_the_program_keeps_its_trace(capsys):
         assert re.search(rf"Traceback .*{type(error).__name__}", capsys.readouterr().err, re.DOTALL)
 
 
-def test_of_several_processes_the_first_speaks_for_all(capsys, monkeypatch):
+def test_only_the_first_process_prints_an_error_of_all(capsys, monkeypatch):
     assert is_global_rank_zero()
     monkeypatch.setenv("RANK", "1")
     assert not is_global_rank_zero()

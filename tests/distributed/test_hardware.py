@@ -31,7 +31,7 @@ def machine(monkeypatch, tmp_path):
     return has
 
 
-def test_an_nvidia_gpu_that_pytorch_cannot_use_is_said_with_what_to_do(machine, monkeypatch):
+def test_an_nvidia_gpu_that_pytorch_cannot_use_is_reported(machine, monkeypatch):
     assert (nvidia_hint(), hints()) == ("", [])
     machine(_NVIDIA_DRIVER=DRIVER, _NVIDIA_DEVICE="")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -79,7 +79,7 @@ def test_bf16_is_measured_once_and_only_where_it_may_pay(machine, monkeypatch):
     assert bf16_gain(measure=False) is None
 
 
-def test_the_measuring_ends_in_time_draws_no_number_and_trains_nothing(monkeypatch):
+def test_measuring_ends_in_time_and_draws_no_random_number(monkeypatch):
     monkeypatch.setattr(hardware, "_MEASURING_SECONDS", 0.1)
     monkeypatch.setattr(hardware.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(hardware, "_LEAST_ROUNDS", 1)

@@ -52,7 +52,7 @@ def test_what_the_launcher_leaves_unused_is_said_with_the_flag(monkeypatch):
     assert hints("cuda", "bf16")[0].endswith("emulates bf16, slowly: accelerate launch --mixed_precision fp16")
 
 
-def test_processes_without_a_photo_are_said_with_the_numbers_to_use(monkeypatch):
+def test_processes_without_a_photo_are_reported(monkeypatch):
     assert hints(processes=8, batch_size=8) == []
     (line,) = hints(processes=32, batch_size=8, lr=0.006, lr_body=0.00003)
     assert line.startswith("batch_size 8 is over all 32 processes: 24 of them have nothing to do; --num_processes 8 ")
@@ -94,7 +94,7 @@ def test_what_a_usual_launch_sets_is_accepted(monkeypatch):
     assert start_processes().num_processes == 1
 
 
-def test_more_processes_than_devices_are_refused_and_not_so_many_trainings(monkeypatch, capsys):
+def test_more_processes_than_devices_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)  # a stand-in: no GPU is here
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):

@@ -91,7 +91,7 @@ def test_the_longest_unused_go_first(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_run_that_is_killed_while_it_writes_leaves_no_table_and_its_rest_goes(tmp_path):
+def test_a_run_killed_while_it_writes_leaves_no_table(tmp_path):
     script = f"""
 import os, signal, numpy as np, torch
 from pathlib import Path

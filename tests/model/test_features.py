@@ -74,7 +74,7 @@ def test_features_are_looked_up_where_the_view_was_seen(resnet, split, frozen_st
     assert features.of(training.empty_batch()).shape[0] == 0
 
 
-def test_views_that_would_fill_the_memory_or_change_are_computed_each_time(resnet, split):
+def test_too_many_views_are_computed_each_time(resnet, split):
     training = open_loader(split)
     fixed = TransferModel(resnet, frozen_stages=4, batchnorm="frozen")
     for network, views, limit, kept in (
@@ -134,7 +134,7 @@ def a_view(split: Split, network: TransferModel, store: FeatureStore, **settings
     return features.rows, said
 
 
-def test_a_later_run_finds_the_same_bits_whatever_its_head_and_batch(resnet, split, tmp_path, monkeypatch):
+def test_a_later_run_finds_the_same_features(resnet, split, tmp_path, monkeypatch):
     network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path, 10**9)
     rows, said = a_view(split, network, store)
     assert said == ""
@@ -170,7 +170,7 @@ def test_what_the_features_depend_on_tells_them_apart(resnet, split, photos, tmp
     assert a_view(split, network, store, **settings)[1] == ""
 
 
-def test_a_photo_that_is_bad_or_not_what_was_scanned_is_met_by_each_run(resnet, split, tmp_path, capfd):
+def test_each_run_finds_bad_and_changed_photos_itself(resnet, split, tmp_path, capfd):
     network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path, 10**9)
     photo = Path(split.path(3))
     content, state = photo.read_bytes(), photo.stat()

@@ -71,7 +71,7 @@ def test_a_folded_network_gives_the_same_answers(arch, left):
 
 
 @pytest.mark.parametrize("settings", [{"freeze": "layer2"}, {"mode": "feature_extract"}, {"batchnorm": "train"}, {}])
-def test_nothing_of_the_copy_is_saved_or_trained_and_it_follows_the_weights(settings):
+def test_the_folded_copy_follows_the_weights_and_is_not_saved(settings):
     model = model_of(**settings)
     names, parameters = list(model.state_dict()), [id(value) for value in model.parameters()]
     before = copy.deepcopy(model.state_dict())

@@ -54,7 +54,7 @@ def test_a_class_weight_is_so_many_copies_of_its_photos():
         )
 
 
-def test_classes_without_a_photo_and_features_that_say_nothing_do_no_harm():
+def test_empty_classes_and_constant_features_do_no_harm():
     seen, labels = photos(30, classes=2)
     for features in (seen, torch.ones_like(seen)):
         found = choose_and_fit(features, labels, class_weights_of("balanced", labels, 4))
@@ -64,7 +64,7 @@ def test_classes_without_a_photo_and_features_that_say_nothing_do_no_harm():
     assert class_weights_of("balanced", labels, 4)[2:].tolist() == [0, 0]
 
 
-def test_folds_keep_the_classes_in_proportion_and_leave_some_of_each_to_learn_from():
+def test_folds_are_stratified():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3, 4], [40, 13, 7, 2, 1]))
     folds = folds_of(labels)
     assert folds[labels == 4].tolist() == [-1]
@@ -97,7 +97,7 @@ def test_the_views_of_a_photo_are_in_one_fold(monkeypatch):
 
 
 @pytest.mark.parametrize(("spread", "low", "high"), [(0.2, 1e-5, 1e-2), (6.0, 1e-2, 10.0)])
-def test_the_penalty_is_weak_where_the_classes_are_clear_and_strong_where_they_are_not(spread, low, high):
+def test_the_clearer_the_classes_the_weaker_the_penalty(spread, low, high):
     seen, labels = photos(60, features=40, spread=spread)
     found = choose_and_fit(seen, labels, np.ones(3))
     assert low <= found.penalty <= high

@@ -155,7 +155,7 @@ def test_a_network_without_stages_is_frozen_as_a_whole_or_not_at_all(arch, mode)
     torch.testing.assert_close(restored(batch), model.eval().network(batch))
 
 
-def test_networks_by_name_are_torchvisions_with_imagenets_mean_and_a_linear_head():
+def test_every_named_network_is_one_of_torchvisions():
     smallest = {arch[:4]: arch for arch in reversed(get_args(Arch))}.values()  # of each family
     for arch in get_args(Arch):
         transforms = get_model_weights(arch).DEFAULT.transforms()
@@ -229,7 +229,7 @@ def test_the_head_is_drawn_from_the_seed_alone(pretrained):
     assert head.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
-def test_a_head_of_zeros_is_of_no_seed_and_a_runs_own_head_is_kept(pretrained):
+def test_a_head_of_zeros_needs_no_seed(pretrained):
     for seed in (1, 2):
         head = build_model(Config(head_init="zeros", seed=seed), pretrained, ("ant", "bee")).network.fc
         assert not head.weight.any()

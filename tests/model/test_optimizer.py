@@ -40,7 +40,7 @@ def torchs(schedule: type, count: int, **settings) -> list[float]:
 # Groups
 
 
-def test_head_and_body_are_two_groups_with_learning_rates_of_their_own():
+def test_head_and_body_have_learning_rates_of_their_own():
     network = model(frozen_stages=0)
     optimizer = make_optimizer(network, Config(lr=0.1, lr_body=0.02, momentum=0.8, weight_decay=0.3))
     assert isinstance(optimizer, torch.optim.SGD)
@@ -72,7 +72,7 @@ def test_adamw():
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05}
 
 
-def test_rates_are_set_from_the_base_every_time_through_accelerate_too():
+def test_rates_are_set_from_the_base_every_time():
     inner = make_optimizer(model(0), Config(lr=0.1, lr_body=0.02))
     optimizer = Accelerator(cpu=True).prepare(inner)
     for factor in (0.5, 0.25, 1.0):
@@ -105,7 +105,7 @@ def test_constant():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
-def test_the_warm_up_rises_evenly_from_above_zero_and_meets_the_schedule(schedule):
+def test_the_warm_up_rises_evenly_and_meets_the_schedule(schedule):
     config = Config(epochs=4, schedule=schedule, step_epochs=2, warmup_epochs=1.5)
     rates, warmup = factors(config), 10  # round(1.5 * 7), to the even neighbour
     assert rates[:warmup] == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup)])
@@ -123,7 +123,7 @@ def test_the_warm_up_rises_evenly_from_above_zero_and_meets_the_schedule(schedul
     steps=st.integers(1, 9),
     warmup=st.floats(0, 1),
 )
-def test_every_factor_is_above_0_and_at_most_1_and_depends_on_its_step_alone(schedule, epochs, steps, warmup):
+def test_every_factor_is_above_0_and_at_most_1(schedule, epochs, steps, warmup):
     config = Config(schedule=schedule, epochs=epochs, warmup_epochs=warmup * epochs)
     forwards = factors(config, steps)
     assert all(0 < factor <= 1 for factor in forwards)

@@ -180,7 +180,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_state_dicts_are_read_as_people_have_them_and_a_line_says_how(tmp_path, form):
+def test_state_dicts_are_read_in_all_usual_forms(tmp_path, form):
     content, said = FORMS[form]
     torch.save(content, tmp_path / "weights.pt")
     weights = read_weights_file(tmp_path / "weights.pt", "resnet18")
@@ -211,7 +211,7 @@ def test_safetensors_are_known_by_their_content_and_by_their_name(tmp_path, name
     ("arch", "old", "new"),
     [("densenet121", ".norm.1.", ".norm1."), ("vit_b_32", ".mlp.linear_2.", ".mlp.3."), ("swin_t", "no", "no")],
 )
-def test_other_networks_are_read_with_the_names_that_torchvision_has_given_their_layers(tmp_path, arch, old, new):
+def test_older_layer_names_of_other_networks_are_read(tmp_path, arch, old, new):
     with torch.device("meta"):
         state = get_model(arch).state_dict()
     state = {name: torch.zeros((), dtype=like.dtype).expand(like.shape) for name, like in state.items()}
@@ -222,7 +222,7 @@ def test_other_networks_are_read_with_the_names_that_torchvision_has_given_their
     assert count_classes(weights, arch) == 1000
 
 
-def test_a_file_cannot_bring_a_table_of_places_that_lie_elsewhere(tmp_path):
+def test_a_file_cannot_replace_a_networks_table_of_indices(tmp_path):
     state = get_model("swin_t").state_dict()
     table = next(name for name in state if name.endswith("relative_position_index"))
     torch.save(state | {table: state[table] + 10**9}, tmp_path / "weights.pt")
@@ -297,7 +297,7 @@ def test_the_variable_stands_in_for_the_default_of_resnet18_only(tmp_path, monke
         read_weights(Config())
 
 
-def test_without_a_network_one_line_names_the_url_and_what_does_without(offline):
+def test_without_a_network_one_line_names_the_url(offline):
     with pytest.raises(MachineError) as caught:
         read_weights(Config())
     line = str(caught.value)
@@ -337,7 +337,7 @@ def test_weights_that_torchvision_has_downloaded_need_no_network(downloaded):
     assert weights.classes is None
 
 
-def test_a_file_under_the_name_of_torchvisions_is_read_like_any_other(tmp_path, downloaded, monkeypatch):
+def test_a_file_named_like_torchvisions_is_read_like_any_other(tmp_path, downloaded, monkeypatch):
     downloaded(Opens(tmp_path / "mark"))
     with pytest.raises(UserError, match=r"resnet18-f37072fd.pth .* code, which is never run"):
         read_weights(Config())
@@ -362,7 +362,7 @@ def test_weights_that_could_not_be_trained_from_are_refused(tmp_path):
             read_weights_file(file, "resnet18")
 
 
-def test_a_file_that_would_take_far_more_memory_than_it_has_bytes_is_not_opened(tmp_path):
+def test_a_file_that_would_take_far_more_memory_is_not_opened(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
     with (
         zipfile.ZipFile(tmp_path / "plain.pt") as plain,

@@ -22,7 +22,7 @@ TABLES = (resume.REFUSED, resume.SAID, resume.LOOKED_INTO, resume.OF_NO_ACCOUNT)
 # Settings
 
 
-def test_each_setting_says_what_becomes_of_a_run_that_goes_on_with_another_value():
+def test_each_setting_is_in_a_table_of_what_a_change_does():
     """A new setting must be put into one of the tables in pipelines/run/resume.py."""
     assert sorted(key for table in TABLES for key in table) == sorted(field.name for field in fields(Config))
 
@@ -57,7 +57,7 @@ def saved_run(run: RunFolder, config: Config, state: str = "stopped", global_ste
 
 
 @pytest.mark.parametrize("key", sorted(OTHER))
-def test_what_decides_the_result_is_refused_and_all_else_goes_on_and_is_said(run, key):
+def test_only_a_change_that_decides_the_result_is_refused(run, key):
     assert set(OTHER) == resume.REFUSED | resume.SAID
     # Values that matter: with them none of the settings stands idle.
     before = {"schedule": "step"} if key.startswith("step_") else {}
@@ -93,7 +93,7 @@ def test_a_setting_decides_by_what_it_does(run, before, now):
     assert run.beginning(Config(**before | now)) == "resumed"
 
 
-def test_settings_that_nobody_names_are_those_that_the_run_began_with(run, capsys):
+def test_settings_not_named_are_those_that_the_run_began_with(run, capsys):
     """As where the default recipe is another one since, or was not the one that the run began with."""
     saved_run(run, Config(lr=0.5, freeze="layer3"))
     not_named = {"lr", "freeze", "max_steps"}
@@ -120,7 +120,7 @@ def test_what_crop_mode_auto_has_come_to_stays(run, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_named_is_what_stands_on_the_command_line_or_in_a_recipe_that_it_names(tmp_path):
+def test_named_settings_are_those_of_flags_and_of_a_given_recipe(tmp_path):
     recipe = tmp_path / "own.yaml"
     recipe.write_text("lr: 0.5\n")
     assert not_named([]) == set(SCHEMA)
@@ -140,7 +140,7 @@ def test_named_is_what_stands_on_the_command_line_or_in_a_recipe_that_it_names(t
         (None, "No such file"),
     ],
 )
-def test_what_a_run_was_trained_with_counts_and_not_what_its_recipe_says_now(run, edit, line, capsys):
+def test_a_run_goes_on_as_trained_whatever_its_recipe_says_now(run, edit, line, capsys):
     saved_run(run, Config(lr=0.5))
     file = run.folder / "config.yaml"
     file.write_text(edit(file.read_text())) if edit else file.unlink()
@@ -152,7 +152,7 @@ def test_what_a_run_was_trained_with_counts_and_not_what_its_recipe_says_now(run
         run.beginning(Config(lr=0.25))
 
 
-def test_before_versions_kept_settings_in_checkpoints_the_recipe_counts(run):
+def test_checkpoints_without_settings_leave_it_to_the_recipe(run):
     saved_run(run, Config(lr=0.5))
     for content, lr in (({}, 0.25), ({"settings": None}, 0.25), ({"settings": asdict(Config(lr=0.125))}, 0.125)):
         (run.folder / "config.yaml").write_text(dump_yaml(Config(lr=0.25)))
@@ -164,7 +164,7 @@ def test_before_versions_kept_settings_in_checkpoints_the_recipe_counts(run):
         run.beginning(Config())
 
 
-def test_more_epochs_in_the_recipe_of_a_finished_run_are_more_epochs(run):
+def test_a_finished_run_goes_on_for_more_epochs_in_its_recipe(run):
     saved_run(run, Config(run="one"), "finished", 50)
     file = run.folder / "config.yaml"
     file.write_text(file.read_text().replace("epochs: 10", "epochs: 20"))
@@ -216,7 +216,7 @@ def test_a_finished_run_without_checkpoints_keeps_its_weights(run):
 
 
 @pytest.mark.parametrize(("epoch", "is_refused"), [(0, False), (1, False), (2, True)])
-def test_a_stopped_run_without_checkpoints_keeps_weights_that_a_checkpoint_had(run, epoch, is_refused):
+def test_best_weights_outlive_the_checkpoints_of_a_stopped_run(run, epoch, is_refused):
     saved_run(run, Config()).save_best(torch.nn.Linear(1, 1), {})
     run.write_status("stopped", epoch=epoch)
     shutil.rmtree(run.folder / "checkpoints")
@@ -227,7 +227,7 @@ def test_a_stopped_run_without_checkpoints_keeps_weights_that_a_checkpoint_had(r
         assert run.beginning(Config()) == "resumed"
 
 
-def test_a_finished_run_gets_removed_best_weights_back_from_its_checkpoint(run):
+def test_removed_best_weights_are_restored_from_the_checkpoint(run):
     saved_run(run, Config(), "finished").best.unlink()
     assert run.beginning(Config()) == "resumed"
 
@@ -268,7 +268,7 @@ def test_a_rate_that_is_off_its_course_is_said_with_both_values():
         ("train", 1, None, ""),
     ],
 )
-def test_what_batchnorm_makes_of_another_number_of_processes_is_said(batchnorm, world_size, micro_batch, line):
+def test_another_number_of_processes_is_reported_with_batchnorm(batchnorm, world_size, micro_batch, line):
     saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions()}
     now, one = Config(max_batch_per_device=micro_batch), SimpleNamespace(num_processes=1, mixed_precision="no")
     lines = how_it_goes_on(now, Config(), saved, one, SimpleNamespace(batchnorm=batchnorm), 50)

@@ -49,7 +49,7 @@ def test_a_name_of_its_own_has_recipe_time_and_four_letters():
 OWN_NAME = r"finetune-\d{8}-\d{6}-[a-z]{4}"
 
 
-def test_the_name_is_the_jobs_for_the_training_alone_that_the_job_script_starts(monkeypatch):
+def test_only_the_job_scripts_training_is_named_after_the_job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")  # as in an allocation, from a notebook, in a loop
     assert re.fullmatch(OWN_NAME, new_run_name("finetune"))
     for job in ("4711", "4700-3"):
@@ -57,7 +57,7 @@ def test_the_name_is_the_jobs_for_the_training_alone_that_the_job_script_starts(
         assert new_run_name("finetune") == f"finetune-{job}"
 
 
-def test_under_a_wandb_agent_the_name_is_the_agents_run_until_that_is_finished(monkeypatch, tmp_path):
+def test_under_a_wandb_agent_a_run_has_the_agents_name(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
     assert re.fullmatch(OWN_NAME, new_run_name("finetune"))  # a run id alone is no sweep
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
@@ -270,7 +270,7 @@ def test_a_finished_run_with_nothing_to_do_is_free_again(run):
     assert RunFolder(run.folder).beginning(Config(epochs=99)) == "resumed"
 
 
-def test_a_stop_is_for_the_life_that_it_was_asked_of(run, monkeypatch, capsys):
+def test_a_stop_request_does_not_reach_the_next_attempt(run, monkeypatch, capsys):
     run.create(Config())
     run.stop_file.touch()  # after the last step, so that nobody has answered it
     run.close()
@@ -351,13 +351,13 @@ for line in sys.stdin:
 
 
 @pytest.mark.parametrize("there", ["nothing", "a finished run of other settings"])
-def test_a_kill_at_any_step_of_making_emptying_and_ending_a_folder_blocks_nobody(there, tmp_path):
+def test_a_kill_at_any_call_on_a_folder_blocks_no_later_run(there, tmp_path):
     """The attempt at a run without its training, killed before each call that touches the folder in turn."""
     with subprocess.Popen([sys.executable, "-c", ATTEMPT], stdin=-1, stdout=-1, text=True, cwd=ROOT) as attempts:
         assert attempts.stdin is not None
         assert attempts.stdout is not None
 
-        def live(folder: Path, step: int = 0, overwrite: bool = False, requeued: bool = False) -> str:
+        def attempt(folder: Path, step: int = 0, overwrite: bool = False, requeued: bool = False) -> str:
             print(folder, step, int(overwrite), int(requeued), file=attempts.stdin, flush=True)
             return attempts.stdout.readline().strip()
 
@@ -375,18 +375,18 @@ def test_a_kill_at_any_step_of_making_emptying_and_ending_a_folder_blocks_nobody
                 old.write_status("finished", "", 0, 2, 2)
                 old.close()
             overwrite = there != "nothing"
-            first = live(folder, step, overwrite)
+            first = attempt(folder, step, overwrite)
             if first != "killed":
                 break
             names = set(files(folder)) if folder.exists() else set()
             before = (folder / "config.yaml").read_text() if "config.yaml" in names else ""
             # As Slurm starts a job again, and as a person does.
-            again = live(folder, requeued=True) if step % 2 or not overwrite else live(folder, overwrite=True)
+            again = attempt(folder, requeued=True) if step % 2 or not overwrite else attempt(folder, overwrite=True)
             if again.startswith("UserError"):  # of the old run nothing is gone yet
                 assert "other settings (lr)" in again
                 assert "lr: 0.125" in before
                 assert {"best.pt", "export/model.onnx", "thesis"} <= names
-                again = live(folder, overwrite=True)
+                again = attempt(folder, overwrite=True)
             assert again in ("new", "resumed", "finished"), again
             began.add(again)
             assert "lr: 0.5" in (folder / "config.yaml").read_text()
@@ -455,7 +455,7 @@ class Unpicklable:
         raise RuntimeError("no")
 
 
-def test_best_weights_that_cannot_be_written_leave_the_earlier_ones(run):
+def test_a_failed_save_keeps_the_earlier_best_weights(run):
     run.create(Config())
     network = torch.nn.Linear(2, 1)
     run.save_best(network, {"epoch": 1})
@@ -510,7 +510,7 @@ def test_model_json_names_the_photos_so_that_they_are_found_again(photo_folder, 
         assert describe_model(Config(data=data), dataset, {})["data"] == str(expected)
 
 
-def test_versions_name_the_libraries_and_do_without_an_installed_dalitune(monkeypatch):
+def test_versions_do_without_an_installed_dalitune(monkeypatch):
     assert {"torch", "torchvision", "accelerate", "numpy", "pillow"} <= versions().keys()
     assert torch.__version__.startswith(versions()["torch"])
     monkeypatch.setattr("pipelines.run.folder._LIBRARIES", ("torch", "no-such-library"))

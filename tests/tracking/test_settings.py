@@ -67,7 +67,7 @@ def test_what_wandb_would_not_take_is_refused_at_the_start(monkeypatch, settings
     assert refusal(**settings).startswith(line)
 
 
-def test_a_tracker_whose_installation_is_broken_is_refused_at_the_start(monkeypatch, tmp_path):
+def test_a_tracker_with_a_broken_installation_is_refused(monkeypatch, tmp_path):
     (tmp_path / "tensorboard.py").write_text("raise RuntimeError('of another protobuf')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
@@ -131,7 +131,7 @@ def test_a_run_id_that_was_left_in_the_shell_is_not_this_runs(folder, dataset, c
     assert history_of(folder) == rows_until(4)
 
 
-def test_sending_by_hand_tells_its_help_without_a_key_and_a_bad_variable_in_a_line(monkeypatch, capsys):
+def test_wandb_sync_shows_its_help_and_names_a_bad_variable(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         wandb_sync.main(["--help"])
     assert (ended.value.code, "RUN" in capsys.readouterr().out) == (0, True)

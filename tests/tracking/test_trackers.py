@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 
 
-def test_tensorboard_has_every_row_once_in_the_runs_folder_after_a_resume_too(folder, dataset, capfd):
+def test_tensorboard_has_every_row_once_after_a_resume(folder, dataset, capfd):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     Attempt(folder, dataset, tracker="tensorboard").steps(8).tracking.abandon()
@@ -24,9 +24,7 @@ def test_tensorboard_has_every_row_once_in_the_runs_folder_after_a_resume_too(fo
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
-def test_another_of_accelerates_trackers_has_settings_and_every_row_of_each_life(
-    folder, dataset, capfd, monkeypatch, tmp_path
-):
+def test_mlflow_has_the_settings_and_every_row_of_each_attempt(folder, dataset, capfd, monkeypatch, tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny, of the dev group, is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

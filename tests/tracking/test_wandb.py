@@ -49,7 +49,7 @@ TRAINING += ["--head-init", "zeros", "--batch-size", "4"]
 # Weights & Biases, offline
 
 
-def test_without_a_key_wandb_is_offline_and_says_how_to_send_the_run(folder, dataset, capfd):
+def test_without_a_key_wandb_is_offline(folder, dataset, capfd):
     Attempt(folder, dataset).steps(8).finish()
     assert one_line(capfd) == f"wandb: offline (no key); {LATER} {folder}"
     assert history_of(folder) == rows_until(8)
@@ -68,7 +68,7 @@ def test_the_mode_of_the_environment(folder, dataset, capfd, monkeypatch, mode):
     assert history_of(folder) == rows_until(4)
 
 
-def test_wandbs_own_variables_are_respected_and_flags_win_over_them(folder, dataset, monkeypatch, tmp_path):
+def test_flags_win_over_wandbs_variables(folder, dataset, monkeypatch, tmp_path):
     variables = {"PROJECT": "p", "TAGS": "x,y", "RUN_GROUP": "g", "NAME": "n", "DIR": tmp_path, "RUN_ID": "fromagent"}
     variables |= {"SWEEP_ID": "s"}
     for name, value in variables.items():
@@ -90,7 +90,7 @@ def test_wandbs_own_variables_are_respected_and_flags_win_over_them(folder, data
 
 
 @pytest.mark.slow
-def test_what_a_torn_file_has_lost_is_sent_by_the_next_life_and_nothing_twice(folder, dataset, capfd):
+def test_rows_lost_in_a_torn_file_are_sent_once_by_the_next_attempt(folder, dataset, capfd):
     Attempt(folder, dataset).steps(20).tracking.abandon()
     (first,) = attempts(folder)
     records_of(first)
@@ -116,7 +116,7 @@ def test_what_a_torn_file_has_lost_is_sent_by_the_next_life_and_nothing_twice(fo
 
 
 @pytest.mark.slow
-def test_a_killed_life_offline(folder, dataset, monkeypatch):
+def test_a_killed_attempt_offline(folder, dataset, monkeypatch):
     monkeypatch.setenv("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "0.2")  # seconds; W&B's own default is 15
 
     def attempt() -> None:
@@ -148,7 +148,7 @@ def test_a_stopped_run_is_preempting_and_a_failed_one_has_failed(folder, dataset
     assert history_of(folder) == rows_until(8)
 
 
-def test_the_newest_row_waits_for_its_validation_row_also_in_another_life(folder, dataset):
+def test_the_newest_row_waits_for_its_validation_row(folder, dataset):
     first = Attempt(folder, dataset).steps(6)
     first._row({"global_step": 8, "train/loss": 1 / 8}, hold=True)
     first.tracking.stopped()  # in the evaluation
@@ -189,7 +189,7 @@ def test_a_killed_wandb_core_is_replaced_and_no_row_is_lost(folder, dataset, cap
 
 @pytest.mark.slow
 @pytest.mark.parametrize("and_wait", [0.0, 0.5])
-def test_a_run_that_is_stopped_does_not_wait_for_another_wandb_core(folder, dataset, capfd, and_wait):
+def test_a_stopped_run_waits_for_no_other_wandb_core(folder, dataset, capfd, and_wait):
     attempt = Attempt(folder, dataset).steps(8)
     time.sleep(1.1)
     capfd.readouterr()
@@ -237,7 +237,7 @@ def test_online_a_run_is_created_and_streamed(folder, dataset, capfd, server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent_before", [0.0, 3.0])  # seconds
-def test_online_a_killed_run_goes_on_under_its_id_with_no_row_twice(folder, dataset, server, sent_before):
+def test_online_a_killed_run_goes_on_with_no_row_twice(folder, dataset, server, sent_before):
     def attempt() -> None:
         first = Attempt(folder, dataset).steps(12)
         time.sleep(sent_before)
@@ -294,7 +294,7 @@ def test_weights_may_take_longer_than_a_dead_server_may(folder, dataset, capfd, 
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_offline_without_its_server_and_is_whole_once_it_is_back(folder, dataset, capfd, server):
+def test_a_run_goes_on_offline_and_is_sent_when_the_server_is_back(folder, dataset, capfd, server):
     Attempt(folder, dataset).steps(8).tracking.stopped()
     (run,) = server.runs.values()
     assert run["preempting"]
@@ -348,7 +348,7 @@ def test_a_run_that_is_being_trained_is_not_sent(folder, dataset, capfd, server)
 
 
 @pytest.mark.parametrize("kind", ["refuses", "is silent"])
-def test_a_server_that_cannot_be_reached_costs_seconds_and_one_line(folder, dataset, capfd, monkeypatch, kind):
+def test_an_unreachable_server_costs_seconds_and_one_line(folder, dataset, capfd, monkeypatch, kind):
     silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
     port = silent.getsockname()[1] if kind == "is silent" else 9
     monkeypatch.setenv("WANDB_API_KEY", KEY)

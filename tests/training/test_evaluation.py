@@ -212,7 +212,7 @@ def test_features_that_would_fill_the_memory_are_not_kept(photos, network, accel
             assert cache.are_kept == kept
 
 
-def test_an_evaluation_that_broke_off_leaves_nothing_in_the_cache(photos, network, accelerator):
+def test_an_interrupted_evaluation_caches_nothing(photos, network, accelerator):
     loader = open_loader(open_split(photos))
     cache = features_of(network, loader, accelerator)
     last = photos / "val" / "wasp" / "03.jpg"
@@ -284,7 +284,7 @@ def test_scores_are_torchmetrics():
     assert scores.balanced_top1 == pytest.approx(np.mean([row["recall"] for row in scores.per_class if row["count"]]))
 
 
-def test_many_classes_take_memory_by_photos_and_not_by_their_square():
+def test_memory_grows_with_photos_and_not_with_classes_squared():
     records = np.zeros(20_000, _RECORD)
     records["label"] = np.arange(20_000) % 8_000
     records["predicted"] = (records["label"] + np.arange(20_000) % 3) % 8_000

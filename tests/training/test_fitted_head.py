@@ -92,7 +92,7 @@ def test_without_an_epoch_the_fit_is_the_whole_training(command, tmp_path, run_h
 
 
 @pytest.mark.slow
-def test_neither_the_seed_nor_the_batch_nor_what_is_trained_afterwards_changes_the_head(command, whole, run_here):
+def test_the_fitted_head_does_not_depend_on_seed_batch_or_training(command, whole, run_here):
     other = with_other(command, batch_size=4, lr=0.1)
     settings = ["--seed", "7", "--mode", "feature_extract", "--crop-scale-min", "0.5"]
     succeeded(run_here(train, *other, "other", "--epochs", "0", *settings))
@@ -112,7 +112,7 @@ def test_training_begins_with_the_fitted_head(command, whole, run_here):
 
 
 @pytest.mark.slow
-def test_on_two_processes_the_head_and_the_weighted_loss_are_those_of_one(command, run_here):
+def test_two_processes_have_the_head_and_loss_of_one(command, run_here):
     settings = ["--epochs", "1", "--class-weights", "balanced", "--label-smoothing", "0.1"]
     succeeded(run_here(train, *command, "one", *settings))
     said = succeeded(run_script("train.py", *command, "two", *settings, processes=2))
@@ -170,7 +170,7 @@ def test_too_many_photos_are_said_and_trained_or_refused(command, run_here, monk
 
 
 @pytest.mark.slow
-def test_a_head_that_the_weights_have_for_the_same_classes_is_replaced_and_that_is_said(command, whole, run_here):
+def test_a_head_of_the_weights_is_replaced_and_that_is_said(command, whole, run_here):
     weights = shutil.copytree(whole, whole.with_name("given"))
     settings = ["--epochs", "0", "--class-weights", "balanced"]
     said = succeeded(run_here(train, *with_other(command, weights=weights), "on", *settings))
@@ -190,7 +190,7 @@ def test_a_head_that_the_weights_have_for_the_same_classes_is_replaced_and_that_
         ({"freeze": "layer1"}, {"head/top1": 0.5}, "", "layer1", None),
     ],
 )
-def test_what_is_trained_goes_by_the_folds_and_its_reason_is_said(settings, row, unfitted, freeze, why):
+def test_freeze_auto_goes_by_the_folds(settings, row, unfitted, freeze, why):
     fitted, auto = (
         chosen_start(Config(**{"head_init": head_init, "freeze": "auto"} | settings), row, unfitted)
         for head_init in ("fitted", "auto")
@@ -218,7 +218,7 @@ def test_why_no_head_is_fitted(settings, has_own_head, why):
 
 
 @pytest.mark.slow
-def test_head_init_auto_evaluates_the_fitted_head_and_then_starts_at_zeros(command, whole, run_here, monkeypatch):
+def test_head_init_auto_evaluates_the_fit_and_starts_at_zeros(command, whole, run_here, monkeypatch):
     command = with_other(command, head_init="auto", lr="1e-30")  # nothing moves
     said = succeeded(run_here(train, *command, "auto", "--epochs", "1"))
     assert "head: fitted to 19 photos" in said
@@ -238,7 +238,7 @@ def test_head_init_auto_evaluates_the_fitted_head_and_then_starts_at_zeros(comma
 
 
 @pytest.mark.slow
-def test_the_default_recipe_takes_random_weights_and_those_of_a_run(photos, whole, run_here, tmp_path):
+def test_the_default_recipe_takes_random_weights_or_a_run(photos, whole, run_here, tmp_path):
     settings = ["--data", photos, "--image-size", "64", "--resize", "72", "--tracker", "none", "--max-steps", "1"]
     settings += ["--runs", tmp_path, "--run"]
     said = succeeded(run_here(train, *settings, "random", "--weights", "none"))
@@ -252,7 +252,7 @@ def test_the_default_recipe_takes_random_weights_and_those_of_a_run(photos, whol
     ("threshold", "other", "frozen", "trained"),
     [(1.1, 0.0, "none", {"conv1", "layer1", "layer4"}), (0.0, 1.1, "layer3", {"layer4"})],
 )
-def test_freeze_auto_trains_what_it_says_and_a_resume_goes_on_with_it(
+def test_freeze_auto_trains_what_it_says_also_after_a_resume(
     threshold, other, frozen, trained, command, run_here, monkeypatch
 ):
     """threshold: from where on the folds are right on nearly all, so that both outcomes are met."""

@@ -59,7 +59,7 @@ def test_an_interval_takes_means_over_photos_and_not_over_steps(clock):
     assert (row["train/loss"], row["train/top1"], row["perf/data_wait"]) == (3.0, 1.0, 0.0)
 
 
-def test_the_gradients_norm_is_a_mean_over_the_steps_that_had_a_finite_one():
+def test_the_gradient_norm_is_a_mean_over_finite_ones():
     interval = Interval(CPU)
     for norm in (1.0, None, 3.0):
         interval.add(sums(1.0, norm=norm))
@@ -92,7 +92,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("losses", [[], [1.0], [NAN, INF, 1.0, NAN, NAN, 2.0], [1.0, NAN, -INF]])
-def test_two_losses_that_are_not_finite_may_be_the_scalers_search(losses):
+def test_two_losses_in_a_row_may_be_not_finite(losses):
     watch(losses)
 
 
@@ -102,7 +102,7 @@ def test_three_in_a_row_end_the_run_with_step_lr_and_photos(losses, step):
         watch(losses)
 
 
-def test_what_one_process_wishes_all_know_until_it_is_answered():
+def test_a_request_of_one_process_lasts_until_it_is_answered():
     watching = StepWatch()
     watching.add(sums(1.0), str)
     assert (watching.stop, watching.save) == (False, False)
@@ -113,7 +113,7 @@ def test_what_one_process_wishes_all_know_until_it_is_answered():
     assert (watching.stop, watching.save) == (True, True)
 
 
-def test_an_interval_goes_on_in_another_life(clock):
+def test_an_interval_goes_on_after_a_resume(clock):
     before, after = Interval(CPU), Interval(CPU)
     before.start(2.0)
     before.add(sums(0.1, 1, 3))
@@ -130,7 +130,7 @@ def test_an_interval_goes_on_in_another_life(clock):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_on_a_gpu_a_loss_is_looked_at_later_but_at_the_end_at_last():
+def test_on_a_gpu_a_loss_is_checked_later():
     watch([1.0, NAN, NAN, 1.0], torch.device("cuda"))
     with pytest.raises(UserError, match="last at step 3"):
         watch([NAN] * 3, torch.device("cuda"))

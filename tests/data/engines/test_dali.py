@@ -58,7 +58,7 @@ class EventOfABusyGpuStandIn:
         return self.done
 
 
-def test_a_batch_that_a_gpu_still_reads_is_not_given_back_to_dali(split, monkeypatch):
+def test_dali_gets_no_batch_back_that_a_gpu_still_reads(split, monkeypatch):
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     events = EventOfABusyGpuStandIn.made = []
     monkeypatch.setattr(torch.cuda, "Event", EventOfABusyGpuStandIn)
@@ -100,7 +100,7 @@ class DaliWhoseDecoderFailsStandIn:
 
 
 @pytest.mark.parametrize("first_batch", [0, 2])
-def test_a_decoder_that_fails_for_every_photo_ends_the_run_in_a_line(split, first_batch):
+def test_a_decoder_that_fails_for_every_photo_ends_the_run(split, first_batch):
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     loader = make_loader(split, "dali", batch_size=4, micro_batch=4)
     DaliWhoseDecoderFailsStandIn(loader.engine, first_batch)

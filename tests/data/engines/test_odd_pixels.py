@@ -89,7 +89,7 @@ TRANSPARENT = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", TRANSPARENT)
-def test_transparent_pixels_are_composed_on_the_ground_that_is_set(tmp_path: Path, name: str, engine: str) -> None:
+def test_transparent_pixels_are_composed_on_the_set_colour(tmp_path: Path, name: str, engine: str) -> None:
     for ground, shade in (("white", 255), ("black", 0)):
         pixels = seen(scanned(tmp_path, TRANSPARENT[name], ground), engine)
         assert (pixels[:, :28] == shade).all(), ground
@@ -99,7 +99,7 @@ def test_transparent_pixels_are_composed_on_the_ground_that_is_set(tmp_path: Pat
         assert (seen(scanned(tmp_path, TRANSPARENT[name], "ignored"), engine)[:, :28] == 0).all()
 
 
-def test_predict_composes_as_the_run_did_and_a_run_of_before_as_it_was_trained(tmp_path: Path) -> None:
+def test_predict_composes_transparency_as_the_run_did(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(TRANSPARENT["RGBA PNG"])
     facts = {"resize": SIZE, "image_size": SIZE, "mean": [0, 0, 0], "std": [1, 1, 1]}
     shades = {}
@@ -149,7 +149,7 @@ def test_a_range_that_cannot_be_told_is_refused_by_the_scan(tmp_path: Path, valu
     assert [FAULTS[fault] for fault in split.faults] == ["pixels of a kind or a range that cannot be told"] * 2
 
 
-def test_a_colour_space_that_pillow_does_not_convert_is_refused_by_the_scan(tmp_path: Path) -> None:
+def test_the_scan_refuses_a_colour_space_that_pillow_does_not_convert(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("LAB", (90, 90)).save(buffer, "TIFF")
     assert scanned(tmp_path, buffer.getvalue()).faults.all()
@@ -193,7 +193,7 @@ def test_what_only_pillow_reads_right_is_marked(tmp_path: Path) -> None:
     assert picture().mode == "RGB"
 
 
-def test_a_run_of_before_the_setting_is_not_continued_with_another(tmp_path: Path) -> None:
+def test_a_run_older_than_transparency_keeps_it_ignored(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     before = dump_yaml(Config(transparency="ignored")).replace("transparency: ignored\n", "")
     (tmp_path / "r" / "config.yaml").write_text(before)
@@ -203,7 +203,7 @@ def test_a_run_of_before_the_setting_is_not_continued_with_another(tmp_path: Pat
     assert other_result(config, Config(transparency="ignored")) == []
 
 
-def test_what_is_not_read_is_found_in_a_folder_so_that_it_is_named(tmp_path: Path) -> None:
+def test_unreadable_formats_are_found_so_that_they_are_named(tmp_path: Path) -> None:
     for name in ("1.jfif", "2.jpe", "3.cr3", "4.JXL", "notes.txt", "._5.jpg"):
         (tmp_path / name).write_bytes(encoded())
     found = find_photos([str(tmp_path)])
