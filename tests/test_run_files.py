@@ -272,9 +272,8 @@ def test_a_foreign_checkpoint_never_ends_in_a_trace(old_run, run_here):
     torch.save({"model": {"x": torch.ones(1)}}, checkpoint / "state.pt")
     progress["files"]["state.pt"] = file_digest(checkpoint / "state.pt")
     (checkpoint / "progress.json").write_text(json.dumps(progress))
-    (old_run / "config.yaml").write_text(
-        (old_run / "config.yaml").read_text().replace("weights.pth", str(old_run / "best.pt"))
-    )
+    recipe = (old_run / "config.yaml").read_text()
+    (old_run / "config.yaml").write_text(recipe.replace("weights.pth", str(old_run / "best.pt")))
     done = run_here(train, *settings)
     assert done.returncode == 2, done.stderr
     line = done.stderr.splitlines()[-1]
