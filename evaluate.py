@@ -170,7 +170,10 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
         given = {key: own[key] for key in of_the_model if own[key] != ""} | given
     flags = [f"--{key}={value}" for key, value in given.items()]
     has_config = (options.model / "config.yaml").exists()
-    return read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
+    config = read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
+    if config.crop_mode == "squash" and options.resize is not None:
+        raise UserError("--resize plays no part with crop_mode squash: give --crop-mode center with it")
+    return config
 
 
 def _check_writable(figures_folder: Path, json_file: Path | None) -> None:

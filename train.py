@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> None:
         else:
             start = chosen_start(config, fitted, unfitted)
         network.freeze(frozen_stages(config, start.freeze))
-        chosen = resolved(config, start, network, len(photos["train"]))
+        chosen = resolved(config, start, network, len(photos["train"]), saved)
         assert chosen.views_per_photo != "auto"
         assert chosen.epochs != "auto"
         last_step = min(chosen.epochs * steps_per_epoch, config.max_steps or sys.maxsize)
@@ -251,7 +251,7 @@ def main(arguments: list[str]) -> None:
                 *store_report(features, validation_features),
                 f"loader: {engine} ({reason}); {counted(steps_per_epoch, 'step')} an epoch, {last_step} in all, "
                 f"{counted(micro_batch, 'photo')} at a time on a process",
-                *how_it_goes_on(config, before, saved, accelerator, network, last_step),
+                *how_it_goes_on(config, before, saved, accelerator, network, last_step, chosen.epochs),
                 *(rate_jump(chosen, steps_per_epoch, at.global_step, last_rates) if at.global_step < last_step else []),
                 sep="\n",
                 flush=True,
@@ -263,6 +263,7 @@ def main(arguments: list[str]) -> None:
             content = asdict(at) | {name: each.state(training.wait_seconds) for name, each in sums.items()}
             content |= {"bad": {"train": sorted(training.bad), "val": sorted(validation.bad)}}
             content |= {"first_weights": first_weights, "settings": asdict(config), "freeze": start.freeze}
+            content |= {"views_per_photo": chosen.views_per_photo, "epochs": chosen.epochs}
             content |= {"head_is_fitted": not unfitted, "head_restarts": start.head_restarts}
             for loader in (training, validation):
                 run.note_bad(loader.split, loader.bad)

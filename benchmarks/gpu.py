@@ -62,7 +62,7 @@ PILLOW_MEAN = 1.0  # grey levels of 255 by which a GPU's decoder may be off Pill
 
 @dataclass(frozen=True)
 class Setup:
-    """Where a check runs. folder: photos, weights, logs. engine: dali, or torch where DALI does not decode."""
+    """Where a check runs. folder: photos, weights, logs. engine: dali, or pillow where DALI does not decode."""
 
     folder: Path
     dry: bool

@@ -9,6 +9,7 @@ Drawn photos of 64 pixels, seed 0, one process on the CPU, some steps of each re
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def main() -> int:
         losses = {name: made[0]["losses"] for name, made in found.items()}
         options.write.write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")
     lines = [f"{name}: {difference(*made)}" for name, made in found.items() if len(made) == 2]
-    print(*lines, sep="\n")
+    if lines:
+        print(*lines, sep="\n")
     return int(any(not line.endswith(": identical") for line in lines))
 
 
@@ -85,11 +87,18 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     pairs = list(zip(one["losses"], other["losses"], strict=False))
     if len(one["losses"]) != len(other["losses"]) or any(a.keys() != b.keys() for a, b in pairs):
         return f"other rows: {len(one['losses'])} and {len(other['losses'])}"
-    gaps = [(abs(a[key] - b[key]) / max(abs(a[key]), 1e-9), a["global_step"], key) for a, b in pairs for key in a]
+    gaps = [(_gap(a[key], b[key]), a["global_step"], key) for a, b in pairs for key in a]
     largest, step, key = max(gaps)
     if not largest:
         return "the same losses, other weights"
     return f"losses differ, by {largest:.2g} of their value at most ({key} at step {step})"
+
+
+def _gap(one: float | None, other: float | None) -> float:
+    """Relative to `one`. None is a loss that was not finite."""
+    if one is None or other is None:
+        return 0.0 if one == other else math.inf
+    return abs(one - other) / max(abs(one), 1e-9)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ EngineName = Annotated[Literal["auto", "dali", "pillow"], BeforeValidator(engine
 
 _OF_EPOCHS = (
     *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
-    *("optimizer", "lr", "momentum", "weight_decay", "clip_grad_norm", "schedule", "warmup_epochs"),
+    *("freeze", "lr", "lr_body", "optimizer", "momentum", "weight_decay", "clip_grad_norm"),
+    *("schedule", "warmup_epochs"),
 )
 
 
@@ -188,7 +189,7 @@ class Config:
 
     epochs: Literal["auto"] | Annotated[int, Field(ge=0)] = 10
     """how often every training photo is seen; 0 where a head is fitted: that is the whole training then; auto: 16, or 8
-    where stages are frozen, and more where that would be fewer than 128 steps"""
+    where stages are frozen, and more where that would be fewer than 128 steps or than warmup_epochs"""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """end the run after this many steps, in the regular way"""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -250,12 +251,12 @@ class Config:
 
     def without_effect(self) -> dict[str, str]:
         """The settings that play no part beside the others, each with the one that makes it so, as `key: value`."""
-        causes = {
+        causes = {  # of two the later one counts
+            "epochs: 0": (self.epochs == 0, _OF_EPOCHS),
             "crop_mode: squash": (self.crop_mode == "squash", ("resize",)),
             "optimizer: adamw": (self.optimizer == "adamw", ("momentum",)),
             f"schedule: {self.schedule}": (self.schedule != "step", ("step_epochs", "step_gamma")),
             "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body")),
-            "epochs: 0": (self.epochs == 0, _OF_EPOCHS),
         }
         return {key: cause for cause, (holds, keys) in causes.items() if holds for key in keys}
 

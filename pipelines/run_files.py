@@ -19,7 +19,8 @@ from typing_extensions import TypedDict  # pydantic asks for it before Python 3.
 
 # A format goes up when an older version would misread the file. A key that is only added stands below, with the value
 # that means what versions without it did.
-MODEL_FORMAT = CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 1
+MODEL_FORMAT = 2  # with crop_mode squash; older versions would cut, and so everything else is written as 1
 _ADDED_TO_MODEL = {
     "format": 1,
     "scores": {},

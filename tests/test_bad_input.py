@@ -657,6 +657,7 @@ PIECES += [
 ]
 
 
+@pytest.mark.slow
 @given(st.one_of(st.lists(st.sampled_from(PIECES), max_size=25).map(lambda words: "".join(words).encode()), CHANGES))
 @settings(max_examples=400, **FUZZ)
 def test_a_damaged_recipe_gives_a_config_or_one_line(tmp_path_factory: pytest.TempPathFactory, drawn) -> None:

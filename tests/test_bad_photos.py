@@ -23,6 +23,7 @@ def settings(root: Path, weights: Path, runs: Path, engine: str) -> list[str]:
     return [str(flag) for flag in [*flags, *FROZEN, "--skip-bad-files"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_photo_that_fails_in_the_run_ends_it_with_its_name(dirty, tmp_path, random_weights, run_here, engine):
     flags = settings(dirty, random_weights, tmp_path / "runs", engine)[:-1]
@@ -114,6 +115,7 @@ def test_a_photo_that_fails_on_one_process_is_reported_once(dirty, tmp_path, ran
     assert json.loads((tmp_path / "runs/met/bad_photos.json").read_text()).keys() == {"train/a/03.jpg"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("change", ["vanishes", "other size"])
 def test_what_changes_between_scan_and_use_in_an_evaluation(

@@ -123,6 +123,7 @@ def test_a_row_of_the_tutorials_own_code(recipe, photos, random_weights, monkeyp
 # benchmarks/forward.py
 
 
+@pytest.mark.slow
 def test_the_ways_of_a_forward_pass_take_turns(monkeypatch, capsys):
     monkeypatch.setattr(forward, "SIZE", 64)
     monkeypatch.setattr(sys, "argv", ["forward.py", "--runs", "2", "--batch", "2", "--seconds", "0.01"])
@@ -153,6 +154,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "found"),
     [

@@ -38,11 +38,15 @@ def test_every_script_sees_all_of_wide_photos(wide_photos, random_weights, run_h
     run = tmp_path / "wide"
     description = json.loads((run / "model.json").read_text())
     assert (description["crop_mode"], description["scores"]["val/top1"]) == ("squash", 1.0)
+    assert description["format"] == 2, "a version that would cut refuses it"
     assert "\ncrop_mode: squash\n" in (run / "config.yaml").read_text()
 
     done = run_here(evaluate, run, "--json", tmp_path / "scores.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "scores.json").read_text())["top1"] == 1.0
+    refused = run_here(evaluate, run, "--resize", "96")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--resize plays no part with crop_mode squash" in refused.stderr
     done = run_here(predict, run, wide_photos / "val", "--csv", tmp_path / "answers.csv", "--cpu")
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "answers.csv", newline="") as file:

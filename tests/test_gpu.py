@@ -87,6 +87,7 @@ def crash(device: str, engine: str) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such signal")
 def test_a_crash_is_one_failed_test():
     with pytest.raises(AssertionError, match="crash: SIGSEGV"):
@@ -181,6 +182,7 @@ def a_photo_that_is_cut_off_is_left_out(device: str, engine: str, root: str) -> 
     assert (loader.bad, sorted(seen)) == ({5}, [0, 1, 2, 3, 4, 6, 7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("few_views", [False, True])

@@ -4,6 +4,8 @@ Tests share code by tests/helpers/ and conftest.py, and never import one another
 """
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
@@ -47,6 +49,17 @@ def test_there_is_no_circle() -> None:
         for module in ready:
             del waiting[module]
     assert not waiting, "these import each other"
+
+
+def test_job_scripts_import_what_is_there() -> None:
+    """Python within shell scripts, which neither ruff nor mypy sees."""
+    scripts = [*ROOT.glob("slurm/*.s*"), *ROOT.glob("docs/*.sh"), *ROOT.glob("tests/helpers/*.sh")]
+    lines = [line for path in scripts for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [match for line in lines if (match := re.match(r"from (pipelines[\w.]*) import ([\w, ]+)$", line))]
+    assert found
+    for module, names in (match.groups() for match in found):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
 def test_scripts_are_imported_by_nothing() -> None:

@@ -13,6 +13,7 @@ HEAVY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["train", "evaluate", "deploy.predict", "pipelines.inspect_data", "pipelines.compare"]
 )
@@ -22,6 +23,7 @@ def test_a_script_loads_nothing_heavy_that_it_may_not_use(module):
     assert done.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_torch_dynamo_is_loaded_when_torchvision_needs_it():
     code = """
 import pipelines, torch, torchvision

@@ -109,6 +109,7 @@ def test_a_training_goes_on_whatever_becomes_of_its_prints(
     assert {path.name for path in (tmp_path / "r").iterdir()} >= {"best.pt", "model.json"}
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_reach_stdout_are_a_failure(trained_run, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     photo = next(iter(trained_run.evaluated))
     with monkeypatch.context() as patch:

@@ -279,6 +279,7 @@ def test_fp16_on_a_cpu_is_refused_in_one_line(photos, tmp_path):
     assert "fp16" in done.stderr
 
 
+@pytest.mark.slow
 def test_grad_norm_is_that_of_the_gradient_before_it_is_clipped(photos, tmp_path, random_weights, run_here):
     settings = [*FROZEN, "--data", photos, "--weights", random_weights, "--runs", tmp_path, "--max-steps", "1"]
     settings += ["--lr-body", "0.005", "--momentum", "0", "--weight-decay", "0", "--warmup-epochs", "0"]

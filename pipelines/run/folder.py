@@ -135,8 +135,9 @@ class RunFolder:
         for line in self._edited():
             print(printable(line), file=sys.stderr, flush=True)
         if older := self.meant_before(config):
-            was_auto = {key for key in ("crop_mode", "epochs") if getattr(config, key) == "auto"}
-            if words := ", ".join(f"{key} {spelled(older[key])}" for key in older if key not in was_auto):
+            # crop_mode is what auto came to.
+            is_said = [key for key in older if key != "crop_mode" or config.crop_mode != "auto"]
+            if words := ", ".join(f"{key} {spelled(older[key])}" for key in is_said):
                 print(f"run: {printable(self.folder)} goes on as it began, with {words}", file=sys.stderr, flush=True)
             config = replace(config, **older)
         is_finished = status.get("state") == "finished"
@@ -167,13 +168,15 @@ class RunFolder:
         before, now = asdict(self.settings_before()), asdict(config)
         are_default = {key for key in MEANT_BEFORE if now[key] == SCHEMA[key]["default"]}
         meant = {key: MEANT_BEFORE[key] for key in are_default if before[key] == MEANT_BEFORE[key]}
-        # Whatever it came to; the default recipe may have had a number of epochs, and have auto now.
-        meant |= {key: before[key] for key in ("crop_mode", "epochs") if now[key] == "auto" and before[key] != "auto"}
+        if self.has_saved():  # auto is what it came to, or what the run was begun with in its place
+            autos = ("crop_mode", "epochs")
+            meant |= {key: before[key] for key in autos if now[key] == "auto" and before[key] != "auto"}
         own = {key: before[key] for key in self._not_named if key in REFUSED and before[key] != now[key]}
-        with suppress(ValidationError):  # with a flag that does not go with them: then all that differs is to be told
-            replace(config, **own)
-            return own | meant
-        return meant
+        for each in (own | meant, meant):
+            with suppress(ValidationError):  # with a flag that does not go with them all that differs is to be told
+                replace(config, **each)
+                return each
+        return {}
 
     def settings_before(self) -> Config:
         """Those with which the run was trained: its newest checkpoint has them, config.yaml before there is one."""
@@ -449,7 +452,7 @@ class RunFolder:
 def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:
     """model.json: what a reader of best.pt needs to use it as it was trained, and to know where it comes from."""
     return {
-        "format": MODEL_FORMAT,
+        "format": MODEL_FORMAT if config.crop_mode == "squash" else 1,
         "arch": config.arch,
         "classes": list(dataset.splits["train"].classes),
         "image_size": config.image_size,

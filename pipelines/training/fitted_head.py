@@ -1,5 +1,6 @@
 """A run's head, fitted before its training to what the whole body makes of the training photos."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -125,18 +126,23 @@ def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) ->
     return Start(freeze, restarts, "; ".join(filter(None, [reason, again])))
 
 
-def resolved(config: Config, start: Start, network: TransferModel, photos: int) -> Config:
+def resolved(
+    config: Config, start: Start, network: TransferModel, photos: int, saved: Mapping[str, Any] | None = None
+) -> Config:
     """The settings with what `auto` has come to. network: frozen as `start` has it. photos: to train on.
 
-    The same after any stop: it follows from `start`, which a checkpoint keeps, and from what a run may not change.
+    saved: the progress that a run goes on from; its numbers stay, also where another version would choose others.
     """
+    for key in ("views_per_photo", "epochs"):
+        if saved and key in saved and getattr(config, key) == "auto":
+            config = replace(config, **{key: saved[key]})
     views = config.views_per_photo
     if views == "auto":
         views = _VIEWS if network.frozen_part_is_fixed else None
     epochs = config.epochs
     if epochs == "auto":
         epochs = SHORT if network.frozen_part_is_fixed else LONG
-        epochs = max(epochs, -(-LEAST_STEPS // -(-photos // config.batch_size)))
+        epochs = max(epochs, -(-LEAST_STEPS // -(-photos // config.batch_size)), math.ceil(config.warmup_epochs))
     return replace(config, freeze=start.freeze, views_per_photo=views, epochs=epochs)
 
 

@@ -98,6 +98,7 @@ def how_it_goes_on(
     accelerator: Accelerator,
     network: TransferModel,
     last_step: int,
+    epochs: int,
 ) -> list[str]:
     if before is None:
         return []
@@ -115,7 +116,7 @@ def how_it_goes_on(
     if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
         lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
     if saved["global_step"] >= last_step:
-        limit = f"epochs {config.epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
+        limit = f"epochs {epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
         lines.append(f"nothing is left to train: with {limit} the run ends at step {last_step}")
     if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
         lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")

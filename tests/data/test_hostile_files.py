@@ -203,6 +203,7 @@ def cost(work: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - start, memory("VmHWM") - before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Image size", "ignore:Tag data")
 @pytest.mark.parametrize("name", FILES)
 def test_the_scan_of_a_file_takes_seconds_and_64_megabytes(tmp_path: Path, name: str) -> None:
@@ -313,6 +314,7 @@ ACCEPTED: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_accepted_files_take_bounded_time_and_32_bytes_a_pixel(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "photo"

@@ -175,6 +175,7 @@ def orders_of(length: int, epochs: int) -> np.ndarray:
     return np.stack([plan.indices(epoch, np.arange(length)) for epoch in range(epochs)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
 def test_every_order_of_few_photos_is_equally_likely(length):
     orders, epochs = list(permutations(range(length))), 6000
@@ -185,6 +186,7 @@ def test_every_order_of_few_photos_is_equally_likely(length):
     assert chi_square < degrees + 4 * (2 * degrees) ** 0.5 + 5, "five standard deviations and more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [10, 97, 244])
 def test_photos_stand_anywhere_and_neighbours_are_strangers(length):
     """Two chi-squares: where a photo stands, and how far in front of it its neighbour in the folder stands."""

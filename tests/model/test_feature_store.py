@@ -91,6 +91,7 @@ def test_the_longest_unused_go_first(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_leaves_no_table(tmp_path):
     script = f"""
 import os, signal, numpy as np, torch

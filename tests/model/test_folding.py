@@ -49,6 +49,7 @@ def assert_same_answers(model: TransferModel) -> None:
 
 
 # BatchNorm layers that no convolution precedes alone: a DenseNet's, which come first.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "left"),
     [

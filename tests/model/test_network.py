@@ -114,6 +114,7 @@ def test_both_parts_together_are_torchvisions_network(pretrained, frozen_stages)
 OTHERS = {"mobilenet_v3_small": 64, "regnet_y_400mf": 64, "swin_t": 64, "vit_b_32": 224}  # -> pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "mode"),
     [
@@ -155,6 +156,7 @@ def test_a_network_without_stages_is_frozen_as_a_whole_or_not_at_all(arch, mode)
     torch.testing.assert_close(restored(batch), model.eval().network(batch))
 
 
+@pytest.mark.slow
 def test_every_named_network_is_one_of_torchvisions():
     smallest = {arch[:4]: arch for arch in reversed(get_args(Arch))}.values()  # of each family
     for arch in get_args(Arch):

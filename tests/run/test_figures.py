@@ -175,6 +175,7 @@ def pairs_of(matrix: dict[tuple[int, int], int]) -> np.ndarray:
     return np.array([(*pair, photos) for pair, photos in sorted(matrix.items())], np.int64).reshape(-1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 25, 26, 1000, 8000])
 def test_confusion_matrix_of_any_size(tmp_path: Path, texts: list[tuple[str, float]], count: int) -> None:
     empty = count // 2  # a class without photos

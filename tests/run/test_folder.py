@@ -350,6 +350,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", ["nothing", "a finished run of other settings"])
 def test_a_kill_at_any_call_on_a_folder_blocks_no_later_run(there, tmp_path):
     """The attempt at a run without its training, killed before each call that touches the folder in turn."""

@@ -201,6 +201,7 @@ def test_a_stopped_run_waits_for_no_other_wandb_core(folder, dataset, capfd, and
     assert history_of(folder) == rows_until(12)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_nothing_else(folder, dataset, capfd, monkeypatch, small_disk):
     disk = small_disk("size=4m")
     monkeypatch.setenv("WANDB_DIR", str(disk))
@@ -347,6 +348,7 @@ def test_a_run_that_is_being_trained_is_not_sent(folder, dataset, capfd, server)
     assert "is being trained" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["refuses", "is silent"])
 def test_an_unreachable_server_costs_seconds_and_one_line(folder, dataset, capfd, monkeypatch, kind):
     silent = socket.create_server(("127.0.0.1", 0))  # accepts, and never answers
@@ -403,6 +405,7 @@ def whole(photo_folder, tmp_path, run_here) -> Path:
     return tmp_path / "whole"
 
 
+@pytest.mark.slow
 def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
     (attempt,) = attempts(whole)
     found, rows = content(attempt), merged(whole)
@@ -562,6 +565,7 @@ def test_what_an_agent_of_the_sweep_starts_is_accepted(monkeypatch):
 # Alerts
 
 
+@pytest.mark.slow
 def test_alerts_tell_how_a_run_ends(folder, dataset, server):
     for number, (end, level, words) in enumerate(
         [

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import train
 from pipelines.config import Config
+from pipelines.errors import UserError
 from pipelines.run.folder import RunFolder
 from pipelines.training.fitted_head import Start, resolved
 
@@ -29,6 +30,23 @@ def test_few_photos_are_seen_more_often(photos, batch_size, frozen, epochs):
     assert resolved(Config(epochs=3), Start("none"), network, photos).epochs == 3
 
 
+def test_what_auto_came_to_stays():
+    """Also where another version, or other settings of the run, would come to another number."""
+    config, network = Config(epochs="auto", views_per_photo="auto"), SimpleNamespace(frozen_part_is_fixed=True)
+    saved = {"epochs": 5, "views_per_photo": 6}
+    chosen = resolved(config, Start("layer3"), network, 244, saved)
+    assert (chosen.epochs, chosen.views_per_photo) == (5, 6)
+    chosen = resolved(Config(epochs=7, views_per_photo=2), Start("layer3"), network, 244, saved)
+    assert (chosen.epochs, chosen.views_per_photo) == (7, 2)
+    assert resolved(config, Start("layer3"), network, 244, {}).views_per_photo == 4
+
+
+def test_a_warm_up_fits_into_what_auto_comes_to():
+    network = SimpleNamespace(frozen_part_is_fixed=True)
+    config = Config(epochs="auto", warmup_epochs=9.5)
+    assert resolved(config, Start("layer3"), network, 1000).epochs == 10
+
+
 def finished(folder, **settings):
     run = RunFolder(folder / "run")
     run.create(Config(**settings))
@@ -50,6 +68,12 @@ def test_a_finished_run_is_not_longer_by_auto(tmp_path, before, now, beginning):
     run = finished(tmp_path, epochs=before)
     assert run.beginning(Config(epochs=now)) == beginning
     assert run.meant_before(Config(epochs=now)).get("epochs", now) == (before if now == "auto" else now)
+
+
+def test_a_warm_up_longer_than_the_run_has_epochs_is_one_line(tmp_path):
+    run = finished(tmp_path, epochs=10)
+    with pytest.raises(UserError, match=r"other settings \(warmup_epochs\)"):
+        run.beginning(Config(epochs="auto", warmup_epochs=12))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_the_largest_batch_that_fits():
     """The out-of-memory error is a stand-in: a CPU has none."""
     tried = []

@@ -81,7 +81,7 @@ def image_pipeline(
 
 
 class DaliEngine:
-    """See `loader.Engine`. micro_batch: the most views of one `submit`; threads: CPU threads.
+    """See `base.Engine`. micro_batch: the most views of one `submit`; threads: CPU threads.
 
     A photo that DALI cannot read is read by Pillow from then on, in its place in the batch, and so is what the scan
     marks (`headers.for_pillow`): the choice of the engine never changes which photos are used.

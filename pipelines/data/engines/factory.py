@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 
 def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
-    """Which engine runs on `device` for the setting `loader` (auto, dali or torch), and why: ("dali", "...").
+    """Which engine runs on `device` for the setting `loader` (auto, dali or pillow), and why: ("dali", "...").
 
     On a GPU DALI is tried in a child process first (`dali_check`). Raises UserError where DALI is asked for and is not
     installed, MachineError where it is asked for and does not work.

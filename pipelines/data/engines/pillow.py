@@ -1,4 +1,4 @@
-"""The PyTorch engine: Pillow in threads on the CPU, normalisation on the device. Runs everywhere.
+"""The Pillow engine: threads on the CPU, normalisation on the device. Runs everywhere.
 
 Threads, not worker processes: Pillow lets go of Python's lock while it decodes and resizes, so threads use all cores,
 start at once, share the memory and die with their process.
@@ -18,7 +18,7 @@ import torch
 
 
 class PillowEngine:
-    """See `loader.Engine`. `threads` photos are decoded at a time."""
+    """See `base.Engine`. `threads` photos are decoded at a time."""
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ def test_an_answer_counts_for_its_hardware_and_versions_only(cache, monkeypatch)
     assert fault_of_dali(CPU, stand_in("print([0, 0])")) == ""
 
 
+@pytest.mark.slow
 def test_the_real_child_finds_dali_right_on_the_cpu(cache, monkeypatch):
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     monkeypatch.setenv("RANK", "3")

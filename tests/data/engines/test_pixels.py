@@ -66,6 +66,7 @@ def test_pixels_are_torchvisions(split, engine):
     assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64, squash=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_pixels_are_torchvisions_on_the_real_photos(engine, tmp_path):
     if not os.environ.get("DALITUNE_DATA"):
@@ -162,6 +163,7 @@ def test_both_engines_fail_on_the_same_damaged_photos(tmp_path):
     assert (photos.faults > 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 20_000)])
 def test_of_a_strip_only_the_square_that_is_kept_is_computed(tmp_path, shape):
     pytest.importorskip("nvidia.dali", reason="needs DALI")
