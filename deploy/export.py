@@ -53,8 +53,7 @@ _IR_VERSION = 10  # what onnxruntime reads since 1.18
 
 # In ONNX's own notation. onnxruntime's Resize is Pillow's filter, rounded otherwise: at most one grey level apart, in a
 # hundredth of the pixels of ants and bees. N x H x W x 3, as its optimiser breaks a Resize between two transposes.
-_RESIZE = {
-    "center": """
+_CENTRE = """
     rows = Shape <start = 1, end = 2> (pictures)
     columns = Shape <start = 2, end = 3> (pictures)
     shorter = Min (rows, columns)
@@ -71,18 +70,18 @@ _RESIZE = {
     whole_margin = Round (margin)
     start = Cast <to = 7> (whole_margin)
     end = Add (start, square)
-    cropped = Slice (resized, start, end, rows_and_columns)""",
-    "squash": """
+    cropped = Slice (resized, start, end, rows_and_columns)"""
+_OF_CENTRE = """int64[1] shorter_side = {{{resize}}}, int64[2] rows_and_columns = {{1, 2}}, float half = {{0.5}},
+    """
+_SQUASH = """
     sizes = Concat <axis = 0> (photos, square, three)
-    cropped = Resize <mode = "linear", antialias = 1> (pictures, no_roi, no_scales, sizes)""",
-}
+    cropped = Resize <mode = "linear", antialias = 1> (pictures, no_roi, no_scales, sizes)"""
 _PREPROCESS = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}] normalised)
 <
-    int64[1] shorter_side = {{{resize}}}, int64[2] square = {{{size}, {size}}}, int64[2] rows_and_columns = {{1, 2}},
-    int64[1] three = {{3}}, float half = {{0.5}}, float[0] no_roi = {{}}, float[0] no_scales = {{}},
-    float[1, 3, 1, 1] scale = {{{scale}}}, float[1, 3, 1, 1] shift = {{{shift}}}
+    int64[2] square = {{{size}, {size}}}, int64[1] three = {{3}}, float[0] no_roi = {{}}, float[0] no_scales = {{}},
+    {more}float[1, 3, 1, 1] scale = {{{scale}}}, float[1, 3, 1, 1] shift = {{{shift}}}
 >
 {{
     photos = Shape <start = 0, end = 1> (pictures){resizing}
@@ -327,20 +326,26 @@ def _write_graph(
 
     model = network
     if graph == "pictures":
-        mean, std = np.asarray(chosen.mean, np.float32), np.asarray(chosen.std, np.float32)
-        text = _PREPROCESS.format(
-            ir=_ir_version(opset),
-            opset=opset,
-            size=chosen.image_size,
-            resize=chosen.resize,
-            resizing=_RESIZE[chosen.crop_mode],
-            scale=_listed(1 / (255 * std)),  # the engines' own arithmetic: x * scale + shift
-            shift=_listed(-mean / std),
+        model = onnx.compose.merge_models(
+            onnx.parser.parse_model(_preprocess_text(chosen, opset)), network, [("normalised", "normalised")]
         )
-        model = onnx.compose.merge_models(onnx.parser.parse_model(text), network, [("normalised", "normalised")])
     onnx.helper.set_model_props(model, dict(properties))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, file)
+
+
+def _preprocess_text(chosen: Preprocess, opset: int) -> str:
+    mean, std = np.asarray(chosen.mean, np.float32), np.asarray(chosen.std, np.float32)
+    is_central = chosen.crop_mode == "center"
+    return _PREPROCESS.format(
+        ir=_ir_version(opset),
+        opset=opset,
+        size=chosen.image_size,
+        more=_OF_CENTRE.format(resize=chosen.resize) if is_central else "",
+        resizing=_CENTRE if is_central else _SQUASH,
+        scale=_listed(1 / (255 * std)),  # the engines' own arithmetic: x * scale + shift
+        shift=_listed(-mean / std),
+    )
 
 
 def _listed(values: np.ndarray) -> str:

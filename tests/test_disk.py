@@ -142,7 +142,7 @@ def test_ctrl_c_before_the_first_step(where, tmp_path):
     module, wait = {
         "download": ("data.samples", "_download = lambda *_: (print('now', flush=True), time.sleep(60))"),
         "scan": (
-            "dataset",
+            "data.dataset",
             "inspect_file = lambda _: (print('now', flush=True), time.sleep(0.05)) and ('', (9, 9), 0)",
         ),
     }[where]
