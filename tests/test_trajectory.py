@@ -18,7 +18,9 @@ def test_the_losses_are_those_that_were_written_down(name, tmp_path):
     rows = same.train(ROOT, name, same.draw_weights(tmp_path), tmp_path / "runs")["losses"]
     assert [row.keys() for row in rows] == [row.keys() for row in PINNED[name]]
     for row, pinned in zip(rows, PINNED[name], strict=True):
-        assert row == pytest.approx(pinned, rel=0.02, abs=0.02)  # processors round otherwise, and that grows
+        losses = {key: value for key, value in row.items() if key.endswith("/loss")}
+        expected = {key: pinned[key] for key in losses}
+        assert losses == pytest.approx(expected, rel=0.02, abs=0.02)  # processors round otherwise, and that grows
 
 
 def test_what_differs_is_told():
