@@ -26,6 +26,14 @@ settings.register_profile("patient", settings(), deadline=None)
 settings.load_profile("patient")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory) -> Iterator[None]:
+    """What is known of this machine from other runs decides no test, and no test leaves anything in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DALITUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory) -> Callable[[Mapping[str, Mapping[str, int]]], Path]:
     """Makes a folder of small noisy JPEGs: {split: {class: number of photos}} -> ROOT/<split>/<class>/00.jpg ..."""

@@ -14,6 +14,12 @@ import torch
 from accelerate import PartialState
 
 
+@pytest.fixture(autouse=True)
+def unknown_machine(monkeypatch, tmp_path):
+    """Whether bf16 pays here is not known from a run before."""
+    monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path / "cache"))
+
+
 def test_half_precision_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match=re.escape("fp16 needs a GPU: start with accelerate launch --mixed_precision")):
