@@ -10,7 +10,6 @@ photo counts once, on any number of processes. `--json FILE` is for programs, th
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.config import Config, ScriptParser, parse_config
 from pipelines.data.dataset import Dataset, Split, check_dataset, map_labels, spelling_notes

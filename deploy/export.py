@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
+    import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.cache import cache_folder
 from pipelines.config import GROUPS, SCHEMA, Config, ScriptParser

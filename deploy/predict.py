@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 if __name__ == "__main__":
-    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends without a trace
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
+    import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.config import ScriptParser, engine_name
 from pipelines.data.decode import view_of_file

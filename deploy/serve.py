@@ -19,7 +19,6 @@ import ipaddress
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -32,9 +31,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 if __name__ == "__main__":
-    # Ctrl-C while the libraries are loaded, which takes seconds; later `run_script` answers it.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
+    import pipelines.early_interrupt  # noqa: F401
 
 from deploy.decoding import MAX_PIXELS, Busy, Decoders
 from pipelines.config import ScriptParser

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    import pipelines.early_interrupt  # noqa: F401
+
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
 from pipelines.files import check_replaceable

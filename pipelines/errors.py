@@ -32,5 +32,5 @@ class Stopped(_Ending):
     exit_code = 75
 
 
-class PassStopped(Exception):
-    """A pass over photos without updates was broken off on request, on all processes."""
+class StopAgreed(Exception):
+    """All processes break off together, as a stop was asked for: what is done is to be saved, and Stopped raised."""

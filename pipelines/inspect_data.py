@@ -16,6 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    import pipelines.early_interrupt  # noqa: F401
+
 from pipelines.cache import cache_folder
 from pipelines.config import SCHEMA, ScriptParser
 from pipelines.data.dataset import Dataset, Split, check_dataset, load_dataset, scan_dataset

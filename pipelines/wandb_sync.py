@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    import pipelines.early_interrupt  # noqa: F401
+
 from pipelines.config import Config
 from pipelines.errors import MachineError, UserError
 from pipelines.text import counted, lasting_streams, printable

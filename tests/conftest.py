@@ -28,7 +28,7 @@ settings.load_profile("patient")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory) -> Iterator[None]:
-    """What is known of this machine from other runs decides no test, and no test leaves anything in the user's cache."""
+    """What other runs have found on this machine decides no test, and no test leaves anything in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALITUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,6 +1,7 @@
 """Runs that compute what is frozen once for each view: the same weights, stopped, with bad photos, from the cache."""
 
 import train
+from pipelines.model.features import FrozenFeatures
 from tests.helpers.corpus import break_openly, break_unseen
 from tests.helpers.runs import (
     ask_at,
@@ -61,9 +62,7 @@ def test_few_views_stopped_anywhere_and_on_two_processes(photos, random_weights,
         assert same_bits(newest(run) / "state.pt", newest(tmp_path / "whole") / "state.pt")
 
     with monkeypatch.context() as patch:  # within the pass before the second epoch
-        patch.setattr(
-            "pipelines.model.features.FrozenFeatures.prepare", stop_in_the_second(train.FrozenFeatures.prepare)
-        )
+        patch.setattr("pipelines.model.features.FrozenFeatures.prepare", stop_in_the_second(FrozenFeatures.prepare))
         stopped = run_here(train, *command, "--run", "pass")
     assert stopped.returncode == 75
     assert "stopped at step 5" in stopped.stderr

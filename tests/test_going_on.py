@@ -88,7 +88,7 @@ def test_a_resume_needs_no_first_weights_and_a_finished_run_no_photos(start, ran
     torch.save(other, tmp_path / "other.pth")
     first.rename(tmp_path / "moved.pth")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open_dataset", None)
+        patch.setattr("pipelines.training.check.open_dataset", None)
         assert "is finished: nothing to do" in succeeded(start(**cosine))
     said = succeeded(start(**cosine, epochs=2))
     assert "weights: of the checkpoint; " in said

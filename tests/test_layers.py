@@ -69,6 +69,18 @@ def test_scripts_are_imported_by_nothing() -> None:
         assert not names & {"train", "evaluate", "deploy"}, module
 
 
+def test_scripts_answer_ctrl_c_while_their_libraries_load() -> None:
+    """Before the first import of ours, and so of a library: that takes seconds."""
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("deploy/*.py"), *(ROOT / "pipelines").rglob("*.py")]
+    found = [path for path in scripts if "sys.exit(run_script(" in path.read_text(encoding="utf-8")]
+    assert len(found) >= 5
+    for path in found:
+        ours = re.findall(
+            r"^ *(?:from|import) ((?:pipelines|deploy)\b[\w.]*)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        assert ours[0] == "pipelines.early_interrupt", path
+
+
 def test_no_test_module_imports_another() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -349,4 +349,5 @@ def test_the_second_ctrl_c_leaves_at_once(start, monkeypatch):
     time.sleep(0.35)
     alone.launcher.send_signal(signal.SIGINT)
     code = alone.launcher.wait(timeout=STOP_WITHIN)
-    assert code in (75, 130)  # 75 where the first was answered within a third of a second
+    # Where the first was answered within a third of a second, 75, or the second has met an interpreter that was ending.
+    assert code in (75, 130, -signal.SIGINT)

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pipelines.data.loader import Batch, Loader, share_bad_photos
 from pipelines.data.plan import random_bits
 from pipelines.distributed.copies import free_bytes_on, read_later, to_device
-from pipelines.errors import PassStopped
+from pipelines.errors import StopAgreed
 from pipelines.files import ROOT
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.network import TransferModel
@@ -112,7 +112,7 @@ class FrozenFeatures:
     def prepare(self, epoch: int, stop: Callable[[], bool]) -> None:
         """Before `epoch`: finds or computes its view of all photos, unless that is known. Called on all processes.
 
-        stop: asked before each batch. Where it says yes on any process, PassStopped is raised on all.
+        stop: asked before each batch. Where it says yes on any process, StopAgreed is raised on all.
         """
         if not self.are_kept:
             return
@@ -157,7 +157,7 @@ class FrozenFeatures:
         for number, step in enumerate(steps):
             asked.append(read_later(self._accelerator.reduce(torch.full((1,), float(stop()), device=device), "sum")))
             if number and any(asked.popleft()()):  # a batch later, so that the GPU is not waited for
-                raise PassStopped
+                raise StopAgreed
             first = number * loader.batch_size
             # Each process fills the rows of its share, and the sum with the others' zeros has all of them.
             rows = torch.zeros((self._copies, step.size, self._numbers), device=device)

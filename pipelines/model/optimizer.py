@@ -1,12 +1,44 @@
 """The optimizer and the learning-rate schedule, a pure function of `global_step`."""
 
 import math
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pipelines.config import Config
 from pipelines.model.network import TransferModel
 
 import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training is, and its learning rates: functions of `global_step`, which counts updates.
+
+    config: with `epochs` a number.
+    """
+
+    config: Config
+    steps_per_epoch: int
+
+    @property
+    def last_step(self) -> int:
+        """Updates in all."""
+        assert self.config.epochs != "auto"
+        return min(self.config.epochs * self.steps_per_epoch, self.config.max_steps or sys.maxsize)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are begun; the last one ends early where max_steps says so."""
+        return -(-self.last_step // self.steps_per_epoch)
+
+    def ends_epoch(self, global_step: int) -> bool:
+        """Whether an epoch is over after so many updates."""
+        return global_step % self.steps_per_epoch == 0 or global_step == self.last_step
+
+    def set_rates(self, optimizer: torch.optim.Optimizer, global_step: int) -> dict[str, float]:
+        """The rates of the update at `global_step` (0 is the first), as `lr/head` and `lr/body`."""
+        return set_learning_rates(optimizer, lr_factor(self.config, self.steps_per_epoch, global_step))
 
 
 def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimizer:

@@ -1,9 +1,11 @@
 """Checkpoints: all that a training needs to go on from a step as if it had never stopped.
 
     runs/NAME/checkpoints/epoch-0003-step-00000120/
-        state.pt             weights, optimizer, fp16 scaler, each process's BatchNorm statistics; tensors only
+        state.pt             what PyTorch's own parts hold (model, optimizer, fp16 scaler), by the part's name, and each
+                             process's BatchNorm statistics; tensors only
         best.pt, model.json  the best weights so far (hard links)
-        progress.json        the loop's counters and sums, the settings, and the digest of every file
+        progress.json        what the other parts hold (counters, sums), side by side; facts such as the settings; the
+                             digest of every file
 
 One is written under another name, flushed and then renamed, so it is whole or not there.
 
@@ -11,18 +13,20 @@ Accelerate's `save_state` is not used: under DDP its weights have names that a s
 writes the scaler into the same file, and the random states that it keeps have no part here, as all is planned.
 """
 
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipelines.data.dataset import Dataset
+from pipelines.data.loader import Loader, share_bad_photos
 from pipelines.distributed.sync import main_first
 from pipelines.errors import UserError
 from pipelines.files import file_digest
@@ -39,6 +43,7 @@ from accelerate.utils import gather_object
 _KEPT = 2
 _MOST_NAMES = 1 << 26  # bytes; of each process's statistics too
 _FOLDER, _STATE, _PROGRESS = "checkpoints", "state.pt", "progress.json"
+_OF_PYTORCH = (torch.nn.Module, torch.optim.Optimizer, torch.amp.GradScaler)
 
 
 @dataclass
@@ -53,6 +58,61 @@ class Progress:
     global_step: int = 0
     skipped_steps: int = 0
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0})
+
+    @property
+    def has_best(self) -> bool:
+        """Whether any evaluation has given a finite loss."""
+        return "val/loss" in self.best
+
+    def keep_best(self, row: Mapping[str, Any], best_by: str, correct: int, count: int) -> bool:
+        """Whether a validation row is the best so far, which is kept: by `best_by`, with a finite loss; of a tie the
+        earlier one. correct, count: its photos."""
+        is_best = row[best_by] > self.best.get(best_by, -1.0) and math.isfinite(row["val/loss"])
+        if is_best:
+            self.best = {**row, "correct": correct, "count": count}
+        return is_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """state: what `state_dict` has returned, maybe among other things."""
+        for each in fields(self):
+            setattr(self, each.name, state[each.name])
+
+
+class Stateful(Protocol):
+    """A part of a training that a checkpoint holds, as PyTorch's modules and optimizers are.
+
+    state_dict is called on all processes together, and what the main process returns is written: tensors of a part of
+    PyTorch's, else a mapping for progress.json, whose keys no other part has; load_state_dict gets all of that file.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class UnreadablePhotos:
+    """The photos of both splits that a training has met and could not decode: left out from then on, also after a
+    resume, unless their files have changed."""
+
+    def __init__(self, run: RunFolder, loaders: Sequence[Loader]) -> None:
+        self._run = run
+        self._loaders = loaders
+
+    def state_dict(self) -> dict[str, Any]:
+        """`bad`: positions by split. The run's folder notes them too."""
+        for loader in self._loaders:
+            share_bad_photos(loader)
+            self._run.note_bad(loader.split, loader.bad)
+        return {"bad": {loader.split.name: sorted(loader.bad) for loader in self._loaders}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Those of the positions whose files are still what they were."""
+        for loader in self._loaders:
+            loader.bad = self._run.still_bad(loader.split, state["bad"][loader.split.name])
 
 
 class CheckpointClock:
@@ -72,71 +132,82 @@ class CheckpointClock:
 
 
 class Checkpoints:
-    """The checkpoints of a run. All methods are called on all processes; the main process reads and writes."""
+    """The checkpoints of a run. All methods are called on all processes; the main process reads and writes.
 
-    def __init__(self, run: RunFolder, dataset: Dataset, accelerator: Accelerator) -> None:
+    parts: all that a training needs to go on, by name, among them its TransferModel as "model". facts: JSON, what does
+    not change while it goes on.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        dataset: Dataset,
+        accelerator: Accelerator,
+        parts: Mapping[str, Stateful],
+        facts: Mapping[str, Any],
+    ) -> None:
         self._run = run
         self._folder = run.folder / _FOLDER
         self._dataset = dataset
         self._accelerator = accelerator
+        self._tensors = {name: part for name, part in parts.items() if isinstance(part, _OF_PYTORCH)}
+        self._others = {name: part for name, part in parts.items() if name not in self._tensors}
+        self._facts = facts
+        network = parts["model"]
+        assert isinstance(network, TransferModel)
+        self._network = network
 
-    def save(self, network: TransferModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and removes all but the last two. progress: JSON, with `epoch` and `global_step`.
+    def save(self) -> None:
+        """Writes a checkpoint and removes all but the last two.
 
         MachineError where the disk is full; the earlier checkpoints stay whole.
         """
-        statistics = []
-        if network.batchnorm == "train" and self._accelerator.num_processes > 1:
+        state: dict[str, Any] = {"scaler": {}, "batchnorm": []}  # where there is none
+        state |= {name: part.state_dict() for name, part in self._tensors.items()}
+        progress = dict(self._facts)
+        for name, part in self._others.items():
+            own = part.state_dict()
+            assert not own.keys() & progress.keys(), f"{name} and another part keep something under the same name"
+            progress |= own
+        if self._network.batchnorm == "train" and self._accelerator.num_processes > 1:
             # Each process's own between evaluations: their mean alone would not lead to the same bits.
-            statistics = gather_object([_statistics(network)])
-        main_first(self._accelerator.state, partial(self._write, network, optimizer, progress, statistics))
+            state["batchnorm"] = gather_object([_statistics(self._network)])
+        main_first(self._accelerator.state, partial(self._write, state, progress))
 
-    def load(self, progress: Mapping[str, Any], network: TransferModel, optimizer: torch.optim.Optimizer) -> None:
-        """Puts weights, optimizer and scaler back where they were at `progress`, and the run's best weights.
+    def load(self, progress: Mapping[str, Any]) -> None:
+        """Puts all parts back where they were at `progress`, and the run's best weights.
 
         UserError where they are not of this network.
         """
         folder = self._folder / progress["checkpoint"]
         try:
-            self._load_state(folder / _STATE, network, optimizer)
+            self._load_state(folder / _STATE)
         except (OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of PyTorch and its unpickler, of many kinds
             reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
             raise UserError(f"{folder / _STATE} does not hold the state of this network ({reason})") from None
+        for part in self._others.values():
+            part.load_state_dict(progress)
         main_first(self._accelerator.state, partial(self._restore_best, folder))
 
-    def _load_state(self, file: Path, network: TransferModel, optimizer: torch.optim.Optimizer) -> None:
+    def _load_state(self, file: Path) -> None:
         state = load_tensors(file, most_names=_MOST_NAMES)
-        network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if self._accelerator.scaler is not None and state["scaler"]:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
+        for name, part in self._tensors.items():
+            if state[name] or name != "scaler":  # of another precision: it looks for its scale anew
+                part.load_state_dict(state[name])
         if state["batchnorm"]:
             own = _own_or_mean(state["batchnorm"], self._accelerator.process_index, self._accelerator.num_processes)
-            network.load_state_dict(own, strict=False)
+            self._network.load_state_dict(own, strict=False)
 
-    def _write(
-        self,
-        network: TransferModel,
-        optimizer: torch.optim.Optimizer,
-        progress: Mapping[str, Any],
-        statistics: Sequence[Mapping[str, torch.Tensor]],
-    ) -> None:
+    def _write(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
         name = f"epoch-{progress['epoch']:04}-step-{progress['global_step']:08}"
         target, unfinished = self._folder / name, self._folder / ".unfinished"
-        scaler = self._accelerator.scaler
-        state = {
-            "model": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "batchnorm": list(statistics),
-        }
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             with open(unfinished / _STATE, "wb") as file:
-                torch.save(state, file)
+                torch.save(dict(state), file)
             for path in self._run.best_files():
                 _link(path, unfinished / path.name)
             content = {

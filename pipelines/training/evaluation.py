@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 from pipelines.data.loader import Loader, share_bad_photos
-from pipelines.errors import PassStopped
+from pipelines.errors import StopAgreed
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TransferModel
 
@@ -70,7 +70,7 @@ def predict(
 
     model: unwrapped; it is left in eval mode. With its `test_flips` a record is of the mean of a photo's two views.
     features: of the same model and loader, `mirrored` with test_flips; computed on the first call.
-    stop: asked before each batch. Where it says yes on any process, PassStopped is raised on all.
+    stop: asked before each batch. Where it says yes on any process, StopAgreed is raised on all.
     """
     model.eval()
     if features is not None:
@@ -87,7 +87,7 @@ def predict(
             columns.append((indices, labels, *_outcomes(logits, labels)))
     parts = gather_object([(_records(columns), stopped)])
     if any(stopped for _, stopped in parts):
-        raise PassStopped
+        raise StopAgreed
     gathered = np.concatenate([records for records, _ in parts])
     gathered = gathered[np.argsort(gathered["index"], kind="stable")]
     share_bad_photos(loader)

@@ -11,7 +11,7 @@ from pipelines.config import STAGED, Config, Freeze
 from pipelines.data.dataset import Split
 from pipelines.data.loader import eval_loader
 from pipelines.distributed.sync import main_first
-from pipelines.errors import PassStopped, UserError
+from pipelines.errors import StopAgreed, UserError
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.logistic_regression import PENALTIES, Fit, choose_and_fit, class_weights_of, why_too_large
@@ -68,7 +68,7 @@ def fit_head(
 
     split: the training's photos, seen as validation sees them, each with its mirror image where the training has
     those. labels: int [N], of all of them. The main process fits, draws head_penalty.png and says what has come out.
-    stop: asked again and again. Where it says yes on any process, PassStopped is raised on all.
+    stop: asked again and again. Where it says yes on any process, StopAgreed is raised on all.
     Returns a row of metrics, with the penalty and the folds' accuracies, and the photos that could not be decoded. The
     memory that decoding has taken is free again.
     """
@@ -112,7 +112,7 @@ def fit_head(
     with torch.no_grad():
         row = main_first(PartialState(), fit)
         if row is None:
-            raise PassStopped
+            raise StopAgreed
         for parameter, value in zip(network.head.parameters(), head, strict=True):
             parameter.copy_(broadcast(value))
     return row, photos.bad

@@ -110,6 +110,14 @@ class StepWatch:
                     "earlier best weights, if any, are kept"
                 )
 
+    def state_dict(self) -> dict[str, int]:
+        """JSON: how many losses in a row were not finite."""
+        return {"not_finite_in_a_row": self.not_finite_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """state: what `state_dict` has returned, maybe among other things."""
+        self.not_finite_in_a_row = state["not_finite_in_a_row"]
+
 
 class EpochTable:
     """One aligned row per epoch on stdout, under a header that is printed once; a progress bar while an epoch runs."""

@@ -1,25 +1,25 @@
 """What a training says of itself on the terminal, at its start and at its end, and the pictures that it leaves."""
 
-import shlex
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from pipelines.config import SCHEMA, Config
+from pipelines.config import SCHEMA, Config, dump_yaml
 from pipelines.data.loader import Batch, Loader
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.distributed.launch import launcher_hints
-from pipelines.model.network import TransferModel
+from pipelines.model.features import store_report
+from pipelines.model.optimizer import learning_rates, rate_jump
 from pipelines.model.weights import Weights
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run.resume import changed_settings
-from pipelines.run_files import is_run_config
 from pipelines.text import counted, printable
+from pipelines.training.build import Components, Network
+from pipelines.training.check import Checked
 from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wilson_interval
 
 import numpy as np
-from accelerate import Accelerator
 
 
 def without_effect(config: Config) -> list[str]:
@@ -28,14 +28,45 @@ def without_effect(config: Config) -> list[str]:
     return ["without effect: " + ", ".join(f"{key} ({why})" for key, why in idle.items())] if idle else []
 
 
-def setup_report(
-    config: Config, weights: Weights, network: TransferModel, accelerator: Accelerator, facts: dict[str, Any]
-) -> list[str]:
-    processes = accelerator.num_processes
+def beginning_report(checked: Checked, built: Network) -> list[str]:
+    """Before anything is computed: settings, photos, head, folder."""
+    return [
+        dump_yaml(checked.config).rstrip(),
+        *checked.dataset.report(),
+        *([checked.cropping] if checked.cropping else []),
+        *without_effect(checked.config),
+        *([] if checked.saved else head_report(checked.config, built.unfitted, checked.weights, built.has_own_head)),
+        f"run: {checked.run.folder}",
+    ]
+
+
+def training_report(checked: Checked, parts: Components) -> list[str]:
+    """Before the first update: what is trained, on what, from where on. The optimizer's rates are those of the last
+    update in a checkpoint."""
+    schedule, saved = parts.schedule, checked.saved
+    jump = []
+    if saved and saved["global_step"] < schedule.last_step:
+        rates = learning_rates(parts.optimizer)
+        jump = rate_jump(parts.config, schedule.steps_per_epoch, saved["global_step"], rates)
+    return [
+        *([parts.start.reason] if parts.start.reason and schedule.epochs else []),
+        *_setup_report(checked, parts),
+        *parts.features.report(),
+        *store_report(parts.features, parts.validation_features),
+        f"loader: {checked.engine} ({checked.engine_reason}); {counted(schedule.steps_per_epoch, 'step')} an epoch, "
+        f"{schedule.last_step} in all, {counted(parts.micro_batch, 'photo')} at a time on a process",
+        *how_it_goes_on(checked, parts),
+        *jump,
+    ]
+
+
+def _setup_report(checked: Checked, parts: Components) -> list[str]:
+    config, network, accelerator = parts.config, parts.network, checked.accelerator
+    facts, processes = parts.facts, accelerator.num_processes
     lines = [
-        f"weights: {weights.source}; {facts['parameters']:,} parameters, "
+        f"weights: {checked.weights.source}; {facts['parameters']:,} parameters, "
         f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
-        *weights.notes,
+        *checked.weights.notes,
         f"processes: {processes} on {accelerator.device.type}, precision {facts['precision']}",
         *launcher_hints(accelerator, config, facts["train_photos"]),
     ]
@@ -80,26 +111,9 @@ def end_report(
     ]
 
 
-def say_whose_recipe(recipe: Path | None, run: RunFolder, *, is_new: bool) -> None:
-    """A line where a run has the config.yaml of another one, which may have been meant."""
-    if recipe is None or not is_run_config(recipe) or not RunFolder(recipe.parent).status():
-        return
-    other = recipe.resolve().parent
-    if other != run.folder.resolve():
-        go_on = f"--runs {shlex.quote(str(other.parent))} --run {shlex.quote(other.name)}"
-        what = "a new run" if is_new else run.folder
-        print(printable(f"{what} with the settings of {other}: {go_on} goes on with that one"), flush=True)
-
-
-def how_it_goes_on(
-    config: Config,
-    before: Config | None,
-    saved: dict[str, Any] | None,
-    accelerator: Accelerator,
-    network: TransferModel,
-    last_step: int,
-    epochs: int,
-) -> list[str]:
+def how_it_goes_on(checked: Checked, parts: Components) -> list[str]:
+    """For a run that is there already: from where, and what may make a difference."""
+    config, before, saved, accelerator = checked.config, checked.before, checked.saved, checked.accelerator
     if before is None:
         return []
     settings = changed_settings(before, config)
@@ -109,18 +123,25 @@ def how_it_goes_on(
     lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}", *changes]
     by_itself = "BatchNorm (train) normalises each by itself, so that results differ by more than rounding"
     if saved["world_size"] != accelerator.num_processes:
-        what = "sums in another order" if network.batchnorm != "train" else f"in other shares, and {by_itself}"
+        what = "sums in another order" if parts.network.batchnorm != "train" else f"in other shares, and {by_itself}"
         lines.append(f"the checkpoint is of {counted(saved['world_size'], 'process')}: the same photos, {what}")
-    elif network.batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
+    elif parts.network.batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
         lines.append(f"max_batch_per_device: other micro-batches, and {by_itself}")
     if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
         lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
+    last_step = parts.schedule.last_step
     if saved["global_step"] >= last_step:
-        limit = f"epochs {epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
+        limit = f"epochs {parts.config.epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
         lines.append(f"nothing is left to train: with {limit} the run ends at step {last_step}")
     if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
         lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
     return lines
+
+
+def where(global_step: int, rates: Mapping[str, float], batch: Batch, loader: Loader) -> str:
+    """Words on a step, for a message: its number, its rate, some of its photos on this process."""
+    photos = [printable(loader.split.path(index)) for index in batch.indices[:3].tolist()]
+    return f"step {global_step}, lr {rates['lr/head']:.3g}, photos {', '.join(photos) or '(none here)'}"
 
 
 def save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tuple[str, ...]) -> None:

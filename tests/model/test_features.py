@@ -8,7 +8,7 @@ from pathlib import Path
 from pipelines.config import Config
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.loader import Loader, eval_loader, train_loader
-from pipelines.errors import PassStopped, UserError
+from pipelines.errors import StopAgreed, UserError
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TransferModel
@@ -100,7 +100,7 @@ def test_a_pass_that_broke_off_is_begun_again(resnet, split):
     network, training = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), open_loader(split)
     features = open_features(network, training)
     answers = iter([False, False, True, True])  # a batch later it is known on all processes
-    with pytest.raises(PassStopped):
+    with pytest.raises(StopAgreed):
         features.prepare(0, lambda: next(answers))
     photo = Path(split.path(18))
     content = photo.read_bytes()

@@ -4,6 +4,7 @@ import re
 import shutil
 from dataclasses import asdict, fields
 from types import SimpleNamespace
+from typing import Any
 
 from pipelines.config import SCHEMA, Config, dump_yaml, not_named
 from pipelines.errors import UserError
@@ -271,7 +272,10 @@ def test_a_rate_that_is_off_its_course_is_said_with_both_values():
 def test_another_number_of_processes_is_reported_with_batchnorm(batchnorm, world_size, micro_batch, line):
     saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions()}
     now, one = Config(max_batch_per_device=micro_batch), SimpleNamespace(num_processes=1, mixed_precision="no")
-    lines = how_it_goes_on(now, Config(), saved, one, SimpleNamespace(batchnorm=batchnorm), 50, 5)
+    checked: Any = SimpleNamespace(config=now, before=Config(), saved=saved, accelerator=one)
+    schedule, network = SimpleNamespace(last_step=50), SimpleNamespace(batchnorm=batchnorm)
+    parts: Any = SimpleNamespace(config=Config(epochs=5), network=network, schedule=schedule)
+    lines = how_it_goes_on(checked, parts)
     lines = [each for each in lines if "resumed at" not in each and "settings changed" not in each]
     assert len(lines) == bool(line)
     assert line in "".join(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import train
 from pipelines.config import Config
-from pipelines.errors import PassStopped
+from pipelines.errors import StopAgreed
 from pipelines.model import logistic_regression
 from pipelines.model.logistic_regression import PENALTIES
 from pipelines.model.network import build_model
@@ -125,7 +125,7 @@ def test_two_processes_have_the_head_and_loss_of_one(command, run_here):
 
 
 def interrupted(*_: object, **__: object) -> None:
-    raise PassStopped
+    raise StopAgreed
 
 
 @pytest.mark.slow

@@ -1,0 +1,136 @@
+"""What must hold before a model or a run folder is made: settings, photos, weights, launcher, in this order."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import Config, not_named, parse_config, recipe_given
+from pipelines.data.dataset import Dataset, check_dataset
+from pipelines.data.engines.factory import agree_on_engine
+from pipelines.data.open import open_dataset
+from pipelines.data.preprocess import choose_crop_mode
+from pipelines.distributed.launch import start_accelerator, start_processes
+from pipelines.distributed.sync import main_first, main_then_others
+from pipelines.errors import UserError
+from pipelines.model.weights import Weights, read_weights
+from pipelines.run.checkpoint import newest_checkpoint
+from pipelines.run.folder import RunFolder, new_run_name
+from pipelines.run_files import is_run_config
+from pipelines.text import printable
+from pipelines.tracking.settings import check_tracker
+from pipelines.training.fitted_head import LONG
+
+from accelerate import Accelerator, PartialState
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that may begin, or go on.
+
+    config: with the `crop_mode` that auto has come to, which `cropping` says, or "". before: the settings of the
+    attempt before, None for a new run. saved: the progress of the checkpoint that it goes on from, or None.
+    first_weights: the digest of the weights that the run has begun with, where it is known. engine: which one decodes,
+    for `engine_reason`.
+    """
+
+    config: Config
+    cropping: str
+    run: RunFolder
+    before: Config | None
+    saved: Mapping[str, Any] | None
+    dataset: Dataset
+    weights: Weights
+    first_weights: str | None
+    engine: str
+    engine_reason: str
+    state: PartialState
+    accelerator: Accelerator
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.dataset.splits["train"].classes
+
+    def say(self, *lines: str) -> None:
+        """Prints lines, once however many processes there are."""
+        if self.state.is_main_process:  # accelerator.print would speak once on every node
+            print(*lines, sep="\n", flush=True)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.dataset.splits["train"]) // self.config.batch_size)
+
+
+def check(arguments: list[str]) -> Checked | None:
+    """What the command line asks for; None where nothing is left to do. Raises UserError or MachineError."""
+    config, recipe = parse_config(arguments)
+    state = start_processes()
+    main_first(state, partial(check_tracker, config))
+    name = config.run or main_first(state, lambda: new_run_name(recipe, config.runs))
+    config = replace(config, run=name)  # with which its config.yaml goes on with it
+    run = RunFolder(Path(config.runs) / name, writes=state.is_main_process, not_named=not_named(arguments))
+    beginning = "new" if config.prepare else main_first(state, partial(run.beginning, config))
+    if not config.prepare:
+        main_first(state, partial(_say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))
+    nothing_to_do = f"{run.folder} is finished: nothing to do (--overwrite starts it anew)"
+    if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
+        main_first(state, partial(print, nothing_to_do))
+        return None
+    if beginning != "new":
+        config = replace(config, **main_first(state, partial(run.meant_before, config)))
+    dataset = open_dataset(state, config, run.arrange) if beginning != "new" else open_dataset(state, config)
+    if beginning == "resumed":  # what is found bad now may be mended or removed before the next start
+        main_first(state, partial(run.note_faulty, dataset))
+    main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
+    cropping = ""
+    if config.crop_mode == "auto":
+        train_split = dataset.splits["train"]
+        crop_mode, cropping = choose_crop_mode(train_split.sizes[train_split.faults == 0])
+        config = replace(config, crop_mode=crop_mode)
+    saved = None if beginning == "new" else main_first(state, partial(newest_checkpoint, run, dataset))
+    if beginning == "finished":
+        main_first(state, partial(print, nothing_to_do))
+        return None
+    if saved:  # it holds all weights, and the first ones may be gone
+        main_first(state, partial(run.check_first_weights, config, saved.get("first_weights")))
+        weights = Weights(None if config.weights == "none" else {}, "of the checkpoint")
+    else:
+        weights = main_then_others(state, partial(read_weights, config))
+    if config.prepare:
+        lines = [*dataset.report(), f"weights: {weights.source}", *weights.notes, "prepared"]
+        main_first(state, partial(print, *lines, sep="\n"))
+        return None
+    if config.batchnorm == "sync" and state.device.type != "cuda":
+        advice = "this run goes on on those only" if saved else "give train or frozen"
+        raise UserError(f"batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: {advice}")
+    engine, reason = agree_on_engine(config.loader, state)
+    trackers = None if config.tracker == "none" else config.tracker
+    likely_epochs = LONG if config.epochs == "auto" else config.epochs
+    steps = likely_epochs * -(-len(dataset.splits["train"]) // config.batch_size)
+    return Checked(
+        config=config,
+        cropping=cropping,
+        run=run,
+        before=run.settings_before() if beginning == "resumed" else None,
+        saved=saved,
+        dataset=dataset,
+        weights=weights,
+        first_weights=saved.get("first_weights") if saved else weights.digest(),
+        engine=engine,
+        engine_reason=reason,
+        state=state,
+        accelerator=start_accelerator(config, state, trackers, steps=steps),
+    )
+
+
+def _say_whose_recipe(recipe: Path | None, run: RunFolder, *, is_new: bool) -> None:
+    """A line where a run has the config.yaml of another one, which may have been meant."""
+    if recipe is None or not is_run_config(recipe) or not RunFolder(recipe.parent).status():
+        return
+    other = recipe.resolve().parent
+    if other != run.folder.resolve():
+        go_on = f"--runs {shlex.quote(str(other.parent))} --run {shlex.quote(other.name)}"
+        what = "a new run" if is_new else run.folder
+        print(printable(f"{what} with the settings of {other}: {go_on} goes on with that one"), flush=True)

@@ -1,0 +1,103 @@
+"""In which order a training's rows, pictures, weights and lines leave it, without a training."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from pipelines.config import Config
+from pipelines.distributed.exits import ExitStatus
+from pipelines.model.optimizer import Schedule
+from pipelines.run.checkpoint import Progress
+from pipelines.run.folder import RunFolder
+from pipelines.training import recorder as module
+from pipelines.training.evaluation import _RECORD
+from pipelines.training.recorder import Recorder
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+
+CONFIG = Config(epochs=2, log_every=2)
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[Any]:
+    """What the tracker, which is a stand-in, is told; with the number of rows in metrics.jsonl by then."""
+    calls: list[Any] = []
+
+    class StandIn:
+        def __init__(self, accelerator: Any, config: Any, run: RunFolder, *_: Any) -> None:
+            self._run = run
+
+        def log(self, row: dict, records: Any = None, *, hold: bool = False) -> None:
+            calls.append((row["global_step"], "held" if hold else "sent", len(self._run.read_metrics())))
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given, **_: calls.append((name, *map(str, given[:1])))
+
+    monkeypatch.setattr(module, "Tracking", StandIn)
+    return calls
+
+
+@pytest.fixture
+def recorder(tmp_path, said) -> Recorder:
+    run = RunFolder(tmp_path / "run")
+    run.create(Config())
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "name": "head"}], lr=0.5)
+    training = SimpleNamespace(wait_seconds=0.0)
+    checked: Any = SimpleNamespace(run=run, accelerator=Accelerator(cpu=True), state=PartialState(), config=CONFIG)
+    checked.classes, checked.dataset, checked.steps_per_epoch = ("a", "b"), None, 3
+    parts: Any = SimpleNamespace(config=CONFIG, schedule=Schedule(CONFIG, 3), training=training, optimizer=optimizer)
+    parts.facts = {}
+    made = Recorder(checked, parts, Progress())
+    made.start()
+    return made
+
+
+def train(recorder: Recorder, steps: int) -> None:
+    """Updates with a loss of 1 and 2 photos each."""
+    for _ in range(steps):
+        recorder._progress.global_step += 1
+        recorder.step(torch.tensor([2.0, 1, 2, 1, 1, 0, 0]), SimpleNamespace(images=[]))  # type: ignore[arg-type]
+
+
+def test_rows_are_written_before_they_are_told(recorder, said, capsys):
+    recorder.start_epoch(0)
+    train(recorder, 3)
+    assert [call for call in said if call[0] != "show"] == [(2, "sent", 1), (3, "held", 2)]
+    row = {"epoch": 1, "global_step": 3, "val/loss": 0.7, "val/top1": 0.5}
+    recorder.evaluation(row, np.zeros(0, _RECORD))
+    recorder.best_weights()
+    assert said[-2:] == [(3, "sent", 3), ("log_best", "3")]
+    recorder._progress.epoch = 1
+    recorder.end_epoch(recorder.epoch_means() | row)
+    rows = [json.loads(line) for line in recorder._run.metrics.read_text().splitlines()]
+    assert [(each["epoch"], each["global_step"]) for each in rows] == [(1, 2), (1, 3), (1, 3)]
+    assert rows[0] == rows[0] | {"lr/head": 0.5, "train/loss": 1.0, "train/top1": 0.5}
+    assert "1/2  5.00e-01" in capsys.readouterr().out
+
+
+def test_the_last_row_waits_for_the_end(recorder, said):
+    recorder._progress.global_step = 6
+    recorder.evaluation({"epoch": 2, "global_step": 6}, np.zeros(0, _RECORD))
+    assert said[-1] == (6, "held", 1)
+
+
+def test_an_epoch_goes_on_where_it_was_left(recorder):
+    recorder.start_epoch(0)
+    train(recorder, 1)
+    state = json.loads(json.dumps(recorder.state_dict()))
+    train(recorder, 1)
+    recorder.load_state_dict(state)
+    recorder._progress.global_step = 1
+    recorder.start_epoch(1)
+    train(recorder, 2)
+    assert recorder.epoch_means()["train/loss"] == pytest.approx(1)
+    assert recorder._whole_epoch._sums[2] == 6, "photos"
+
+
+@pytest.mark.parametrize(("code", "told"), [(75, "stopped"), (2, "abandon")])
+def test_the_tracker_is_told_how_a_run_ends_early(recorder, said, code, told):
+    recorder.end_early(ExitStatus("why", code))
+    assert said[-1][0] == told
