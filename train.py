@@ -49,9 +49,7 @@ def main(arguments: list[str]) -> None:
         parts = build(checked, built, session)
         network, optimizer, schedule = parts.network, parts.optimizer, parts.schedule
         training, features = parts.training, parts.features
-        recorder = Recorder(checked, parts, progress)
-        session.closes(recorder.table.close)
-        session.on_end(recorder.end_early)
+        recorder = Recorder(checked, parts, session)
 
         # All that a resume needs. Another part is another entry.
         state: dict[str, Stateful] = {
@@ -61,9 +59,8 @@ def main(arguments: list[str]) -> None:
             "sums": recorder,
             "losses": session.watch,
             "unreadable": UnreadablePhotos(run, (training, parts.validation)),
+            **({"scaler": accelerator.scaler} if accelerator.scaler else {}),  # of fp16
         }
-        if accelerator.scaler is not None:
-            state["scaler"] = accelerator.scaler
         checkpoints = Checkpoints(run, checked.dataset, accelerator, state, parts.decisions)
         if saved:
             checkpoints.load(saved)
@@ -102,7 +99,7 @@ def main(arguments: list[str]) -> None:
                 )
                 progress.global_step += 1
                 progress.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
-                session.look_at(sums, partial(where, progress.global_step, rates, batch, training))
+                session.look_at(sums, partial(where, progress.global_step, rates, batch.indices[:3], training))
                 recorder.step(sums, batch)
                 session.stop_if_agreed()
                 if session.save_is_agreed and not schedule.ends_epoch(progress.global_step):

@@ -61,12 +61,12 @@ def ways_of(batch: int) -> dict[str, Callable[[], object] | None]:
 
     def in_bf16() -> object:
         with torch.autocast("cpu", torch.bfloat16):
-            return ours.frozen_part(laid_out)
+            return ours.forward_frozen(laid_out)
 
     return {
         "as the tutorial": lambda: plain(images),
         "channels last": lambda: channels_last(laid_out),
-        "BatchNorm folded, as here": lambda: ours.frozen_part(laid_out),
+        "BatchNorm folded, as here": lambda: ours.forward_frozen(laid_out),
         "the same, bf16": in_bf16,
         "onnxruntime": _onnxruntime(plain, images),
     }

@@ -42,7 +42,7 @@ from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 from pipelines.data.preprocess import IMAGENET_STD
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.model.features import FrozenFeatures
-from pipelines.model.network import build_model
+from pipelines.model.network import TrainedPart, build_model
 from pipelines.model.optimizer import make_optimizer
 from pipelines.model.weights import read_weights
 from pipelines.run.folder import versions
@@ -366,7 +366,7 @@ class Training:
         self.accelerator = start_accelerator(self.config, self.state, None, steps=450_000)
         self.network = build_model(self.config, read_weights(self.config), self.split.classes).to(self.state.device)
         optimizer = make_optimizer(self.network, self.config)
-        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(TrainedPart(self.network), optimizer)
         self.network.train()
         self._interval, self._watch = Interval(self.state.device), StepWatch()
 

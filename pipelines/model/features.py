@@ -84,7 +84,7 @@ class FrozenFeatures:
         self.bytes = 0
         if views_per_photo and network.frozen_part_is_fixed:
             with accelerator.autocast():
-                self._of_none = network.frozen_part(loader.empty_batch().images)
+                self._of_none = network.forward_frozen(loader.empty_batch().images)
             self._numbers = math.prod(self._of_none.shape[1:])
             self.bytes = self._shown * self._copies * loader.plan.length * self._numbers * self._of_none.element_size()
         self.are_kept = 0 < self.bytes <= limit
@@ -123,7 +123,7 @@ class FrozenFeatures:
         self._now = self._views[view]
 
     def of(self, batch: Batch) -> torch.Tensor:
-        """What the model's `forward` takes, on the device, for a batch of the epoch that was prepared."""
+        """What the model's `forward_trained` takes, on the device, for a batch of the epoch that was prepared."""
         if self._now is None:
             return self._compute_of(batch.images)
         at = (
@@ -220,7 +220,7 @@ class FrozenFeatures:
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def _compute_of(self, images: torch.Tensor) -> torch.Tensor:
-        return self._network.frozen_part(images) if self._copies == 1 else self._network.view_features(images)
+        return self._network.forward_frozen(images) if self._copies == 1 else self._network.view_features(images)
 
 
 def store_report(*kinds: FrozenFeatures) -> list[str]:

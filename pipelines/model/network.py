@@ -23,7 +23,8 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")  # of a ResNet; anothe
 
 
 class TransferModel(nn.Module):
-    """A network whose first stages may be frozen: `frozen_part` runs them without autograd, `forward` the rest.
+    """A network whose first stages may be frozen: `forward_frozen` runs them without autograd, on images, and
+    `forward_trained` the rest, on what that returns; `forward` one after the other.
 
     network: torchvision's; its state_dict is what is saved. head: its last layer, which is linear; head_name: what the
     network calls it. frozen_stages: how many of STAGES are frozen; of a network that is no ResNet all or none.
@@ -65,7 +66,7 @@ class TransferModel(nn.Module):
 
     @property
     def frozen_part_is_fixed(self) -> bool:
-        """Whether `frozen_part` does something that is always the same for a view, so that once is enough."""
+        """Whether `forward_frozen` does something that is always the same for a view, so that once is enough."""
         return self._frozen_stages > 0 and self.batchnorm in ("frozen", "none")
 
     def reset_head(self) -> None:
@@ -73,7 +74,7 @@ class TransferModel(nn.Module):
         _draw_head(self.head, None)
 
     def frozen_digest(self) -> str:
-        """Hex, of the frozen layers and their values: what `frozen_part` makes of a photo depends on no others."""
+        """Hex, of the frozen layers and their values: what `forward_frozen` makes of a photo depends on no others."""
         is_whole = self._frozen_stages == len(STAGES)
         digest = hashlib.blake2b(type(self.network).__name__.encode(), digest_size=16)
         for part in [self.network] if is_whole else self._layers(STAGES[: self._frozen_stages]):
@@ -94,19 +95,23 @@ class TransferModel(nn.Module):
                 module.eval()
         return self
 
-    def frozen_part(self, images: torch.Tensor) -> torch.Tensor:
-        """float [n, 3, H, W] -> what `forward` takes: the images themselves, feature maps, or float [n, features]."""
+    def forward_frozen(self, images: torch.Tensor) -> torch.Tensor:
+        """float [n, 3, H, W] -> what `forward_trained` takes: the images themselves, feature maps or [n, features]."""
         if not self._frozen_stages:
             return images
         if self.frozen_part_is_fixed and not self._is_folded:
-            return self._with_folded_frozen_part().frozen_part(images)
+            return self._with_folded_frozen_part().forward_frozen(images)
         with torch.no_grad(), _NoStatisticsOfEmptyBatches(self, images):
             if self._frozen_stages == len(STAGES):
                 return self._features(images)
             return self._run(STAGES[: self._frozen_stages], images)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of `frozen_part` -> logits float [n, classes]."""
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float [n, 3, H, W] -> logits float [n, classes]."""
+        return self.forward_trained(self.forward_frozen(images))
+
+    def forward_trained(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of `forward_frozen` -> logits float [n, classes]."""
         with _NoStatisticsOfEmptyBatches(self, hidden):
             if not self._frozen_stages:
                 return self.network(hidden)
@@ -120,9 +125,9 @@ class TransferModel(nn.Module):
         return self._folded(start.network, self._foldable)
 
     def view_features(self, images: torch.Tensor) -> torch.Tensor:
-        """float [n, 3, H, W] -> what `mean_logits` takes: the output of `frozen_part`, with `test_flips` [2n, ...]."""
-        features = self.frozen_part(images)
-        return torch.cat([features, self.frozen_part(images.flip(-1))]) if self.test_flips else features
+        """float [n, 3, H, W] -> what `mean_logits` takes: `forward_frozen`'s output, with `test_flips` [2n, ...]."""
+        features = self.forward_frozen(images)
+        return torch.cat([features, self.forward_frozen(images.flip(-1))]) if self.test_flips else features
 
     def mean_logits(self, features: torch.Tensor) -> torch.Tensor:
         """The output of `view_features` -> the views' mean logits, float32 [n, classes].
@@ -131,7 +136,7 @@ class TransferModel(nn.Module):
         follow from it as from a single view's. The views run one after the other, as `n` is what memory was chosen for.
         """
         views = features.chunk(1 + self.test_flips)
-        return torch.stack([self(view).float() for view in views]).mean(dim=0)
+        return torch.stack([self.forward_trained(view).float() for view in views]).mean(dim=0)
 
     @functools.cached_property
     def _foldable(self) -> list[Pair]:
@@ -172,6 +177,18 @@ class TransferModel(nn.Module):
         finally:
             hook.remove()
         return found[0]
+
+
+class TrainedPart(nn.Module):
+    """What an update runs of a model, for DDP and torch.compile, which go by `forward`: it takes features."""
+
+    def __init__(self, model: TransferModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """The output of the model's `forward_frozen` -> logits float [n, classes]."""
+        return self.model.forward_trained(features)
 
 
 class _NoStatisticsOfEmptyBatches:

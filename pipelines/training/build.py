@@ -12,7 +12,7 @@ from pipelines.errors import UserError
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import MEMORY_LIMIT, FrozenFeatures
 from pipelines.model.logistic_regression import class_weights_of
-from pipelines.model.network import TransferModel, build_model, frozen_stages, has_head_for
+from pipelines.model.network import TrainedPart, TransferModel, build_model, frozen_stages, has_head_for
 from pipelines.model.optimizer import Schedule, make_optimizer
 from pipelines.tracking.session import describe_run
 from pipelines.training.check import Checked
@@ -43,7 +43,7 @@ class Network:
 class Components:
     """What a training is made of.
 
-    config: the settings with what auto has come to, which `start` gives a reason for. network: unwrapped; model: as the
+    config: the settings with what auto has come to, which `start` gives a reason for. model: its trained part, as the
     processes train it together, compiled where asked for. head_row: the row of metrics of a head that was fitted just
     now, or {}. training, validation: the loaders; features, validation_features: what is kept of them.
     micro_batch: the most photos of a training's batch on a process. facts: for trackers. decisions: JSON, for the
@@ -110,7 +110,7 @@ def build(checked: Checked, built: Network, session: Session) -> Components:
     schedule = Schedule(chosen, checked.steps_per_epoch)
 
     # The loaders are not prepared by Accelerate: the plan shards.
-    model, optimizer = accelerator.prepare(network, make_optimizer(network, config))
+    model, optimizer = accelerator.prepare(TrainedPart(network), make_optimizer(network, config))
     model = torch.compile(model) if config.compile else model
     sizes = {name: split.sizes for name, split in photos.items()}
     micro_batch = micro_batch_of(chosen, model, network, accelerator, checked.engine, sizes)

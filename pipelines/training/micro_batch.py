@@ -28,9 +28,10 @@ def micro_batch_of(
 ) -> int:
     """The most photos of one forward and backward pass on a process: its share of a step, or what is set, or what fits.
 
-    model: `network` as Accelerate has prepared it. engine: "dali" decodes in the GPU's memory. sizes: of `train` and of
-    `val`, int [N, 2], height and width of each photo. With `max_batch_per_device: auto` a GPU tries its share, half of
-    it and so on, and the smallest answer of all processes counts. MachineError where not even one photo fits.
+    model: the trained part of `network`, as Accelerate has prepared it. engine: "dali" decodes in the GPU's memory.
+    sizes: of `train` and of `val`, int [N, 2], height and width of each photo. With `max_batch_per_device: auto` a GPU
+    tries its share, half of it and so on, and the smallest answer of all processes counts. MachineError where not even
+    one photo fits.
     """
     share = -(-config.batch_size // accelerator.num_processes)
     if config.max_batch_per_device != "auto":
@@ -104,7 +105,7 @@ def _try(size: int, image_size: int, model: Any, network: TransferModel, acceler
     labels = torch.zeros(size, dtype=torch.int64, device=accelerator.device)
     try:
         with accelerator.no_sync(model), accelerator.autocast():
-            logits = model(network.frozen_part(images))
+            logits = model(network.forward_frozen(images))
             functional.cross_entropy(logits.float(), labels).backward()
     finally:
         network.zero_grad(set_to_none=True)

@@ -13,13 +13,13 @@ from pipelines.distributed.exits import ExitStatus
 from pipelines.errors import Stopped
 from pipelines.model.optimizer import learning_rates
 from pipelines.run import figures
-from pipelines.run.checkpoint import Progress
 from pipelines.tracking.session import Tracking
 from pipelines.training.build import Components
 from pipelines.training.check import Checked
 from pipelines.training.evaluation import BEST_BY, best_scores
 from pipelines.training.progress import EpochTable, Interval
 from pipelines.training.report import save_last_figures, save_train_batch
+from pipelines.training.session import Session
 
 import numpy as np
 import torch
@@ -31,17 +31,19 @@ class Recorder:
     As a part of a checkpoint it holds the sums since the last row and since the epoch's start.
     """
 
-    def __init__(self, checked: Checked, parts: Components, progress: Progress) -> None:
+    def __init__(self, checked: Checked, parts: Components, session: Session) -> None:
         self._run, self._accelerator, self._classes = checked.run, checked.accelerator, checked.classes
         self._dataset, self._is_main = checked.dataset, checked.state.is_main_process
         self._config, self._schedule, self._training = checked.config, parts.schedule, parts.training
-        self._optimizer, self._progress, self._facts = parts.optimizer, progress, parts.facts
+        self._optimizer, self._progress, self._facts = parts.optimizer, session.progress, parts.facts
         self._best_by = BEST_BY[checked.config.best_by]
         device = checked.accelerator.device
         self._interval, self._whole_epoch = Interval(device), Interval(device)
         epochs = parts.config.epochs
         assert epochs != "auto"
-        self.table = EpochTable(visible=self._is_main, epochs=epochs, steps_per_epoch=checked.steps_per_epoch)
+        self._table = EpochTable(visible=self._is_main, epochs=epochs, steps_per_epoch=checked.steps_per_epoch)
+        session.closes(self._table.close)
+        session.on_end(self.end_early)
         self._tracking: Tracking | None = None
         self._records: np.ndarray | None = None  # of the last evaluation in this attempt at the run
 
@@ -76,7 +78,7 @@ class Recorder:
 
     def start_epoch(self, start_step: int) -> None:
         """start_step: steps of it that were done in an attempt before."""
-        self.table.start_epoch(self._progress.epoch + 1, start_step)
+        self._table.start_epoch(self._progress.epoch + 1, start_step)
         if start_step == 0:
             self._interval.start(self._training.wait_seconds)
             self._whole_epoch.start(self._training.wait_seconds)
@@ -88,7 +90,7 @@ class Recorder:
             self._draw_train_batch(batch)
         self._interval.add(sums)
         self._whole_epoch.add(sums)
-        self.table.step()
+        self._table.step()
         epoch_ends = self._schedule.ends_epoch(global_step)
         if not epoch_ends and global_step % self._config.log_every:
             return
@@ -97,7 +99,7 @@ class Recorder:
         if self._accelerator.mixed_precision == "fp16":
             row["perf/skipped_steps"] = self._progress.skipped_steps
         self._interval.start(self._training.wait_seconds)
-        self.table.training_row(row, epoch_ends=epoch_ends)
+        self._table.training_row(row, epoch_ends=epoch_ends)
         self._run.append_metrics(row)
         self._tracker.log(row, hold=epoch_ends)
 
@@ -117,7 +119,7 @@ class Recorder:
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Prints the epoch that `progress` has just counted. row: its means, where it had updates, and evaluation."""
-        self.table.end_epoch(self._progress.epoch, row, best=self._progress.best.get(self._best_by, math.nan))
+        self._table.end_epoch(self._progress.epoch, row, best=self._progress.best.get(self._best_by, math.nan))
 
     def finish(self) -> None:
         """The run is done: the last pictures, and its scores for the tracker."""

@@ -20,6 +20,7 @@ from pipelines.training.check import Checked
 from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wilson_interval
 
 import numpy as np
+import torch
 
 
 def without_effect(config: Config) -> list[str]:
@@ -138,9 +139,9 @@ def how_it_goes_on(checked: Checked, parts: Components) -> list[str]:
     return lines
 
 
-def where(global_step: int, rates: Mapping[str, float], batch: Batch, loader: Loader) -> str:
-    """Words on a step, for a message: its number, its rate, some of its photos on this process."""
-    photos = [printable(loader.split.path(index)) for index in batch.indices[:3].tolist()]
+def where(global_step: int, rates: Mapping[str, float], indices: torch.Tensor, loader: Loader) -> str:
+    """Words on a step, for a message. indices: of some of its photos on this process."""
+    photos = [printable(loader.split.path(index)) for index in indices.tolist()]
     return f"step {global_step}, lr {rates['lr/head']:.3g}, photos {', '.join(photos) or '(none here)'}"
 
 

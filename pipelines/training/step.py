@@ -45,7 +45,8 @@ def update(
 ) -> tuple[torch.Tensor, Batch]:
     """One optimizer update from one global batch.
 
-    votes: whether this process wants to stop, to save. class_weights: float32 [C], of the photos in the loss.
+    model: the network's trained part, as Accelerate has prepared it. votes: whether this process wants to stop, to
+    save. class_weights: float32 [C], of the photos in the loss.
     Returns the tensor of `StepSums`, and this process's first micro-batch.
     The loss is the sum over this process's photos divided by the global number of positions. DDP takes the mean of the
     processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.

@@ -28,7 +28,7 @@ from pipelines.training.evaluation import predict
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import FrozenFeatures
 from pipelines.data.loader import eval_loader
-from pipelines.model.network import TransferModel, average_batchnorm_statistics, batchnorms
+from pipelines.model.network import TrainedPart, TransferModel, average_batchnorm_statistics, batchnorms
 from pipelines.data.open import open_dataset
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
@@ -90,9 +90,9 @@ def main(arguments):
         average_batchnorm_statistics(TransferModel(network.network, frozen_stages=0, batchnorm="frozen"), 2)
 
     # One process has no photo: forward and backward all the same, and DDP gives both the same gradient.
-    model = accelerator.prepare(network).train()
+    model = accelerator.prepare(TrainedPart(network)).train()
     images = torch.randn(2 if rank == 0 else 0, 3, 64, 64)
-    model(network.frozen_part(images)).sum().backward()
+    model(network.forward_frozen(images)).sum().backward()
     found["gradient"] = [network.network.conv1.weight.grad.norm().item(), network.network.fc.bias.grad.tolist()]
     run = RunFolder(folder / "runs" / "one", writes=state.is_main_process)
     main_first(state, lambda: run.create(config))

@@ -67,7 +67,7 @@ def test_features_are_looked_up_where_the_view_was_seen(resnet, split, frozen_st
                     images.indices.tolist(),
                     images.labels.tolist(),
                 )
-                expected = network.frozen_part(images.images)
+                expected = network.forward_frozen(images.images)
                 torch.testing.assert_close(features.of(batch), expected, rtol=1e-4, atol=1e-5)
                 assert features.of(batch).stride() == expected.stride(), "the layout that the trained part is fast with"
         other.close()
@@ -88,7 +88,7 @@ def test_too_many_views_are_computed_each_time(resnet, split):
         assert features.are_kept == kept
         features.prepare(0, never)
         batch = next(next(training.epoch(0)).batches)
-        torch.testing.assert_close(features.of(batch), network.frozen_part(batch.images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features.of(batch), network.forward_frozen(batch.images), rtol=1e-4, atol=1e-5)
     assert open_features(fixed, training, epochs=1, limit=19 * MAPS).are_kept, "no more than one view is shown"
     assert open_features(fixed, training, None).report() == []
     assert "once for each of 2 views" in open_features(fixed, training).report()[0]
@@ -110,7 +110,7 @@ def test_a_pass_that_broke_off_is_begun_again(resnet, split):
     photo.write_bytes(content)
     features.prepare(0, never)
     batch = next(next(training.epoch(0)).batches)
-    torch.testing.assert_close(features.of(batch), network.frozen_part(batch.images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.of(batch), network.forward_frozen(batch.images), rtol=1e-4, atol=1e-5)
     training.close()
 
 
@@ -119,8 +119,8 @@ def test_a_pass_that_broke_off_is_begun_again(resnet, split):
 
 def counted(network: TransferModel, monkeypatch) -> list[int]:
     """Photos of each batch that the frozen part computes from here on."""
-    seen, compute = list[int](), network.frozen_part
-    monkeypatch.setattr(network, "frozen_part", lambda images: seen.append(len(images)) or compute(images))
+    seen, compute = list[int](), network.forward_frozen
+    monkeypatch.setattr(network, "forward_frozen", lambda images: seen.append(len(images)) or compute(images))
     return seen
 
 

@@ -43,7 +43,7 @@ def assert_same_answers(model: TransferModel) -> None:
     with torch.no_grad():
         expected = model.eval().network(images())
         evaluated = model.for_evaluation()
-        for logits in (model(model.frozen_part(images())), evaluated.mean_logits(evaluated.view_features(images()))):
+        for logits in (model(images()), evaluated.mean_logits(evaluated.view_features(images()))):
             assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     model.train(was_training)
 
@@ -84,7 +84,7 @@ def test_the_folded_copy_follows_the_weights_and_is_not_saved(settings):
     optimizer = make_optimizer(model, Config(lr=0.1, **settings))
     kept = model._folded_frozen_part
     assert (kept is not None) == model.frozen_part_is_fixed
-    model.train()(model.frozen_part(images(3))).square().sum().backward()
+    model.train()(images(3)).square().sum().backward()
     optimizer.step()
     assert_same_answers(model)
     assert model._folded_frozen_part is kept, "the frozen part has not changed"
@@ -94,12 +94,12 @@ def test_the_folded_copy_follows_the_weights_and_is_not_saved(settings):
     model.to(memory_format=torch.contiguous_format)
     assert_same_answers(model)
     model.double()
-    assert model.frozen_part(images(2).double()).dtype == model.for_evaluation().network.conv1.weight.dtype
+    assert model.forward_frozen(images(2).double()).dtype == model.for_evaluation().network.conv1.weight.dtype
 
 
 def test_the_copy_takes_memory_for_new_weights_only():
     model = model_of(freeze="layer1")
-    model.frozen_part(images())
+    model.forward_frozen(images())
     assert model._folded_frozen_part is not None
     own = {value.data_ptr() for value in model.parameters()}
     new = {
@@ -124,5 +124,5 @@ def test_a_copy_made_in_inference_mode_serves_training():
     model = model_of(freeze="layer3")
     with torch.inference_mode():
         model.for_evaluation()
-    model.train()(model.frozen_part(images())).sum().backward()
+    model.train()(images()).sum().backward()
     assert model.head.weight.grad is not None

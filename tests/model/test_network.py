@@ -77,11 +77,11 @@ def test_an_update_moves_what_is_trained_and_no_photo_moves_nothing(pretrained, 
     assert {name for name, value in model.network.named_parameters() if value.requires_grad} == trained
 
     before, batch = snapshot(model), images(3).requires_grad_(frozen_stages > 0)
-    hidden = model.frozen_part(batch)
+    hidden = model.forward_frozen(batch)
     assert hidden.grad_fn is None
     assert not hidden.requires_grad
     assert (hidden is batch) == (frozen_stages == 0)
-    functional.cross_entropy(model(hidden), torch.tensor([0, 1, 2])).backward()
+    functional.cross_entropy(model.forward_trained(hidden), torch.tensor([0, 1, 2])).backward()
     torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1).step()
 
     assert all(value.grad is None for name, value in model.network.named_parameters() if name not in trained)
@@ -93,7 +93,7 @@ def test_an_update_moves_what_is_trained_and_no_photo_moves_nothing(pretrained, 
 
     model.zero_grad()
     modes, before = [module.training for module in model.modules()], snapshot(model)
-    logits = model(model.frozen_part(images(0)))
+    logits = model(images(0))
     functional.cross_entropy(logits, torch.empty(0, dtype=torch.int64), reduction="sum").backward()
     assert logits.shape == (0, 3)
     # Zero, and not missing: the other processes of a DDP run wait for it.
@@ -106,7 +106,7 @@ def test_an_update_moves_what_is_trained_and_no_photo_moves_nothing(pretrained, 
 def test_both_parts_together_are_torchvisions_network(pretrained, frozen_stages):
     model = build_model(Config(**FREEZES[frozen_stages]), pretrained, CLASSES).eval()
     with torch.no_grad():
-        logits = model(model.frozen_part(images(2)))
+        logits = model(images(2))
         assert not frozen_stages or model._folded_frozen_part
         torch.testing.assert_close(logits, model.network(images(2)), rtol=1e-4, atol=1e-5)
 
@@ -141,16 +141,16 @@ def test_a_network_without_stages_is_frozen_as_a_whole_or_not_at_all(arch, mode)
     assert groups == (["head", "body"] if mode == "finetune" else ["head"])
     before, batch = snapshot(model), images(3, OTHERS[arch])
     assert all(torch.equal(before[name], state[name]) for name in state.keys() - head)
-    hidden = model.frozen_part(batch)
+    hidden = model.forward_frozen(batch)
     assert hidden.shape == ((3, model.head.in_features) if mode == "feature_extract" else batch.shape)
-    logits = model(hidden)
+    logits = model.forward_trained(hidden)
     torch.testing.assert_close(logits, model.eval().network(batch))  # training drops nothing
     functional.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
     torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1).step()
     moved = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
     assert head <= moved <= trained
     model.zero_grad()
-    model.train()(model.frozen_part(images(0, OTHERS[arch]))).sum().backward()
+    model.train()(images(0, OTHERS[arch])).sum().backward()
     assert all(not value.grad.any() for value in model.parameters() if value.requires_grad)
     restored = restore_model(arch, Weights(model.network.state_dict(), "", CLASSES)).eval()
     torch.testing.assert_close(restored(batch), model.eval().network(batch))
@@ -274,7 +274,7 @@ def test_restore_model_is_the_model_as_it_was_saved():
     plain.load_state_dict(state)
     model = restore_model("resnet18", Weights(state, "run", CLASSES)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(model.frozen_part(images(2))), plain(images(2)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(images(2)), plain(images(2)), rtol=1e-4, atol=1e-4)
 
 
 # Files
@@ -293,5 +293,5 @@ def test_best_weights_load_with_the_tutorials_three_lines(pretrained, tmp_path, 
     m.fc = nn.Linear(512, 3)
     m.load_state_dict(torch.load(tmp_path / "best.pt", map_location="cpu"))
     with torch.no_grad():
-        expected = model.eval()(model.frozen_part(images(2)))
+        expected = model.eval()(images(2))
         torch.testing.assert_close(m.eval()(images(2)), expected, rtol=1e-4, atol=1e-4)

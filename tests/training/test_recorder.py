@@ -50,7 +50,8 @@ def recorder(tmp_path, said) -> Recorder:
     checked.classes, checked.dataset, checked.steps_per_epoch = ("a", "b"), None, 3
     parts: Any = SimpleNamespace(config=CONFIG, schedule=Schedule(CONFIG, 3), training=training, optimizer=optimizer)
     parts.facts = {}
-    made = Recorder(checked, parts, Progress())
+    session: Any = SimpleNamespace(progress=Progress(), closes=lambda _: None, on_end=lambda _: None)
+    made = Recorder(checked, parts, session)
     made.start()
     return made
 

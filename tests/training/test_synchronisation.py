@@ -7,7 +7,7 @@ from pipelines.config import Config
 from pipelines.data.loader import Batch, Step
 from pipelines.distributed.copies import to_device
 from pipelines.model.features import FrozenFeatures
-from pipelines.model.network import TransferModel
+from pipelines.model.network import TrainedPart, TransferModel
 from pipelines.model.optimizer import make_optimizer
 from pipelines.training.evaluation import _outcomes
 from pipelines.training.progress import Interval
@@ -108,7 +108,7 @@ def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, f
             for votes in ((False, False), (True, True)):
                 batches = (batch(images[:0] if features.are_kept else images) for _ in range(2))
                 sums, first = update(
-                    network, features, optimizer, Step(8, 2, batches), votes, training, accelerator, config
+                    TrainedPart(network), features, optimizer, Step(8, 2, batches), votes, training, accelerator, config
                 )
                 interval.add(sums)
                 assert sums.device == STAND_IN
@@ -131,7 +131,9 @@ def test_votes_reach_the_sums(votes):
     config, accelerator = Config(image_size=64), Accelerator(cpu=True)
     images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64)
     step = Step(2, 1, iter([Batch(images, labels, torch.arange(2))]))
-    features: Any = SimpleNamespace(of=lambda batch: network.frozen_part(batch.images))
+    features: Any = SimpleNamespace(of=lambda batch: network.forward_frozen(batch.images))
     loader: Any = None
-    sums, _ = update(network, features, make_optimizer(network, config), step, votes, loader, accelerator, config)
+    sums, _ = update(
+        TrainedPart(network), features, make_optimizer(network, config), step, votes, loader, accelerator, config
+    )
     assert (sums[2].item(), sums[5:].bool().tolist()) == (2, list(votes))
