@@ -36,7 +36,7 @@ from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, read_run_weights
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
-from pipelines.run_files import read_description, read_run_config
+from pipelines.run_files import read_description, read_run_config, what_auto_came_to
 from pipelines.text import counted, printable
 from pipelines.training.evaluation import confusion_pairs, wilson_interval
 
@@ -183,7 +183,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _read_config(run: Path) -> Config | None:
     """The run's settings, for the card; weights and model.json alone do for the rest."""
-    return read_run_config(run) if (run / "config.yaml").exists() else None
+    return what_auto_came_to(run, read_run_config(run)) if (run / "config.yaml").exists() else None
 
 
 def _own_dataset(description: Mapping[str, Any], config: Config | None) -> Dataset | None:

@@ -8,6 +8,8 @@ import math
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -198,6 +200,17 @@ def read_trained_config(run: Path) -> Config | None:
             continue
         return None if settings is None else config_of({**MEANT_BEFORE, **settings}, folder / "progress.json")
     return None
+
+
+def what_auto_came_to(run: Path, config: Config) -> Config:
+    """`config`, of the run, with what `auto` has come to in it, as far as its newest readable checkpoint tells."""
+    for folder in reversed(checkpoint_folders(run / "checkpoints")):
+        with suppress(OSError, UserError, ValidationError):
+            progress: Mapping[str, Any] = read_progress(folder)
+            keys = ("freeze", "views_per_photo", "epochs")
+            found = {key: progress[key] for key in keys if key in progress and getattr(config, key) == "auto"}
+            return replace(config, **found)
+    return config
 
 
 def read_texts(file: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from pipelines.run_files import (
     read_run_config,
     read_status,
     to_json,
+    what_auto_came_to,
 )
 from tests.helpers.run_files import DESCRIPTION, PROGRESS, STATUS, without
 
@@ -280,3 +281,22 @@ def test_a_foreign_checkpoint_never_ends_in_a_trace(old_run, run_here):
     assert line.startswith("error: ")
     assert "state.pt does not hold the state of this network" in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kept", "freeze", "epochs"),
+    [
+        ({"freeze": "layer3", "epochs": 8, "views_per_photo": 4}, "layer3", 8),
+        ({}, "auto", "auto"),  # of an older version
+        ({"freeze": "layer3", "epochs": -8}, "auto", "auto"),
+        ({"freeze": ["layer3"]}, "auto", "auto"),
+    ],
+)
+def test_what_auto_came_to_is_read_from_the_checkpoint(tmp_path, kept, freeze, epochs):
+    folder = tmp_path / "checkpoints" / "epoch-0001-step-00000005"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps(PROGRESS | kept))
+    config = Config(head_init="auto", freeze="auto", epochs="auto", views_per_photo=3)
+    found = what_auto_came_to(tmp_path, config)
+    assert (found.freeze, found.epochs, found.views_per_photo) == (freeze, epochs, 3)
+    assert what_auto_came_to(tmp_path / "none", config) == config

@@ -95,7 +95,7 @@ def central_views(
     split: Split, indices: np.ndarray, *, image_size: int, resize: int, crop_mode: str = "center"
 ) -> list[np.ndarray]:
     """What the network sees of validation photos (positions in the split): uint8 [image_size, image_size, 3] each."""
-    plan = EvalPlan(split.sizes, image_size=image_size, resize=resize, squash=crop_mode == "squash")
+    plan = EvalPlan(split.sizes, image_size=image_size, resize=resize, crop_mode=crop_mode)
     views = plan.views(0, indices)
     return [np.asarray(view_of(split, views, position, image_size)) for position in range(len(views))]
 
@@ -171,8 +171,8 @@ def inspect_at(split: Split, index: int) -> None:
 
 def views_of_sound(split: Split, preprocess: Preprocess, indices: range) -> Views:
     """The views of the sound files at `indices`."""
-    squash = preprocess.crop_mode == "squash"
-    plan = EvalPlan(split.sizes, image_size=preprocess.image_size, resize=preprocess.resize, squash=squash)
+    sizes = {"image_size": preprocess.image_size, "resize": preprocess.resize}
+    plan = EvalPlan(split.sizes, **sizes, crop_mode=preprocess.crop_mode)
     sound = np.asarray(indices)[split.faults[indices.start : indices.stop] == 0]
     return plan.views(0, sound)
 

@@ -127,8 +127,8 @@ class Loader:
     def central(self, resize: int) -> "Loader":
         """Of a training's loader: the same photos as validation sees them. The two share an engine, as above."""
         other = copy.copy(self)
-        squash = isinstance(self.plan, TrainPlan) and self.plan.squash
-        other.plan = EvalPlan(self.split.sizes, image_size=self.plan.image_size, resize=resize, squash=squash)
+        plan = self.plan
+        other.plan = EvalPlan(self.split.sizes, image_size=plan.image_size, resize=resize, crop_mode=plan.crop_mode)
         return other
 
     def empty_batch(self) -> Batch:
@@ -224,7 +224,7 @@ def train_loader(
         crop_scale_min=config.crop_scale_min,
         flip_probability=config.flip_probability,
         views_per_photo=config.views_per_photo,
-        squash=config.crop_mode == "squash",
+        crop_mode=config.crop_mode,
     )
     largest = largest_training_batch(config, micro_batch)
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
@@ -246,8 +246,7 @@ def eval_loader(
     std: Sequence[float] = IMAGENET_STD,
 ) -> Loader:
     """The central view of every photo of `split`, `config.eval_batch_per_device` at a time on each process."""
-    squash = config.crop_mode == "squash"
-    plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize, squash=squash)
+    plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize, crop_mode=config.crop_mode)
     micro_batch = config.eval_batch_per_device
     batch_size = micro_batch * state.num_processes
     return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, micro_batch, mean, std)

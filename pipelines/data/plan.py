@@ -57,6 +57,7 @@ class Plan(Protocol):
 
     length: int
     image_size: int
+    crop_mode: str
 
     def views(self, epoch: int, positions: np.ndarray) -> Views:
         """The views at `positions` (int64 [n], each in 0..length-1) of `epoch` (0 is the first)."""
@@ -72,7 +73,8 @@ class TrainPlan:
 
     The crop follows torchvision's RandomResizedCrop (Szegedy et al. 2014): an area share uniform in
     [crop_scale_min, 1], an aspect ratio log-uniform in [3/4, 4/3], ten attempts, then the largest central window. With
-    `squash` it is drawn from the photo squeezed into a square, as validation sees it: the ratio times the photo's own.
+    `crop_mode` "squash" it is drawn from the photo squeezed into a square, as validation sees it: the ratio times the
+    photo's own.
 
     sizes: int32 [N, 2], height and width of each upright photo in pixels; (0, 0) for a photo that cannot be read,
     which keeps its place.
@@ -87,11 +89,11 @@ class TrainPlan:
         crop_scale_min: float,
         flip_probability: float,
         views_per_photo: int | None = None,
-        squash: bool = False,
+        crop_mode: str = "center",
     ) -> None:
         self.length = len(sizes)
         self.image_size = image_size
-        self.squash = squash
+        self.crop_mode = crop_mode
         self._sizes = sizes
         self._seed = seed
         self._crop_scale_min = crop_scale_min
@@ -122,7 +124,9 @@ class TrainPlan:
             # Of the attempts only the first: one that does not fit is drawn again from all of the range, as it must be.
             crops[:, 0] = (parts[:, :4] + crops[:, 0]) / self._views_per_photo
             flips = (parts[:, 4] + flips) / self._views_per_photo
-        windows = random_resized_crop(self._sizes[indices], crops, scale_min=self._crop_scale_min, squash=self.squash)
+        windows = random_resized_crop(
+            self._sizes[indices], crops, scale_min=self._crop_scale_min, squash=self.crop_mode == "squash"
+        )
         flips = flips < self._flip_probability
         resized = np.full((len(indices), 2), self.image_size, np.int32)
         return Views(indices, windows, resized, np.zeros((len(indices), 2), np.int32), flips)
@@ -140,6 +144,7 @@ class ViewsInOrder:
     def __init__(self, plan: TrainPlan) -> None:
         self.length = plan.length
         self.image_size = plan.image_size
+        self.crop_mode = plan.crop_mode
         self._plan = plan
 
     def views(self, epoch: int, positions: np.ndarray) -> Views:
@@ -149,21 +154,22 @@ class ViewsInOrder:
 class EvalPlan:
     """Every photo once, in the dataset's order: shorter side to `resize`, then the central square.
 
-    Integer for integer what torchvision's `Resize(resize)` and `CenterCrop(image_size)` compute. With `squash` all of
-    the photo is squeezed into the square, torchvision's `Resize((image_size, image_size))`; `resize` plays no part.
+    Integer for integer what torchvision's `Resize(resize)` and `CenterCrop(image_size)` compute. With `crop_mode`
+    "squash" all of the photo is squeezed into the square, torchvision's `Resize((image_size, image_size))`; `resize`
+    plays no part.
     """
 
-    def __init__(self, sizes: np.ndarray, *, image_size: int, resize: int, squash: bool = False) -> None:
+    def __init__(self, sizes: np.ndarray, *, image_size: int, resize: int, crop_mode: str = "center") -> None:
         self.length = len(sizes)
         self.image_size = image_size
         self._sizes = sizes
         self._resize = resize
-        self.squash = squash
+        self.crop_mode = crop_mode
 
     def views(self, epoch: int, positions: np.ndarray) -> Views:
         indices = np.asarray(positions, np.int64)
         sizes = np.maximum(self._sizes[indices], 1).astype(np.int64)
-        if self.squash:
+        if self.crop_mode == "squash":
             resized = np.full_like(sizes, self.image_size)
         else:
             # torchvision: int(resize * long / short), a float division cut off; exact here as all fits a double.

@@ -279,7 +279,7 @@ def test_the_central_view_has_torchvisions_integers(height, width, setting):
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_squashed_the_whole_photo_fills_the_square(height, width):
     sizes = np.array([(height, width)], np.int32)
-    views = EvalPlan(sizes, image_size=64, resize=72, squash=True).views(0, np.arange(1))
+    views = EvalPlan(sizes, image_size=64, resize=72, crop_mode="squash").views(0, np.arange(1))
     assert views.windows.tolist() == [[0, 0, height, width]]
     assert (views.resized.tolist(), views.anchors.tolist()) == ([[64, 64]], [[0, 0]])
 
@@ -287,7 +287,7 @@ def test_squashed_the_whole_photo_fills_the_square(height, width):
 def test_squashed_crops_are_those_of_a_square_photo_stretched():
     settings = {"seed": 3, "image_size": 64, "crop_scale_min": 0.25, "flip_probability": 0.5}
     square = TrainPlan(np.tile([1000, 1000], (500, 1)), **settings).views(0, np.arange(500))
-    wide = TrainPlan(np.tile([1000, 2500], (500, 1)), **settings, squash=True).views(0, np.arange(500))
+    wide = TrainPlan(np.tile([1000, 2500], (500, 1)), **settings, crop_mode="squash").views(0, np.arange(500))
     np.testing.assert_allclose(wide.windows / [1, 2.5, 1, 2.5], square.windows, atol=1.5)
     np.testing.assert_array_equal(wide.flips, square.flips)
     never_fits = np.full((1, 10, 4), 0.999)

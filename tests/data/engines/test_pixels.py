@@ -63,7 +63,7 @@ def assert_torchvisions_pixels(split: Split, engine: str, plan: Plan) -> None:
 def test_pixels_are_torchvisions(split, engine):
     assert_torchvisions_pixels(split, engine, train_plan(split))
     assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64))
-    assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64, squash=True))
+    assert_torchvisions_pixels(split, engine, EvalPlan(split.sizes, image_size=56, resize=64, crop_mode="squash"))
 
 
 @pytest.mark.slow
