@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import ClassVar
 
 from pipelines.data.dataset import _LAYOUT as INDEX_LAYOUT
 from pipelines.data.dataset import Split, _collect, _fingerprint, _write_index, load_dataset, map_labels, scan_dataset
@@ -41,6 +42,8 @@ CLASSES, BATCH, PREFETCH, BATCHES, RESUMES, SCANNED = 1000, 256, 2, 300, 21, 400
 
 class PathsOnly:
     """A stand-in for an engine: it looks up the photos' paths and decodes nothing."""
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, split: Split) -> None:
         self._split = split

@@ -1,6 +1,7 @@
 """What a model's frozen part makes of photos, computed once where it is always the same for a view."""
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -16,7 +17,6 @@ from pipelines.data.loader import Batch, Loader, share_bad_photos
 from pipelines.data.plan import random_bits
 from pipelines.distributed.copies import free_bytes_on, read_later, to_device
 from pipelines.errors import StopAgreed
-from pipelines.files import ROOT
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.network import TransferModel
 from pipelines.text import counted
@@ -32,13 +32,10 @@ from tqdm import tqdm
 MEMORY_LIMIT = 2**29
 # What decodes, crops and computes: another version of one of these may give other numbers.
 _MAKERS = (
-    *("data/decode", "data/loader", "data/preprocess", "data/engines/dali", "data/engines/pillow"),
-    *("model/features", "model/folding", "model/network"),
+    *("pipelines.data.decode", "pipelines.data.loader", "pipelines.data.preprocess"),
+    *("pipelines.model.features", "pipelines.model.folding", "pipelines.model.network"),
 )
-_LIBRARIES = (
-    *("torch", "torchvision", "numpy", "pillow", "pillow-heif"),
-    *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
-)
+_LIBRARIES = ("torch", "torchvision", "numpy")
 # Photos of a pass's batch on a CPU, where small batches run faster than large ones. The same on all machines, as the
 # last bits may depend on it.
 _CPU_BATCH = 8
@@ -207,15 +204,16 @@ class FrozenFeatures:
 
         The number of processes and of photos at a time is in it, as the last bits may depend on both.
         """
-        device, split = self._accelerator.device, self._loader.split
+        device, split, engine = self._accelerator.device, self._loader.split, type(self._loader.engine)
         is_gpu = device.type == "cuda"
+        versions = map(_version, (*_LIBRARIES, *engine.LIBRARIES))
         facts = [
             self._network.frozen_digest(),
-            [self._loader.plan.image_size, split.transparency, type(self._loader.engine).__name__],
+            [self._loader.plan.image_size, split.transparency, engine.__name__],
             [self._accelerator.num_processes, self._micro_batch, self._accelerator.mixed_precision],
             [device.type, torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()],
-            [platform.machine(), torch.are_deterministic_algorithms_enabled(), *map(_version, _LIBRARIES)],
-            [(ROOT / "pipelines" / f"{name}.py").read_text(encoding="utf-8") for name in _MAKERS],
+            [platform.machine(), torch.are_deterministic_algorithms_enabled(), *versions],
+            [inspect.getsource(sys.modules[name]) for name in (*_MAKERS, engine.__module__)],
         ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 

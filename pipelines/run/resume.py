@@ -5,31 +5,20 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.config import Config
+from pipelines.config import SCHEMA, Config
 
-# What becomes of a run that goes on with another value of a setting. Each stands in one of the four; a test holds that.
-REFUSED = {  # it decides the result: the training, or, as the last two do, which of its weights are the best
-    *("seed", "image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
-    "views_per_photo",
-    *("arch", "mode", "freeze", "batchnorm", "head_init", "batch_size", "class_weights"),
-    *("label_smoothing", "clip_grad_norm"),
-    *("optimizer", "lr", "lr_body", "momentum", "weight_decay"),
-    *("schedule", "step_epochs", "step_gamma", "warmup_epochs", "best_by", "test_flips"),
-}
+# What becomes of a run that goes on with another value of a setting.
 SAID = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
     *("epochs", "max_steps", "max_batch_per_device", "eval_batch_per_device", "log_every", "skip_bad_files"),
     *("loader", "deterministic", "channels_last", "compile"),
 }
-LOOKED_INTO = {
-    "data",
-    "val_fraction",
-    "class_names",
-    "weights",
-}  # the photos themselves and the first weights' digest decide
+LOOKED_INTO = {"data", "val_fraction", "class_names", "weights"}  # the photos and the first weights' digest decide
 OF_NO_ACCOUNT = {
     *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "loader_threads", "prefetch", "cache_gb"),
     *("tracker", "project", "tags", "group", "alerts", "log_model"),
 }
+# Any other decides the result: the training, or which of its weights are the best.
+REFUSED = SCHEMA.keys() - SAID - LOOKED_INTO - OF_NO_ACCOUNT
 
 
 def other_result(before: Config, now: Config) -> list[str]:

@@ -1,7 +1,7 @@
 """What every engine takes and returns."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pipelines.data.plan import Views
 
@@ -21,7 +21,12 @@ class Pixels:
 
 
 class Engine(Protocol):
-    """Decodes, crops, resizes, flips and normalises; first in, first out. It draws nothing and orders nothing."""
+    """Decodes, crops, resizes, flips and normalises; first in, first out. It draws nothing and orders nothing.
+
+    LIBRARIES: as pip names them, those on whose versions the pixels depend; of alternatives all.
+    """
+
+    LIBRARIES: ClassVar[tuple[str, ...]]
 
     def submit(self, views: Views) -> None:
         """Starts work on `views` (1 to the engine's largest micro-batch of them) in the background."""

@@ -7,7 +7,7 @@ operators, readers and samplers are not used: paths, windows and flips come from
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines.data.dataset import Split
 from pipelines.data.decode import SIZE_HAS_CHANGED, window_of
@@ -86,6 +86,8 @@ class DaliEngine:
     A photo that DALI cannot read is read by Pillow from then on, in its place in the batch, and so is what the scan
     marks (`headers.for_pillow`): the choice of the engine never changes which photos are used.
     """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow", "pillow-heif")
 
     def __init__(
         self,

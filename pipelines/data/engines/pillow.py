@@ -7,6 +7,7 @@ start at once, share the memory and die with their process.
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ClassVar
 
 from pipelines.data.dataset import Split
 from pipelines.data.decode import decoding_error, view_of
@@ -19,6 +20,8 @@ import torch
 
 class PillowEngine:
     """See `base.Engine`. `threads` photos are decoded at a time."""
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("pillow", "pillow-heif")
 
     def __init__(
         self,

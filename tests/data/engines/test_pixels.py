@@ -33,7 +33,7 @@ def torchvisions(split: Split, views: Views, plan: Plan) -> torch.Tensor:
             top, left, height, width = (int(value) for value in window)
             photo = F.resized_crop(photo, top, left, height, width, [image_size, image_size])
             photo = F.hflip(photo) if flip else photo
-        elif isinstance(plan, EvalPlan) and plan.squash:
+        elif isinstance(plan, EvalPlan) and plan.crop_mode == "squash":
             photo = F.resize(photo, [image_size, image_size])
         else:
             photo = F.center_crop(F.resize(photo, image_size * 256 // 224), image_size)
