@@ -28,7 +28,7 @@ from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.distributed.sync import main_first
+from pipelines.distributed.sync import on_main_process
 from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
 from pipelines.model.network import restore_model
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
     state = start_processes()
     dataset = open_dataset(state, config)
     dataset, split_name = _choose_split(dataset, options)
-    main_first(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(split_name,)))
+    on_main_process(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(split_name,)))
     split = dataset.splits[split_name]
     weights, notes = _read_weights(options, config.arch, dataset, split)
     classes = weights.classes or ()

@@ -35,7 +35,7 @@ from pipelines.training.step import update
 
 
 def main(arguments: list[str]) -> None:
-    """One run, from the photos to best.pt. Raises UserError or MachineError."""
+    """One run, from the photos to best.pt. Raises UserError, MachineError, or Stopped where a stop is asked for."""
     started = time.perf_counter()
     checked = check(arguments)
     if checked is None:
@@ -46,43 +46,43 @@ def main(arguments: list[str]) -> None:
     with Session(checked) as session:
         progress = session.progress
         checked.say(*beginning_report(checked, built))
-        parts = build(checked, built, session)
-        network, optimizer, schedule = parts.network, parts.optimizer, parts.schedule
-        training, features = parts.training, parts.features
-        recorder = Recorder(checked, parts, session)
+        components = build(checked, built, session)
+        network, model, schedule = components.network, components.model, components.schedule
+        optimizer, training, features = components.optimizer, components.training, components.features
+        recorder = Recorder(checked, components, session)
 
-        # All that a resume needs. Another part is another entry.
-        state: dict[str, Stateful] = {
+        # All that a resume needs; another part is another entry.
+        checkpoint_parts: dict[str, Stateful] = {
             "model": network,
             "optimizer": optimizer,
             "progress": progress,
             "sums": recorder,
             "losses": session.watch,
-            "unreadable": UnreadablePhotos(run, (training, parts.validation)),
+            "unreadable": UnreadablePhotos(run, (training, components.validation)),
             **({"scaler": accelerator.scaler} if accelerator.scaler else {}),  # of fp16
         }
-        checkpoints = Checkpoints(run, checked.dataset, accelerator, state, parts.decisions)
+        checkpoints = Checkpoints(run, checked.dataset, accelerator, checkpoint_parts, components.decisions)
         if saved:
             checkpoints.load(saved)
-        if progress.global_step < schedule.last_step:  # max_steps may have ended an epoch early
+        if progress.global_step < schedule.total_steps:  # max_steps may have ended an epoch early
             progress.epoch = min(progress.epoch, progress.global_step // schedule.steps_per_epoch)
         recorder.start()
         session.listen()  # again: a tracker may have taken the signals over
-        checked.say(*training_report(checked, parts))
+        checked.say(*training_report(checked, components))
 
         def save() -> None:
             checkpoints.save()
-            session.has_saved()
+            session.note_saved()
 
         session.on_stop(save)
-        if parts.head_row:
-            recorder.head(parts.head_row)
-        if not built.unfitted and not progress.global_step and not progress.has_best:
-            evaluate(checked, parts, session, recorder, 0, {})  # the fitted head
+        if components.head_row:
+            recorder.head(components.head_row)
+        if built.head_is_fitted and not progress.global_step and not progress.has_best:
+            evaluate_and_keep_best(checked, components, session, recorder, 0, {})  # the fitted head
             save()
-        elif saved and progress.epoch >= schedule.epochs:  # what comes after is longer than these settings
+        elif saved and progress.epoch >= schedule.epochs:  # nothing is left to train, and no other save to come
             save()
-        if parts.start.head_restarts and not progress.global_step:  # a checkpoint before has the fitted one
+        if components.start.head_restarts and not progress.global_step:  # a checkpoint before has the fitted one
             network.reset_head()
 
         while progress.epoch < schedule.epochs:
@@ -91,44 +91,49 @@ def main(arguments: list[str]) -> None:
             recorder.start_epoch(start_step)
             features.prepare(progress.epoch, session.stop_is_asked)
             steps = training.epoch(progress.epoch, start_step, images=not features.are_kept)
-            for step in islice(steps, max(0, schedule.last_step - progress.global_step)):
+            for step in islice(steps, max(0, schedule.total_steps - progress.global_step)):
                 rates = schedule.set_rates(optimizer, progress.global_step)
-                votes = session.votes()
-                sums, batch = update(
-                    *(parts.model, features, optimizer, step, votes, training, accelerator, config, built.class_weights)
-                )
+                votes, weights = session.votes(), built.class_weights
+                sums, batch = update(model, features, optimizer, step, votes, training, accelerator, config, weights)
                 progress.global_step += 1
                 progress.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
-                session.look_at(sums, partial(where, progress.global_step, rates, batch.indices[:3], training))
+                session.watch_step(sums, partial(where, progress.global_step, rates, batch.indices[:3], training))
                 recorder.step(sums, batch)
                 session.stop_if_agreed()
                 if session.save_is_agreed and not schedule.ends_epoch(progress.global_step):
                     save()
-            session.look_at_all()
+            session.watch_remaining_steps()
             session.stop_if_agreed()
-            evaluate(checked, parts, session, recorder, progress.epoch + 1, recorder.epoch_means())
+            evaluate_and_keep_best(checked, components, session, recorder, progress.epoch + 1, recorder.epoch_means())
             save()
         if not progress.has_best:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
         recorder.finish()
         session.write_status("finished", exit_code=0)
-        seconds = time.perf_counter() - started
-        checked.say(*end_report(progress.best, BEST_BY[config.best_by], run, (training, parts.validation), seconds))
+        loaders, seconds = (training, components.validation), time.perf_counter() - started
+        checked.say(*end_report(progress.best, BEST_BY[config.best_by], run, loaders, seconds))
 
 
-def evaluate(
+def evaluate_and_keep_best(
     checked: Checked,
-    parts: Components,
+    components: Components,
     session: Session,
     recorder: Recorder,
     epoch: int,
     means: Mapping[str, float],
 ) -> None:
-    """Evaluates after `epoch` epochs, keeps the best weights, and counts the epoch as done. means: of its updates."""
+    """After `epoch` epochs: evaluates, saves the weights where they are the best so far, counts the epoch as done.
+
+    means: the epoch's training means; {} before the training.
+    """
     config, run, progress = checked.config, checked.run, session.progress
-    average_batchnorm_statistics(parts.network, checked.accelerator.num_processes)
+    average_batchnorm_statistics(components.network, checked.accelerator.num_processes)
     records = predict(
-        *(parts.network, parts.validation, checked.accelerator, parts.validation_features, session.stop_is_asked)
+        components.network,
+        components.validation,
+        checked.accelerator,
+        components.validation_features,
+        session.stop_is_asked,
     )
     row: dict[str, Any] = {"epoch": epoch, "global_step": progress.global_step}
     row |= validation_row(records, len(checked.classes))
@@ -137,7 +142,7 @@ def evaluate(
     row |= best_scores(progress.best)  # a sweep stops by it
     recorder.evaluation(row, records)
     if is_best:
-        run.save_best(parts.network.network, describe_model(config, checked.dataset, progress.best))
+        run.save_best(components.network.network, describe_model(config, checked.dataset, progress.best))
         recorder.best_weights()
     progress.epoch = epoch
     session.write_status("running")

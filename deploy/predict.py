@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone works without being installed
     import pipelines.early_interrupt  # noqa: F401
 
-from pipelines.config import ScriptParser, engine_name
+from pipelines.config import SCHEMA, ScriptParser, engine_name
 from pipelines.data.decode import view_of_file
 from pipelines.data.engines.factory import choose_engine
 from pipelines.data.preprocess import Preprocess
@@ -108,7 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--csv", metavar="FILE", help="write the answers there instead of a table; - is stdout")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, one object a line")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="a picture of the 16 least sure answers")
-    engines, engine_help = ("auto", "dali", "pillow"), "the engine (default: auto)"
+    engines, engine_help = SCHEMA["loader"]["enum"], "the engine (default: auto)"
     parser.add_argument("--loader", type=engine_name, choices=engines, default="auto", help=engine_help)
     parser.add_argument("--eval-batch-per-device", type=int, default=64, metavar="N", help="of a batch (default: 64)")
     parser.add_test_flips()

@@ -598,6 +598,8 @@ def _possible(key: str, wrong: str = "") -> str:
             words += [*difflib.get_close_matches(wrong, part["enum"]), f"one of {len(part['enum'])} (docs/settings.md)"]
         elif "enum" in part:
             words += part["enum"]
+        elif "const" in part:
+            words.append(part["const"])
         elif "pattern" in part:
             words.append("a name of letters, digits, '.', '_' and '-', 100 at most, the first no '.' and no '-'")
         else:

@@ -21,7 +21,7 @@ from pipelines.config import parse_config
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import cores_hint, cpu_is_asked_for, start_processes
-from pipelines.distributed.sync import is_global_rank_zero, local_world_size, main_first
+from pipelines.distributed.sync import is_global_rank_zero, local_world_size, on_main_process
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.run.folder import new_run_name
 from pipelines.text import counted
@@ -43,14 +43,14 @@ def main(arguments: list[str]) -> None:
     waiting.start()
     state = start_processes()
     _name_the_nodes(state)
-    name = config.run or main_first(state, lambda: new_run_name(recipe, config.runs))
+    name = config.run or on_main_process(state, lambda: new_run_name(recipe, config.runs))
     _check_run_folder(state, Path(os.path.abspath(config.runs)) / name)
     waiting.cancel()
     try:
         train.main(arguments if config.run else [*arguments, f"--run={name}"])
     except Stopped:
         # A launcher that was told to end fails whatever its processes do, and srun ends all other nodes with it.
-        main_first(state, lambda: None)
+        on_main_process(state, lambda: None)
         raise
 
 
@@ -124,9 +124,9 @@ def _check_run_folder(state: PartialState, folder: Path) -> None:
             raise UserError(f"run folder {folder}: {error.strerror}: give --runs DIR on a shared file system") from None
         return word
 
-    word = main_first(state, write)
+    word = on_main_process(state, write)
     blind = gather_object([gethostname()] if state.is_local_main_process and not _is_there(token, word) else [])
-    main_first(state, partial(_remove, token))
+    on_main_process(state, partial(_remove, token))
     if blind:
         raise UserError(
             f"run folder {folder}: what the main process writes there is not seen on {', '.join(blind)}: "

@@ -7,7 +7,7 @@ from pipelines.cache import cache_folder
 from pipelines.config import Config
 from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.data.samples import locate
-from pipelines.distributed.sync import main_first, share_file
+from pipelines.distributed.sync import on_main_process, share_file
 
 from accelerate import PartialState
 
@@ -25,6 +25,6 @@ def open_dataset(
         index_file = scan_dataset(locate(config.data, cache), cache, config.val_fraction, config.class_names)
         return str(arrange(index_file))
 
-    index = Path(main_first(state, scan))
+    index = Path(on_main_process(state, scan))
     share_file(state, index)
     return load_dataset(index, config.transparency)

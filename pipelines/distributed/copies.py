@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-_SHARE = 32  # of a GPU's free memory one part; two kept things stay well within the margin of `memory`
+_SHARE = 32  # of a GPU's free memory one part; two kept things stay well within the margin of `micro_batch`
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How a script ends before its end: one line on stderr, and the exit code of docs/design.md."""
+"""How a script ends before its end: one line on stderr, and the exit code of docs/errors.md."""
 
 import errno
 import json
@@ -46,7 +46,7 @@ class Terminated(BaseException):
 
 @lasting_streams()
 def run_script(script: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Runs a script's main function and turns its errors into one line on stderr and the exit code of the design."""
+    """Runs a script's main function. Its errors become one line on stderr and an exit code of docs/errors.md."""
     before = {number: signal.signal(number, _terminate) for number in STOP_SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -31,7 +31,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def main_first(state: PartialState, task: Callable[[], Any]) -> Any:
+def on_main_process(state: PartialState, task: Callable[[], Any]) -> Any:
     """Runs `task` on the main process and gives its result, which JSON must be able to carry, to all.
 
     The others wait outside any collective, since a scan of millions of photos outlasts every collective's timeout. An
@@ -68,7 +68,7 @@ def _wait_for_readers(store: dist.Store, key: str, readers: int) -> None:
 def main_then_others(state: PartialState, task: Callable[[], Result]) -> Result:
     """Runs `task` on the main process and then on the others, which find what it downloaded."""
     results: list[Result] = []
-    main_first(state, lambda: results.append(task()))
+    on_main_process(state, lambda: results.append(task()))
     if not results:
         try:
             results.append(task())

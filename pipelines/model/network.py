@@ -218,7 +218,8 @@ def batchnorms(model: nn.Module) -> list[Any]:
 def build_model(config: Config, weights: Weights, classes: Sequence[str]) -> TransferModel:
     """The model that `config` describes, on the CPU, with `weights` and a head for `classes`.
 
-    The head is the weights' own where they come from a run with the same classes; otherwise new, drawn from the seed.
+    The head is the weights' own where they come from a run with the same classes. Otherwise it is new: drawn from the
+    seed where `head_init` is uniform, else zeros.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # for random weights; pretrained ones overwrite what is drawn here

@@ -22,19 +22,19 @@ class Schedule:
     steps_per_epoch: int
 
     @property
-    def last_step(self) -> int:
-        """Updates in all."""
+    def total_steps(self) -> int:
+        """Updates of the whole training."""
         assert self.config.epochs != "auto"
         return min(self.config.epochs * self.steps_per_epoch, self.config.max_steps or sys.maxsize)
 
     @property
     def epochs(self) -> int:
         """Epochs that are begun; the last one ends early where max_steps says so."""
-        return -(-self.last_step // self.steps_per_epoch)
+        return -(-self.total_steps // self.steps_per_epoch)
 
     def ends_epoch(self, global_step: int) -> bool:
         """Whether an epoch is over after so many updates."""
-        return global_step % self.steps_per_epoch == 0 or global_step == self.last_step
+        return global_step % self.steps_per_epoch == 0 or global_step == self.total_steps
 
     def set_rates(self, optimizer: torch.optim.Optimizer, global_step: int) -> dict[str, float]:
         """The rates of the update at `global_step` (0 is the first), as `lr/head` and `lr/body`."""

@@ -4,7 +4,7 @@
         state.pt             what PyTorch's own parts hold (model, optimizer, fp16 scaler), by the part's name, and each
                              process's BatchNorm statistics; tensors only
         best.pt, model.json  the best weights so far (hard links)
-        progress.json        what the other parts hold (counters, sums), side by side; facts such as the settings; the
+        progress.json        what the other parts hold (counters, sums), side by side; decisions and settings; the
                              digest of every file
 
 One is written under another name, flushed and then renamed, so it is whole or not there.
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from pipelines.data.dataset import Dataset
 from pipelines.data.loader import Loader, share_bad_photos
-from pipelines.distributed.sync import main_first
+from pipelines.distributed.sync import on_main_process
 from pipelines.errors import UserError
 from pipelines.files import file_digest
 from pipelines.model.network import TransferModel
@@ -64,10 +64,12 @@ class Progress:
         """Whether any evaluation has given a finite loss."""
         return "val/loss" in self.best
 
-    def keep_best(self, row: Mapping[str, Any], best_by: str, correct: int, count: int) -> bool:
-        """Whether a validation row is the best so far, which is kept: by `best_by`, with a finite loss; of a tie the
-        earlier one. correct, count: its photos."""
-        is_best = row[best_by] > self.best.get(best_by, -1.0) and math.isfinite(row["val/loss"])
+    def keep_best(self, row: Mapping[str, Any], best_key: str, correct: int, count: int) -> bool:
+        """Whether a validation row is the best so far by its `best_key`; it is kept then.
+
+        Its loss must be finite, and of a tie the earlier one stays. correct, count: its photos.
+        """
+        is_best = row[best_key] > self.best.get(best_key, -1.0) and math.isfinite(row["val/loss"])
         if is_best:
             self.best = {**row, "correct": correct, "count": count}
         return is_best
@@ -134,8 +136,8 @@ class CheckpointClock:
 class Checkpoints:
     """The checkpoints of a run. All methods are called on all processes; the main process reads and writes.
 
-    parts: all that a training needs to go on, by name, among them its TransferModel as "model". facts: JSON, what does
-    not change while it goes on.
+    parts: all that a training needs to go on, by name, among them its TransferModel as "model". decisions: JSON, what
+    was settled when the run began.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class Checkpoints:
         dataset: Dataset,
         accelerator: Accelerator,
         parts: Mapping[str, Stateful],
-        facts: Mapping[str, Any],
+        decisions: Mapping[str, Any],
     ) -> None:
         self._run = run
         self._folder = run.folder / _FOLDER
@@ -152,7 +154,7 @@ class Checkpoints:
         self._accelerator = accelerator
         self._tensors = {name: part for name, part in parts.items() if isinstance(part, _OF_PYTORCH)}
         self._others = {name: part for name, part in parts.items() if name not in self._tensors}
-        self._facts = facts
+        self._decisions = decisions
         network = parts["model"]
         assert isinstance(network, TransferModel)
         self._network = network
@@ -164,7 +166,7 @@ class Checkpoints:
         """
         state: dict[str, Any] = {"scaler": {}, "batchnorm": []}  # where there is none
         state |= {name: part.state_dict() for name, part in self._tensors.items()}
-        progress = dict(self._facts)
+        progress = dict(self._decisions)
         for name, part in self._others.items():
             own = part.state_dict()
             assert not own.keys() & progress.keys(), f"{name} and another part keep something under the same name"
@@ -172,7 +174,7 @@ class Checkpoints:
         if self._network.batchnorm == "train" and self._accelerator.num_processes > 1:
             # Each process's own between evaluations: their mean alone would not lead to the same bits.
             state["batchnorm"] = gather_object([_statistics(self._network)])
-        main_first(self._accelerator.state, partial(self._write, state, progress))
+        on_main_process(self._accelerator.state, partial(self._write, state, progress))
 
     def load(self, progress: Mapping[str, Any]) -> None:
         """Puts all parts back where they were at `progress`, and the run's best weights.
@@ -189,7 +191,7 @@ class Checkpoints:
             raise UserError(f"{folder / _STATE} does not hold the state of this network ({reason})") from None
         for part in self._others.values():
             part.load_state_dict(progress)
-        main_first(self._accelerator.state, partial(self._restore_best, folder))
+        on_main_process(self._accelerator.state, partial(self._restore_best, folder))
 
     def _load_state(self, file: Path) -> None:
         state = load_tensors(file, most_names=_MOST_NAMES)

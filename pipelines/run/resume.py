@@ -8,17 +8,22 @@ from typing import Any
 from pipelines.config import SCHEMA, Config
 
 # What becomes of a run that goes on with another value of a setting.
-SAID = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
+REPORTED = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
     *("epochs", "max_steps", "max_batch_per_device", "eval_batch_per_device", "log_every", "skip_bad_files"),
     *("loader", "deterministic", "channels_last", "compile"),
 }
-LOOKED_INTO = {"data", "val_fraction", "class_names", "weights"}  # the photos and the first weights' digest decide
-OF_NO_ACCOUNT = {
+CHECKED_ELSEWHERE = {
+    "data",
+    "val_fraction",
+    "class_names",
+    "weights",
+}  # the photos and the first weights' digest decide
+IGNORED = {
     *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "loader_threads", "prefetch", "cache_gb"),
     *("tracker", "project", "tags", "group", "alerts", "log_model"),
 }
 # Any other decides the result: the training, or which of its weights are the best.
-REFUSED = SCHEMA.keys() - SAID - LOOKED_INTO - OF_NO_ACCOUNT
+REFUSED = SCHEMA.keys() - REPORTED - CHECKED_ELSEWHERE - IGNORED
 
 
 def other_result(before: Config, now: Config) -> list[str]:
@@ -30,7 +35,7 @@ def other_result(before: Config, now: Config) -> list[str]:
 def changed_settings(before: Config, now: Config) -> str:
     """The settings that are others than before and worth a word, with both values; "" where none is."""
     old, new = asdict(before), asdict(now)
-    keys = [key for key in old if key in SAID | REFUSED and old[key] != new[key]]
+    keys = [key for key in old if key in REPORTED | REFUSED and old[key] != new[key]]
     return ", ".join(f"{key} {spelled(new[key])} (was {spelled(old[key])})" for key in keys)
 
 

@@ -1,1 +1,1 @@
-"""What the training loop uses: the fitted head, evaluation, the size of a micro-batch, the table of epochs."""
+"""What train.py is made of: checks, what a training needs, one update, evaluation, what is said and written."""

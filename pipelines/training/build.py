@@ -14,7 +14,7 @@ from pipelines.model.features import MEMORY_LIMIT, FrozenFeatures
 from pipelines.model.logistic_regression import class_weights_of
 from pipelines.model.network import TrainedPart, TransferModel, build_model, frozen_stages, has_head_for
 from pipelines.model.optimizer import Schedule, make_optimizer
-from pipelines.tracking.session import describe_run
+from pipelines.tracking.tracking import describe_run
 from pipelines.training.check import Checked
 from pipelines.training.fitted_head import Start, chosen_start, fit_head, resolved, why_not_fitted
 from pipelines.training.micro_batch import micro_batch_of
@@ -25,32 +25,37 @@ import torch
 
 
 @dataclass(frozen=True)
-class Network:
+class InitialModel:
     """The network on its device, before anything is fitted or loaded, and the photos' labels.
 
-    unfitted: why no head is fitted, or "". has_own_head: whether the weights' own is for these classes. labels: int [N]
-    by split. class_weights: float32 [C] of the photos in the loss, or None.
+    why_not_fitted: why no head is fitted, or "". has_own_head: whether the weights' own is for these classes. labels:
+    int [N] by split. class_weights: float32 [C] of the photos in the loss, or None.
     """
 
     network: TransferModel
-    unfitted: str
+    why_not_fitted: str
     has_own_head: bool
     labels: Mapping[str, np.ndarray]
     class_weights: torch.Tensor | None
+
+    @property
+    def head_is_fitted(self) -> bool:
+        """Whether a head is fitted, or was when the run began."""
+        return not self.why_not_fitted
 
 
 @dataclass(frozen=True)
 class Components:
     """What a training is made of.
 
-    config: the settings with what auto has come to, which `start` gives a reason for. model: its trained part, as the
-    processes train it together, compiled where asked for. head_row: the row of metrics of a head that was fitted just
-    now, or {}. training, validation: the loaders; features, validation_features: what is kept of them.
-    micro_batch: the most photos of a training's batch on a process. facts: for trackers. decisions: JSON, for the
-    checkpoints.
+    resolved_config: the settings with what auto has come to, which `start` gives a reason for. network: without
+    wrappers. model: its trained part, as the processes train it together, compiled where asked for. head_row: the row
+    of metrics of a head that was fitted just now, or {}. training, validation: the loaders; features,
+    validation_features: what is kept of them. micro_batch: the most photos of a training's batch on a process.
+    facts: for trackers. decisions: JSON, for the checkpoints.
     """
 
-    config: Config
+    resolved_config: Config
     start: Start
     facts: Mapping[str, Any]
     decisions: Mapping[str, Any]
@@ -66,7 +71,7 @@ class Components:
     micro_batch: int
 
 
-def build_network(checked: Checked) -> Network:
+def build_network(checked: Checked) -> InitialModel:
     """UserError where the settings leave nothing to train or to fit, or do not go with the photos."""
     config, weights, saved, splits = checked.config, checked.weights, checked.saved, checked.dataset.splits
     network = build_model(config, weights, checked.classes).to(checked.accelerator.device)
@@ -82,10 +87,10 @@ def build_network(checked: Checked) -> Network:
     if config.class_weights != "none":
         class_weights = torch.from_numpy(class_weights_of(config.class_weights, labels["train"], len(checked.classes)))
         class_weights = class_weights.float().to(checked.accelerator.device)
-    return Network(network, unfitted, has_own_head, labels, class_weights)
+    return InitialModel(network, unfitted, has_own_head, labels, class_weights)
 
 
-def build(checked: Checked, built: Network, session: Session) -> Components:
+def build(checked: Checked, built: InitialModel, session: Session) -> Components:
     """Fits the head, where one is and no checkpoint has it; decides what of the body is trained, which may depend on
     it; makes the optimizer and the loaders. StopAgreed where a stop is asked for on the way."""
     config, accelerator, saved, state = checked.config, checked.accelerator, checked.saved, checked.state
@@ -98,12 +103,12 @@ def build(checked: Checked, built: Network, session: Session) -> Components:
     if saved:
         start = Start(saved.get("freeze", config.freeze), saved.get("head_restarts", False))
     else:
-        if not built.unfitted:
+        if built.head_is_fitted:
             head_row, met = fit_head(
                 *(network, photos["train"], labels["train"], checked.engine, accelerator, config, store, checked.run),
                 session.stop_is_asked,
             )
-        start = chosen_start(config, head_row, built.unfitted)
+        start = chosen_start(config, head_row, built.why_not_fitted)
     network.freeze(frozen_stages(config, start.freeze))
     chosen = resolved(config, start, network, len(photos["train"]), saved)
     assert chosen.views_per_photo != "auto"
@@ -115,10 +120,10 @@ def build(checked: Checked, built: Network, session: Session) -> Components:
     sizes = {name: split.sizes for name, split in photos.items()}
     micro_batch = micro_batch_of(chosen, model, network, accelerator, checked.engine, sizes)
     training = train_loader(chosen, photos["train"], labels["train"], state, checked.engine, micro_batch)
-    session.closes(training.close)
+    session.close_at_end(training.close)
     training.bad |= met
     validation = eval_loader(config, photos["val"], labels["val"], state, checked.engine)
-    session.closes(validation.close)
+    session.close_at_end(validation.close)
     kept: dict[str, Any] = {"micro_batch": config.eval_batch_per_device, "store": store}
     validation_features = FrozenFeatures(
         network, validation, accelerator, views_per_photo=1, epochs=1, mirrored=config.test_flips, **kept
@@ -136,7 +141,7 @@ def build(checked: Checked, built: Network, session: Session) -> Components:
         "freeze": start.freeze,
         "views_per_photo": chosen.views_per_photo,
         "epochs": chosen.epochs,
-        "head_is_fitted": not built.unfitted,
+        "head_is_fitted": built.head_is_fitted,
         "head_restarts": start.head_restarts,
     }
     return Components(

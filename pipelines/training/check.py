@@ -1,4 +1,4 @@
-"""What must hold before a model or a run folder is made: settings, photos, weights, launcher, in this order."""
+"""What must hold before a model or a run folder is made: settings, launcher, photos, weights, in this order."""
 
 import shlex
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import choose_crop_mode
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.distributed.sync import main_first, main_then_others
+from pipelines.distributed.sync import main_then_others, on_main_process
 from pipelines.errors import UserError
 from pipelines.model.weights import Weights, read_weights
 from pipelines.run.checkpoint import newest_checkpoint
@@ -30,16 +30,16 @@ from accelerate import Accelerator, PartialState
 class Checked:
     """A run that may begin, or go on.
 
-    config: with the `crop_mode` that auto has come to, which `cropping` says, or "". before: the settings of the
+    config: with the `crop_mode` that auto has come to, which `crop_mode_line` says, or "". previous_config: that of the
     attempt before, None for a new run. saved: the progress of the checkpoint that it goes on from, or None.
     first_weights: the digest of the weights that the run has begun with, where it is known. engine: which one decodes,
     for `engine_reason`.
     """
 
     config: Config
-    cropping: str
+    crop_mode_line: str
     run: RunFolder
-    before: Config | None
+    previous_config: Config | None
     saved: Mapping[str, Any] | None
     dataset: Dataset
     weights: Weights
@@ -67,40 +67,40 @@ def check(arguments: list[str]) -> Checked | None:
     """What the command line asks for; None where nothing is left to do. Raises UserError or MachineError."""
     config, recipe = parse_config(arguments)
     state = start_processes()
-    main_first(state, partial(check_tracker, config))
-    name = config.run or main_first(state, lambda: new_run_name(recipe, config.runs))
+    on_main_process(state, partial(check_tracker, config))
+    name = config.run or on_main_process(state, lambda: new_run_name(recipe, config.runs))
     config = replace(config, run=name)  # with which its config.yaml goes on with it
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process, not_named=not_named(arguments))
-    beginning = "new" if config.prepare else main_first(state, partial(run.beginning, config))
+    beginning = "new" if config.prepare else on_main_process(state, partial(run.beginning, config))
     if not config.prepare:
-        main_first(state, partial(_say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))
+        on_main_process(state, partial(_say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))
     nothing_to_do = f"{run.folder} is finished: nothing to do (--overwrite starts it anew)"
-    if beginning == "finished" and main_first(state, partial(run.has_the_same_data, config)):
-        main_first(state, partial(print, nothing_to_do))
+    if beginning == "finished" and on_main_process(state, partial(run.has_the_same_data, config)):
+        on_main_process(state, partial(print, nothing_to_do))
         return None
     if beginning != "new":
-        config = replace(config, **main_first(state, partial(run.meant_before, config)))
+        config = replace(config, **on_main_process(state, partial(run.meant_before, config)))
     dataset = open_dataset(state, config, run.arrange) if beginning != "new" else open_dataset(state, config)
     if beginning == "resumed":  # what is found bad now may be mended or removed before the next start
-        main_first(state, partial(run.note_faulty, dataset))
-    main_first(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
-    cropping = ""
+        on_main_process(state, partial(run.note_faulty, dataset))
+    on_main_process(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
+    crop_mode_line = ""
     if config.crop_mode == "auto":
         train_split = dataset.splits["train"]
-        crop_mode, cropping = choose_crop_mode(train_split.sizes[train_split.faults == 0])
+        crop_mode, crop_mode_line = choose_crop_mode(train_split.sizes[train_split.faults == 0])
         config = replace(config, crop_mode=crop_mode)
-    saved = None if beginning == "new" else main_first(state, partial(newest_checkpoint, run, dataset))
+    saved = None if beginning == "new" else on_main_process(state, partial(newest_checkpoint, run, dataset))
     if beginning == "finished":
-        main_first(state, partial(print, nothing_to_do))
+        on_main_process(state, partial(print, nothing_to_do))
         return None
     if saved:  # it holds all weights, and the first ones may be gone
-        main_first(state, partial(run.check_first_weights, config, saved.get("first_weights")))
+        on_main_process(state, partial(run.check_first_weights, config, saved.get("first_weights")))
         weights = Weights(None if config.weights == "none" else {}, "of the checkpoint")
     else:
         weights = main_then_others(state, partial(read_weights, config))
     if config.prepare:
         lines = [*dataset.report(), f"weights: {weights.source}", *weights.notes, "prepared"]
-        main_first(state, partial(print, *lines, sep="\n"))
+        on_main_process(state, partial(print, *lines, sep="\n"))
         return None
     if config.batchnorm == "sync" and state.device.type != "cuda":
         advice = "this run goes on on those only" if saved else "give train or frozen"
@@ -111,9 +111,9 @@ def check(arguments: list[str]) -> Checked | None:
     steps = likely_epochs * -(-len(dataset.splits["train"]) // config.batch_size)
     return Checked(
         config=config,
-        cropping=cropping,
+        crop_mode_line=crop_mode_line,
         run=run,
-        before=run.settings_before() if beginning == "resumed" else None,
+        previous_config=run.settings_before() if beginning == "resumed" else None,
         saved=saved,
         dataset=dataset,
         weights=weights,

@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.config import STAGED, Config, Freeze
 from pipelines.data.dataset import Split
 from pipelines.data.loader import eval_loader
-from pipelines.distributed.sync import main_first
+from pipelines.distributed.sync import on_main_process
 from pipelines.errors import StopAgreed, UserError
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import FrozenFeatures
@@ -110,7 +110,7 @@ def fit_head(
         return _row(found)
 
     with torch.no_grad():
-        row = main_first(PartialState(), fit)
+        row = on_main_process(PartialState(), fit)
         if row is None:
             raise StopAgreed
         for parameter, value in zip(network.head.parameters(), head, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.distributed.copies import read_later
 from pipelines.errors import UserError
-from pipelines.training.step import LEARNED, StepSums
+from pipelines.training.step import METRICS, StepSums
 
 import torch
 from tqdm import tqdm
@@ -35,7 +35,7 @@ class Interval:
         # Apple's GPUs have no float64.
         self._device = device
         kind = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(LEARNED.stop, device=device, dtype=kind)
+        self._sums = torch.zeros(METRICS.stop, device=device, dtype=kind)
         self._started, self._waited_before = time.perf_counter(), 0.0
 
     def start(self, wait_seconds: float) -> None:
@@ -47,7 +47,7 @@ class Interval:
 
     def add(self, sums: torch.Tensor) -> None:
         """sums: of one step over all processes, the tensor of `StepSums`."""
-        self._sums += sums[LEARNED]
+        self._sums += sums[METRICS]
 
     def state(self, wait_seconds: float) -> dict[str, Any]:
         """What `restore` needs to go on with this interval in another attempt at the run; JSON."""

@@ -1,6 +1,5 @@
-"""What a training leaves behind of itself: a row goes to metrics.jsonl, then to the tracker, then to the terminal.
-
-A picture is drawn before the row that it goes to the tracker with.
+"""What a training leaves behind of itself. A row goes to metrics.jsonl before it goes to the tracker, and a picture is
+drawn before the row that it goes to the tracker with.
 """
 
 import math
@@ -13,7 +12,7 @@ from pipelines.distributed.exits import ExitStatus
 from pipelines.errors import Stopped
 from pipelines.model.optimizer import learning_rates
 from pipelines.run import figures
-from pipelines.tracking.session import Tracking
+from pipelines.tracking.tracking import Tracking
 from pipelines.training.build import Components
 from pipelines.training.check import Checked
 from pipelines.training.evaluation import BEST_BY, best_scores
@@ -26,23 +25,23 @@ import torch
 
 
 class Recorder:
-    """Writes rows, weights, pictures and lines. Its methods are called on all processes; the main process writes.
+    """Writes rows, pictures and lines. Its methods are called on all processes; the main process writes.
 
     As a part of a checkpoint it holds the sums since the last row and since the epoch's start.
     """
 
-    def __init__(self, checked: Checked, parts: Components, session: Session) -> None:
+    def __init__(self, checked: Checked, components: Components, session: Session) -> None:
         self._run, self._accelerator, self._classes = checked.run, checked.accelerator, checked.classes
         self._dataset, self._is_main = checked.dataset, checked.state.is_main_process
-        self._config, self._schedule, self._training = checked.config, parts.schedule, parts.training
-        self._optimizer, self._progress, self._facts = parts.optimizer, session.progress, parts.facts
+        self._config, self._schedule, self._training = checked.config, components.schedule, components.training
+        self._optimizer, self._progress, self._facts = components.optimizer, session.progress, components.facts
         self._best_by = BEST_BY[checked.config.best_by]
         device = checked.accelerator.device
         self._interval, self._whole_epoch = Interval(device), Interval(device)
-        epochs = parts.config.epochs
+        epochs = components.resolved_config.epochs
         assert epochs != "auto"
         self._table = EpochTable(visible=self._is_main, epochs=epochs, steps_per_epoch=checked.steps_per_epoch)
-        session.closes(self._table.close)
+        session.close_at_end(self._table.close)
         session.on_end(self.end_early)
         self._tracking: Tracking | None = None
         self._records: np.ndarray | None = None  # of the last evaluation in this attempt at the run
@@ -107,7 +106,7 @@ class Recorder:
         """row: of metrics.jsonl, of `records`."""
         self._records = records
         self._run.append_metrics(row)
-        self._tracker.log(row, records, hold=row["global_step"] == self._schedule.last_step)
+        self._tracker.log(row, records, hold=row["global_step"] == self._schedule.total_steps)
 
     def best_weights(self) -> None:
         """best.pt and model.json are of the evaluation before."""

@@ -15,7 +15,7 @@ from pipelines.run import figures
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run.resume import changed_settings
 from pipelines.text import counted, printable
-from pipelines.training.build import Components, Network
+from pipelines.training.build import Components, InitialModel
 from pipelines.training.check import Checked
 from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wilson_interval
 
@@ -29,41 +29,42 @@ def without_effect(config: Config) -> list[str]:
     return ["without effect: " + ", ".join(f"{key} ({why})" for key, why in idle.items())] if idle else []
 
 
-def beginning_report(checked: Checked, built: Network) -> list[str]:
+def beginning_report(checked: Checked, built: InitialModel) -> list[str]:
     """Before anything is computed: settings, photos, head, folder."""
+    no_head = head_report(checked.config, built.why_not_fitted, checked.weights, built.has_own_head)
     return [
         dump_yaml(checked.config).rstrip(),
         *checked.dataset.report(),
-        *([checked.cropping] if checked.cropping else []),
+        *([checked.crop_mode_line] if checked.crop_mode_line else []),
         *without_effect(checked.config),
-        *([] if checked.saved else head_report(checked.config, built.unfitted, checked.weights, built.has_own_head)),
+        *([] if checked.saved else no_head),
         f"run: {checked.run.folder}",
     ]
 
 
-def training_report(checked: Checked, parts: Components) -> list[str]:
+def training_report(checked: Checked, components: Components) -> list[str]:
     """Before the first update: what is trained, on what, from where on. The optimizer's rates are those of the last
     update in a checkpoint."""
-    schedule, saved = parts.schedule, checked.saved
+    schedule, saved = components.schedule, checked.saved
     jump = []
-    if saved and saved["global_step"] < schedule.last_step:
-        rates = learning_rates(parts.optimizer)
-        jump = rate_jump(parts.config, schedule.steps_per_epoch, saved["global_step"], rates)
+    if saved and saved["global_step"] < schedule.total_steps:
+        rates = learning_rates(components.optimizer)
+        jump = rate_jump(components.resolved_config, schedule.steps_per_epoch, saved["global_step"], rates)
     return [
-        *([parts.start.reason] if parts.start.reason and schedule.epochs else []),
-        *_setup_report(checked, parts),
-        *parts.features.report(),
-        *store_report(parts.features, parts.validation_features),
+        *([components.start.reason] if components.start.reason and schedule.epochs else []),
+        *_setup_report(checked, components),
+        *components.features.report(),
+        *store_report(components.features, components.validation_features),
         f"loader: {checked.engine} ({checked.engine_reason}); {counted(schedule.steps_per_epoch, 'step')} an epoch, "
-        f"{schedule.last_step} in all, {counted(parts.micro_batch, 'photo')} at a time on a process",
-        *how_it_goes_on(checked, parts),
+        f"{schedule.total_steps} in all, {counted(components.micro_batch, 'photo')} at a time on a process",
+        *resume_report(checked, components),
         *jump,
     ]
 
 
-def _setup_report(checked: Checked, parts: Components) -> list[str]:
-    config, network, accelerator = parts.config, parts.network, checked.accelerator
-    facts, processes = parts.facts, accelerator.num_processes
+def _setup_report(checked: Checked, components: Components) -> list[str]:
+    config, network, accelerator = components.resolved_config, components.network, checked.accelerator
+    facts, processes = components.facts, accelerator.num_processes
     lines = [
         f"weights: {checked.weights.source}; {facts['parameters']:,} parameters, "
         f"{facts['trained_parameters']:,} of them trained; BatchNorm {network.batchnorm}",
@@ -112,9 +113,10 @@ def end_report(
     ]
 
 
-def how_it_goes_on(checked: Checked, parts: Components) -> list[str]:
+def resume_report(checked: Checked, components: Components) -> list[str]:
     """For a run that is there already: from where, and what may make a difference."""
-    config, before, saved, accelerator = checked.config, checked.before, checked.saved, checked.accelerator
+    config, before, saved, accelerator = checked.config, checked.previous_config, checked.saved, checked.accelerator
+    batchnorm, epochs = components.network.batchnorm, components.resolved_config.epochs
     if before is None:
         return []
     settings = changed_settings(before, config)
@@ -124,16 +126,16 @@ def how_it_goes_on(checked: Checked, parts: Components) -> list[str]:
     lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}", *changes]
     by_itself = "BatchNorm (train) normalises each by itself, so that results differ by more than rounding"
     if saved["world_size"] != accelerator.num_processes:
-        what = "sums in another order" if parts.network.batchnorm != "train" else f"in other shares, and {by_itself}"
+        what = "sums in another order" if batchnorm != "train" else f"in other shares, and {by_itself}"
         lines.append(f"the checkpoint is of {counted(saved['world_size'], 'process')}: the same photos, {what}")
-    elif parts.network.batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
+    elif batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
         lines.append(f"max_batch_per_device: other micro-batches, and {by_itself}")
     if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
         lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
-    last_step = parts.schedule.last_step
-    if saved["global_step"] >= last_step:
-        limit = f"epochs {parts.config.epochs}" if config.max_steps != last_step else f"max_steps {last_step}"
-        lines.append(f"nothing is left to train: with {limit} the run ends at step {last_step}")
+    total_steps = components.schedule.total_steps
+    if saved["global_step"] >= total_steps:
+        limit = f"epochs {epochs}" if config.max_steps != total_steps else f"max_steps {total_steps}"
+        lines.append(f"nothing is left to train: with {limit} the run ends at step {total_steps}")
     if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
         lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
     return lines

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from pipelines.distributed.exits import ExitStatus, exit_status_of
 from pipelines.distributed.stopping import StopRequest
-from pipelines.distributed.sync import main_first
+from pipelines.distributed.sync import on_main_process
 from pipelines.errors import MachineError, StopAgreed, Stopped
 from pipelines.run.checkpoint import CheckpointClock, Progress
 from pipelines.training.check import Checked
@@ -20,7 +20,7 @@ class Session:
     """A context: from its beginning to its end no other run writes into `run`, signals ask for a stop, status.json is
     kept, and whatever was registered is closed.
 
-    All processes agree on a stop: by the votes of a step, which `look_at` finds in its sums, or within a pass over
+    All processes agree on a stop: by the votes of a step, which `watch_step` finds in its sums, or within a pass over
     photos, which asks `stop_is_asked`. Either raises StopAgreed; the context then calls what `on_stop` has registered
     and raises Stopped in its place. Any other error goes on through it.
 
@@ -40,12 +40,13 @@ class Session:
 
     def __enter__(self) -> "Session":
         checked, saved = self._checked, self._checked.saved
-        main_first(self._state, partial(self._run.create, checked.config, resumed=checked.before is not None))
+        is_there = checked.previous_config is not None
+        on_main_process(self._state, partial(self._run.create, checked.config, resumed=is_there))
         self._to_close.callback(self._run.close)
         try:
-            main_first(self._state, partial(self._run.keep_photos, checked.dataset, anew=saved is None))
+            on_main_process(self._state, partial(self._run.keep_photos, checked.dataset, anew=saved is None))
             # Rows of steps after the checkpoint are computed again.
-            main_first(self._state, partial(self._run.cut_metrics, saved["metrics_bytes"] if saved else 0))
+            on_main_process(self._state, partial(self._run.cut_metrics, saved["metrics_bytes"] if saved else 0))
             self.write_status("running")
             self.listen()
         except BaseException as error:
@@ -81,7 +82,7 @@ class Session:
         """tell: is told how the attempt ends, where that is before the run's end."""
         self._told.append(tell)
 
-    def closes(self, close: Callable[[], object]) -> None:
+    def close_at_end(self, close: Callable[[], object]) -> None:
         """close: called at the end, however it comes; the last that was registered first."""
         self._to_close.callback(close)
 
@@ -93,11 +94,11 @@ class Session:
         """For a pass without votes: whether a stop is asked for on any process, as far as is known here."""
         return self._stop.is_made_anywhere()
 
-    def look_at(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
+    def watch_step(self, sums: torch.Tensor, where: Callable[[], str]) -> None:
         """Looks at a step's sums, or on a GPU at those of the step before. See `StepWatch.add`."""
         self.watch.add(sums, where)
 
-    def look_at_all(self) -> None:
+    def watch_remaining_steps(self) -> None:
         """Looks at the steps that are left to look at."""
         self.watch.check()
 
@@ -111,8 +112,8 @@ class Session:
         """Whether the steps that were looked at have a vote for a checkpoint."""
         return self.watch.save
 
-    def has_saved(self) -> None:
-        """A checkpoint has been written."""
+    def note_saved(self) -> None:
+        """Starts the checkpoint clock again."""
         self._clock.start()
         self.watch.save = False
 

@@ -29,7 +29,7 @@ class StepSums(NamedTuple):
     save_votes: float
 
 
-LEARNED = slice(0, StepSums._fields.index("stop_votes"))  # all but the votes
+METRICS = slice(0, StepSums._fields.index("stop_votes"))  # all but the votes
 
 
 def update(
@@ -53,7 +53,7 @@ def update(
     """
     optimizer.zero_grad()
     sums = torch.zeros(len(StepSums._fields), device=accelerator.device)
-    learned, own_votes = sums[LEARNED], sums[LEARNED.stop :]
+    learned, own_votes = sums[METRICS], sums[METRICS.stop :]
     for vote, is_given in zip(own_votes, votes, strict=True):
         if is_given:  # filled, as a copy from the host would wait for all of the step before
             vote.fill_(1)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from pipelines.distributed.hardware import cpu_cores
-from pipelines.distributed.sync import main_first, share_file
+from pipelines.distributed.sync import on_main_process, share_file
 from tests.helpers.paths import ROOT
 
 import numpy as np
@@ -32,9 +32,9 @@ from pipelines.model.network import TrainedPart, TransferModel, average_batchnor
 from pipelines.data.open import open_dataset
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.distributed.sync import main_first, share_file
+from pipelines.distributed.sync import on_main_process, share_file
 from pipelines.run.folder import RunFolder
-from pipelines.tracking.session import Tracking
+from pipelines.tracking.tracking import Tracking
 
 import torch
 import torch.distributed as dist
@@ -56,9 +56,9 @@ def main(arguments):
     # The main process takes longer than any collective may last.
     default_group = dist.distributed_c10d._get_default_group()
     default_group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=1))
-    found["shared"] = main_first(state, lambda: [time.sleep(3), rank, "word"])
+    found["shared"] = on_main_process(state, lambda: [time.sleep(3), rank, "word"])
     default_group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(minutes=1))
-    found["again"] = main_first(state, lambda: {"from": rank})
+    found["again"] = on_main_process(state, lambda: {"from": rank})
 
     # As if each process ran on a node of its own, with a cache folder of its own.
     state.local_process_index = 0
@@ -95,7 +95,7 @@ def main(arguments):
     model(network.forward_frozen(images)).sum().backward()
     found["gradient"] = [network.network.conv1.weight.grad.norm().item(), network.network.fc.bias.grad.tolist()]
     run = RunFolder(folder / "runs" / "one", writes=state.is_main_process)
-    main_first(state, lambda: run.create(config))
+    on_main_process(state, lambda: run.create(config))
     run.save_best(network.network, {})
 
     tracking = Tracking(accelerator, config, run, dataset, {})
@@ -105,7 +105,7 @@ def main(arguments):
     split = dataset.splits["val"]
     loader = eval_loader(config, split, split.labels.astype(np.int64), state, "pillow")
     model = TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen", test_flips=True)
-    model.network.load_state_dict(main_first(state, lambda: None) or network.network.state_dict())
+    model.network.load_state_dict(on_main_process(state, lambda: None) or network.network.state_dict())
     store = FeatureStore(folder / "features", 10**9) if state.is_main_process else None
     kept = {"views_per_photo": 1, "epochs": 2, "micro_batch": 2, "mirrored": True, "store": store}
     records = predict(model, loader, accelerator)
@@ -129,7 +129,7 @@ from pipelines.distributed import sync
 from pipelines.errors import UserError
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_processes
-from pipelines.distributed.sync import main_first
+from pipelines.distributed.sync import on_main_process
 
 
 def fail():
@@ -140,9 +140,9 @@ def fail():
 def main(arguments):
     state = start_processes()
     assert state.num_processes == 2, state.num_processes
-    main_first(state, lambda: None)
+    on_main_process(state, lambda: None)
     sync._POLL_SECONDS = (0.2, 1.0)[state.process_index]  # the other one looks half a second after the failure
-    main_first(state, fail)
+    on_main_process(state, fail)
     print("not reached")
 
 
@@ -232,5 +232,5 @@ def test_an_error_of_the_main_process_ends_the_other_silently(tmp_path):
 def test_one_process_asks_nobody(tmp_path):
     state = PartialState(cpu=True)
     thing = object()
-    assert main_first(state, lambda: thing) is thing
+    assert on_main_process(state, lambda: thing) is thing
     share_file(state, tmp_path / "not there")

@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.config import Config
 from pipelines.data.dataset import Dataset
 from pipelines.run.folder import RunFolder
-from pipelines.tracking.session import Tracking
+from pipelines.tracking.tracking import Tracking
 from pipelines.tracking.wandb_files import attempt_folders, history_row, read_records
 
 import psutil

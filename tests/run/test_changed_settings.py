@@ -12,13 +12,13 @@ from pipelines.model.optimizer import lr_factor, rate_jump
 from pipelines.run import resume
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run_files import read_run_config, to_json
-from pipelines.training.report import how_it_goes_on
+from pipelines.training.report import resume_report
 from tests.helpers.run_files import PROGRESS, without
 
 import pytest
 import torch
 
-TABLES = (resume.REFUSED, resume.SAID, resume.LOOKED_INTO, resume.OF_NO_ACCOUNT)
+TABLES = (resume.REFUSED, resume.REPORTED, resume.CHECKED_ELSEWHERE, resume.IGNORED)
 
 # Settings
 
@@ -59,12 +59,12 @@ def saved_run(run: RunFolder, config: Config, state: str = "stopped", global_ste
 
 @pytest.mark.parametrize("key", sorted(OTHER))
 def test_only_a_change_that_decides_the_result_is_refused(run, key):
-    assert set(OTHER) == resume.REFUSED | resume.SAID
+    assert set(OTHER) == resume.REFUSED | resume.REPORTED
     # Values that matter: with them none of the settings stands idle.
     before = {"schedule": "step"} if key.startswith("step_") else {}
     saved_run(run, Config(**before))
     other = Config(**before | {key: OTHER[key]})
-    if key in resume.SAID:
+    if key in resume.REPORTED:
         assert run.beginning(other) == "resumed"
         assert resume.changed_settings(Config(), other).startswith(f"{key} {resume.spelled(OTHER[key])} (was ")
     else:
@@ -272,10 +272,10 @@ def test_a_rate_that_is_off_its_course_is_said_with_both_values():
 def test_another_number_of_processes_is_reported_with_batchnorm(batchnorm, world_size, micro_batch, line):
     saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions()}
     now, one = Config(max_batch_per_device=micro_batch), SimpleNamespace(num_processes=1, mixed_precision="no")
-    checked: Any = SimpleNamespace(config=now, before=Config(), saved=saved, accelerator=one)
-    schedule, network = SimpleNamespace(last_step=50), SimpleNamespace(batchnorm=batchnorm)
-    parts: Any = SimpleNamespace(config=Config(epochs=5), network=network, schedule=schedule)
-    lines = how_it_goes_on(checked, parts)
+    checked: Any = SimpleNamespace(config=now, previous_config=Config(), saved=saved, accelerator=one)
+    schedule, network = SimpleNamespace(total_steps=50), SimpleNamespace(batchnorm=batchnorm)
+    parts: Any = SimpleNamespace(resolved_config=Config(epochs=5), network=network, schedule=schedule)
+    lines = resume_report(checked, parts)
     lines = [each for each in lines if "resumed at" not in each and "settings changed" not in each]
     assert len(lines) == bool(line)
     assert line in "".join(lines)

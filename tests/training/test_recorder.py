@@ -48,9 +48,11 @@ def recorder(tmp_path, said) -> Recorder:
     training = SimpleNamespace(wait_seconds=0.0)
     checked: Any = SimpleNamespace(run=run, accelerator=Accelerator(cpu=True), state=PartialState(), config=CONFIG)
     checked.classes, checked.dataset, checked.steps_per_epoch = ("a", "b"), None, 3
-    parts: Any = SimpleNamespace(config=CONFIG, schedule=Schedule(CONFIG, 3), training=training, optimizer=optimizer)
+    parts: Any = SimpleNamespace(
+        resolved_config=CONFIG, schedule=Schedule(CONFIG, 3), training=training, optimizer=optimizer
+    )
     parts.facts = {}
-    session: Any = SimpleNamespace(progress=Progress(), closes=lambda _: None, on_end=lambda _: None)
+    session: Any = SimpleNamespace(progress=Progress(), close_at_end=lambda _: None, on_end=lambda _: None)
     made = Recorder(checked, parts, session)
     made.start()
     return made

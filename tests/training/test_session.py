@@ -36,7 +36,7 @@ def begin(photos, tmp_path):
         config = Config(**{"checkpoint_minutes": 60} | settings)
         run = RunFolder(tmp_path / "run")
         before = config if saved else None
-        parts = {"config": config, "run": run, "dataset": dataset, "saved": saved, "before": before}
+        parts = {"config": config, "run": run, "dataset": dataset, "saved": saved, "previous_config": before}
         checked: Any = SimpleNamespace(**parts, state=PartialState(cpu=True))
         return Session(checked)
 
@@ -57,8 +57,8 @@ def test_a_stop_is_saved_and_told_and_then_all_is_closed(begin, tmp_path):
     def attempt() -> None:
         with begin() as session:
             assert status(tmp_path)["state"] == "running"
-            session.closes(lambda: done.append("closed last"))
-            session.closes(lambda: done.append("closed first"))
+            session.close_at_end(lambda: done.append("closed last"))
+            session.close_at_end(lambda: done.append("closed first"))
             session.on_stop(lambda: done.append("saved"))
             session.on_end(lambda ended: done.append(ended.exit_code))
             session.progress.global_step = 7
@@ -66,7 +66,7 @@ def test_a_stop_is_saved_and_told_and_then_all_is_closed(begin, tmp_path):
             assert session.votes() == (True, False)
             assert session.stop_is_asked()
             session.stop_if_agreed()  # a wish of one process is no agreement
-            session.look_at(sums(stop=1), str)
+            session.watch_step(sums(stop=1), str)
             session.stop_if_agreed()
 
     with pytest.raises(Stopped, match="stopped at step 7 by SIGTERM: --run run with the same settings goes on"):
@@ -120,9 +120,9 @@ def test_a_checkpoint_is_due_by_the_clock_and_by_votes(begin):
     with begin(checkpoint_minutes=1e-9) as session:
         assert session.votes() == (False, True)
         assert not session.save_is_agreed
-        session.look_at(sums(save=1), str)
+        session.watch_step(sums(save=1), str)
         assert session.save_is_agreed
-        session.has_saved()
+        session.note_saved()
         assert not session.save_is_agreed
     with begin({"metrics_bytes": 0, **ZERO}) as session:
         assert session.votes() == (False, False)
