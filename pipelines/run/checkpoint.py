@@ -108,6 +108,7 @@ class UnreadablePhotos:
         """`bad`: positions by split. The run's folder notes them too."""
         for loader in self._loaders:
             share_bad_photos(loader)
+        for loader in self._loaders:  # after what all take part in, as a full disk ends the main process alone
             self._run.note_bad(loader.split, loader.bad)
         return {"bad": {loader.split.name: sorted(loader.bad) for loader in self._loaders}}
 
