@@ -59,7 +59,7 @@ def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
 
 
 def view_of(split: Split, views: Views, position: int, image_size: int) -> Image.Image:
-    """The RGB picture, image_size x image_size, of one view (not flipped).
+    """The RGB picture, image_size x image_size, of one view.
 
     Of a larger resized window only the square that is kept is computed. Raises as `window_of` does.
     """
@@ -69,7 +69,8 @@ def view_of(split: Split, views: Views, position: int, image_size: int) -> Image
     (top, left), resized = views.anchors[position], views.resized[position]
     scale_y, scale_x = picture.height / resized[0], picture.width / resized[1]
     box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
-    return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+    picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if views.flips[position] else picture
 
 
 def window_of(split: Split, views: Views, position: int) -> Image.Image:

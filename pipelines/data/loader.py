@@ -14,7 +14,7 @@ from pipelines.config import Config
 from pipelines.data.dataset import Split
 from pipelines.data.engines.base import Engine
 from pipelines.data.engines.factory import make_engine
-from pipelines.data.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share
+from pipelines.data.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share, train_plan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.distributed.copies import to_device
 from pipelines.distributed.hardware import cpu_cores
@@ -215,17 +215,7 @@ def train_loader(
     micro_batch: the most photos of one batch on one process; with `views_per_photo`, which is a number or None here,
     `in_order` may ask for `config.eval_batch_per_device`.
     """
-    assert config.views_per_photo != "auto"
-    assert config.crop_mode != "auto"
-    plan = TrainPlan(
-        split.sizes,
-        seed=config.seed,
-        image_size=config.image_size,
-        crop_scale_min=config.crop_scale_min,
-        flip_probability=config.flip_probability,
-        views_per_photo=config.views_per_photo,
-        crop_mode=config.crop_mode,
-    )
+    plan = train_plan(config, split.sizes)
     largest = largest_training_batch(config, micro_batch)
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
 

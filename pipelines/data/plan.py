@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from pipelines.config import Config
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -136,6 +138,21 @@ class TrainPlan:
         values, turns = np.arange(5), np.arange(self._views_per_photo or 0)
         bits = random_bits(self._seed, _PART, indices[:, None, None], values[:, None], turns)
         return np.argsort(bits, axis=2, kind="stable")[:, :, turn]
+
+
+def train_plan(config: Config, sizes: np.ndarray) -> TrainPlan:
+    """The plan that the settings ask for, with what auto has come to in them. sizes: as `TrainPlan` has them."""
+    assert config.views_per_photo != "auto"
+    assert config.crop_mode != "auto"
+    return TrainPlan(
+        sizes,
+        seed=config.seed,
+        image_size=config.image_size,
+        crop_scale_min=config.crop_scale_min,
+        flip_probability=config.flip_probability,
+        views_per_photo=config.views_per_photo,
+        crop_mode=config.crop_mode,
+    )
 
 
 class ViewsInOrder:

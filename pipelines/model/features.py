@@ -194,7 +194,13 @@ class FrozenFeatures:
         """int64, one for each row, of a photo's content and view: the same wherever the two are."""
         split = self._loader.split
         views = self._loader.in_order(1).plan.views(view, np.arange(self._loader.plan.length))
-        columns = [split.signatures, split.mtimes, split.faults, *views.windows.T, *views.resized.T, *views.anchors.T]
+        others = [views.__dict__[name] for name in views.__dataclass_fields__ if name not in ("indices", "flips")]
+        columns = [
+            split.signatures,
+            split.mtimes,
+            split.faults,
+            *(row for each in others for row in np.atleast_2d(each.T)),
+        ]
         flips = [views.flips, ~views.flips][: self._copies]
         return np.concatenate([random_bits(*columns, flip) for flip in flips]).view(np.int64)
 

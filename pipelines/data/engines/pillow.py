@@ -67,10 +67,9 @@ class PillowEngine:
     def _execute(self, views: Views, position: int, target: np.ndarray) -> str | None:
         """Puts one view's pixels in its place; returns a reason where the photo cannot be decoded."""
         try:
-            pixels = np.asarray(view_of(self._split, views, position, self._image_size))
+            target[position] = np.asarray(view_of(self._split, views, position, self._image_size))
         except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
             return decoding_error(error)
-        target[position] = pixels[:, ::-1] if views.flips[position] else pixels
         return None
 
 
