@@ -40,6 +40,7 @@ from pipelines.data.loader import Loader, Step, train_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 from pipelines.data.preprocess import IMAGENET_STD
+from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TrainedPart, build_model
@@ -150,7 +151,7 @@ def versions_here(setup: Setup) -> Finding:
         said = _output(_command(setup, "decode whole, hw load 1.0"), DALI_NVIMGCODEC_LOG_LEVEL="3")
         hardware = list(dict.fromkeys(re.findall(r"[^\n\]]*(?:HW decoder|num_hw_engines)[^\n]*", said)))
     listed = ", ".join(f"{name} {version}" for name, version in known.items())
-    found = f"{gpu}; {os.cpu_count()} CPU cores; {listed}; {'; '.join(hardware).strip() or 'no word of a HW decoder'}"
+    found = f"{gpu}; {cpu_cores()} CPU cores; {listed}; {'; '.join(hardware).strip() or 'no word of a HW decoder'}"
     return Finding(found, None, {"gpu": gpu, "versions": known})
 
 

@@ -10,8 +10,6 @@ first; raw numbers go to --out as JSON lines.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from pipelines.data.loader import Loader
 from pipelines.data.plan import TrainPlan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.samples import locate
+from pipelines.distributed.hardware import machine
 from pipelines.run.folder import versions
 from pipelines.text import lasting_streams
 
@@ -76,7 +75,7 @@ def main() -> None:
                     with open(options.out, "a", encoding="utf-8") as file:
                         file.write(json.dumps({"variant": name, "run": run, "images_per_s": rate}) + "\n")
     first = statistics.median(next(iter(rates.values())))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {device}; {len(split)} photos; n = {options.runs}")
+    print(f"{machine()}; {device}; {len(split)} photos; n = {options.runs}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"{'variant':<26}{'images/s':>10}{'least':>9}{'most':>9}{'ratio':>8}")
     for name, values in rates.items():

@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ from pipelines.data.engines.base import Pixels
 from pipelines.data.known_photos import keep_photos
 from pipelines.data.loader import Loader
 from pipelines.data.plan import TrainPlan, Views
+from pipelines.distributed.hardware import machine
 from pipelines.run.folder import versions
 from pipelines.text import lasting_streams
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines, one a size")
     options = parser.parse_args()
 
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {options.processes} processes; batches of {BATCH}")
+    print(f"{machine()}; {options.processes} processes; batches of {BATCH}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print("\n".join(f"{name:<40}{value:>16,.3f}" for name, value in scan_costs().items()), flush=True)
     fork, spawn = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
