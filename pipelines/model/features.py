@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from pipelines.data.loader import Batch, Loader, share_bad_photos
@@ -32,7 +33,7 @@ from tqdm import tqdm
 MEMORY_LIMIT = 2**29
 # What decodes, crops and computes: another version of one of these may give other numbers.
 _MAKERS = (
-    *("pipelines.data.decode", "pipelines.data.loader", "pipelines.data.preprocess"),
+    *("pipelines.data.decode", "pipelines.data.engines.pillow", "pipelines.data.loader", "pipelines.data.preprocess"),
     *("pipelines.model.features", "pipelines.model.folding", "pipelines.model.network"),
 )
 _LIBRARIES = ("torch", "torchvision", "numpy")
@@ -194,12 +195,12 @@ class FrozenFeatures:
         """int64, one for each row, of a photo's content and view: the same wherever the two are."""
         split = self._loader.split
         views = self._loader.in_order(1).plan.views(view, np.arange(self._loader.plan.length))
-        others = [views.__dict__[name] for name in views.__dataclass_fields__ if name not in ("indices", "flips")]
+        others = [getattr(views, name).T for name in views.__dataclass_fields__ if name not in ("indices", "flips")]
         columns = [
             split.signatures,
             split.mtimes,
             split.faults,
-            *(row for each in others for row in np.atleast_2d(each.T)),
+            *(row for each in others for row in np.atleast_2d(each)),
         ]
         flips = [views.flips, ~views.flips][: self._copies]
         return np.concatenate([random_bits(*columns, flip) for flip in flips]).view(np.int64)
@@ -219,7 +220,7 @@ class FrozenFeatures:
             [self._accelerator.num_processes, self._micro_batch, self._accelerator.mixed_precision],
             [device.type, torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()],
             [platform.machine(), torch.are_deterministic_algorithms_enabled(), *versions],
-            [inspect.getsource(sys.modules[name]) for name in (*_MAKERS, engine.__module__)],
+            [inspect.getsource(import_module(name)) for name in dict.fromkeys([*_MAKERS, engine.__module__])],
         ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 

@@ -9,9 +9,11 @@ from pipelines.config import Config
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.loader import Loader, eval_loader, train_loader
 from pipelines.errors import StopAgreed, UserError
+from pipelines.model import features
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TransferModel
+from tests.helpers.engines import ENGINES
 
 import numpy as np
 import pytest
@@ -146,6 +148,18 @@ def test_a_later_run_finds_the_same_features(resnet, split, tmp_path, monkeypatc
     assert said == "1 view of 19 train photos"
     assert torch.equal(rows, again)
     assert set(seen) == {0}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_features_depend_on_the_code_that_decodes(resnet, split, monkeypatch, engine):
+    """Pillow decodes some photos of every engine."""
+    labels, asked = split.labels.astype(np.int64), []
+    training = train_loader(CONFIG, split, labels, PartialState(cpu=True), engine, 4)
+    monkeypatch.setattr(features.inspect, "getsource", lambda module: asked.append(module.__name__) or "")
+    network = TransferModel(resnet, frozen_stages=5, batchnorm="frozen")
+    assert open_features(network, training)._maker
+    training.close()
+    assert {"pipelines.data.decode", "pipelines.data.engines.pillow", f"pipelines.data.engines.{engine}"} <= set(asked)
 
 
 @pytest.mark.parametrize("change", ["weights", "seed", "image_size", "transparency", "stages", "layout", "photo"])
