@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
 
     with Session(checked) as session:
         progress = session.progress
-        checked.say(*beginning_report(checked, built))
+        checked.say(partial(beginning_report, checked, built))
         components = build(checked, built, session)
         network, model, schedule = components.network, components.model, components.schedule
         optimizer, training, features = components.optimizer, components.training, components.features
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
             progress.epoch = min(progress.epoch, progress.global_step // schedule.steps_per_epoch)
         recorder.start()
         session.listen()  # again: a tracker may have taken the signals over
-        checked.say(*training_report(checked, components))
+        checked.say(partial(training_report, checked, components))
 
         def save() -> None:
             checkpoints.save()
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> None:
         recorder.finish()
         session.write_status("finished", exit_code=0)
         loaders, seconds = (training, components.validation), time.perf_counter() - started
-        checked.say(*end_report(progress.best, BEST_BY[config.best_by], run, loaders, seconds))
+        checked.say(partial(end_report, progress.best, BEST_BY[config.best_by], run, loaders, seconds))
 
 
 def evaluate_and_keep_best(

@@ -12,12 +12,8 @@ REPORTED = {  # whoever changes it wants what it changes: the length of the run,
     *("epochs", "max_steps", "max_batch_per_device", "eval_batch_per_device", "log_every", "skip_bad_files"),
     *("loader", "deterministic", "channels_last", "compile"),
 }
-CHECKED_ELSEWHERE = {
-    "data",
-    "val_fraction",
-    "class_names",
-    "weights",
-}  # the photos and the first weights' digest decide
+# The photos themselves decide, and the first weights' digest.
+CHECKED_ELSEWHERE = {"data", "val_fraction", "class_names", "weights"}
 IGNORED = {
     *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "loader_threads", "prefetch", "cache_gb"),
     *("tracker", "project", "tags", "group", "alerts", "log_model"),

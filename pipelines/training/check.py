@@ -1,7 +1,7 @@
 """What must hold before a model or a run folder is made: settings, launcher, photos, weights, in this order."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,19 +48,16 @@ class Checked:
     engine_reason: str
     state: PartialState
     accelerator: Accelerator
+    steps_per_epoch: int
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.dataset.splits["train"].classes
 
-    def say(self, *lines: str) -> None:
-        """Prints lines, once however many processes there are."""
+    def say(self, report: Callable[[], list[str]]) -> None:
+        """Makes a report and prints its lines, once however many processes there are."""
         if self.state.is_main_process:  # accelerator.print would speak once on every node
-            print(*lines, sep="\n", flush=True)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.dataset.splits["train"]) // self.config.batch_size)
+            print(*report(), sep="\n", flush=True)
 
 
 def check(arguments: list[str]) -> Checked | None:
@@ -99,8 +96,8 @@ def check(arguments: list[str]) -> Checked | None:
     else:
         weights = main_then_others(state, partial(read_weights, config))
     if config.prepare:
-        lines = [*dataset.report(), f"weights: {weights.source}", *weights.notes, "prepared"]
-        on_main_process(state, partial(print, *lines, sep="\n"))
+        lines = [f"weights: {weights.source}", *weights.notes, "prepared"]
+        on_main_process(state, lambda: print(*dataset.report(), *lines, sep="\n"))
         return None
     if config.batchnorm == "sync" and state.device.type != "cuda":
         advice = "this run goes on on those only" if saved else "give train or frozen"
@@ -108,7 +105,7 @@ def check(arguments: list[str]) -> Checked | None:
     engine, reason = agree_on_engine(config.loader, state)
     trackers = None if config.tracker == "none" else config.tracker
     likely_epochs = LONG if config.epochs == "auto" else config.epochs
-    steps = likely_epochs * -(-len(dataset.splits["train"]) // config.batch_size)
+    steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)
     return Checked(
         config=config,
         crop_mode_line=crop_mode_line,
@@ -121,7 +118,8 @@ def check(arguments: list[str]) -> Checked | None:
         engine=engine,
         engine_reason=reason,
         state=state,
-        accelerator=start_accelerator(config, state, trackers, steps=steps),
+        accelerator=start_accelerator(config, state, trackers, steps=likely_epochs * steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
     )
 
 

@@ -50,8 +50,7 @@ class Session:
             self.write_status("running")
             self.listen()
         except BaseException as error:
-            self._end(error)
-            self._to_close.close()
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
