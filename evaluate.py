@@ -30,11 +30,11 @@ from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.sync import on_main_process
 from pipelines.errors import UserError
-from pipelines.files import begins_with, check_replaceable
+from pipelines.files import atomic_write, begins_with, check_replaceable
 from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, count_classes, read_run_weights, read_weights_file
 from pipelines.run import figures
-from pipelines.run.folder import atomic_write, refuse_links
+from pipelines.run.folder import refuse_links
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.text import check_printed, counted, listed, printable
 from pipelines.tracking.wandb import add_to_summary, check_tracked

@@ -4,8 +4,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,26 @@ def begins_with(beginning: str) -> Callable[[Path], bool]:
     return is_own
 
 
+@contextmanager
+def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write a file to, and puts it in place at the end: whole or not at all.
+
+    shared: others may write this file at the same moment, so the temporary name is this call's own; else it is always
+    the same, and what a killed process has left there is written over.
+    """
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f".{path.name}{own}.tmp")
+    partial.unlink(missing_ok=True)  # it might be a link
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def keep_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content` whole or not at all, for what can be found out again: a disk that takes nothing is no error."""
+    """Writes `content` for what can be found out again: a disk that takes nothing is no error."""
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, path)
+        with atomic_write(path, shared=True) as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")

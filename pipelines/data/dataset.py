@@ -7,7 +7,6 @@ a later scan opens only new and changed files.
 import json
 import os
 import sys
-import tempfile
 import time
 import warnings
 from array import array
@@ -23,7 +22,7 @@ from typing import Any
 from pipelines.data.headers import EDGE, FAULTS, inspect_file
 from pipelines.data.layout import WANTED, Findings, Photo, list_csv, list_folder
 from pipelines.errors import MachineError, UserError
-from pipelines.files import file_digest
+from pipelines.files import atomic_write, file_digest
 from pipelines.text import composed, counted, listed, printable
 
 import numpy as np
@@ -532,11 +531,9 @@ def _read_index(index_file: Path, *, is_checked: bool = False) -> tuple[dict[str
 def _write_index(index_file: Path, table: Table, header: dict[str, Any]) -> None:
     try:
         index_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=index_file.parent) as folder:
-            # JSON keeps names that are not valid Unicode, which safetensors refuses.
-            text = json.dumps(header)
-            save_file(table, Path(folder) / "index", {"header": f"{_index_digest(table, text)} {text}"})
-            os.replace(Path(folder) / "index", index_file)
+        text = json.dumps(header)  # keeps names that are not valid Unicode, which safetensors refuses
+        with atomic_write(index_file, shared=True) as partial:
+            save_file(table, partial, {"header": f"{_index_digest(table, text)} {text}"})
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{index_file.parent}: the index cannot be written there: {printable(error)}") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.errors import MachineError, UserError
-from pipelines.files import file_digest
+from pipelines.files import atomic_write, file_digest
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -89,12 +89,12 @@ def share_file(state: PartialState, path: Path) -> None:
     dist.all_gather_object(anywhere, missing)
     if not any(anywhere):
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with ExitStack() as files:
         source = files.enter_context(open(path, "rb")) if state.is_main_process else None
+        target = None
         if missing:
             path.parent.mkdir(parents=True, exist_ok=True)
-        target = files.enter_context(open(partial, "wb")) if missing else None
+            target = files.enter_context(open(files.enter_context(atomic_write(path, shared=True)), "wb"))
         # Block by block: the index of 14 million photos is a gigabyte, which every process would hold.
         block = [b"more"]
         while block[0]:
@@ -102,8 +102,6 @@ def share_file(state: PartialState, path: Path) -> None:
             dist.broadcast_object_list(block, src=0)
             if target:
                 target.write(block[0])
-    if missing:
-        os.replace(partial, path)
     dist.barrier()
 
 

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from pipelines.files import atomic_write
 
 import numpy as np
 import torch
@@ -71,10 +72,9 @@ class FeatureStore:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
-            with tempfile.TemporaryDirectory(prefix=".", dir=self._folder) as beside:
-                content = {"photos": torch.from_numpy(photos), "rows": rows.contiguous()}
-                save_file(content, Path(beside, "table"), {"digest": _digest(rows)})
-                os.replace(Path(beside, "table"), self._file(maker, photos))
+            content = {"photos": torch.from_numpy(photos), "rows": rows.contiguous()}
+            with atomic_write(self._file(maker, photos), shared=True) as partial:
+                save_file(content, partial, {"digest": _digest(rows)})
         except (OSError, SafetensorError) as error:
             self._may_keep = False
             reason = getattr(error, "strerror", None) or error

@@ -5,7 +5,6 @@ and in one style, whatever matplotlibrc the machine has.
 """
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import MachineError
+from pipelines.files import atomic_write
 from pipelines.run.figures import MAX_PHOTOS, SOFTWARE
 from pipelines.text import printable
 
@@ -274,17 +274,14 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
         canvas.draw()
         # 6 of 8 bits a channel: no eye misses them in a photo, and the file is a quarter smaller.
         pixels = np.round(np.round(np.asarray(canvas.buffer_rgba())[..., :3] / 255 * 63) / 63 * 255).astype(np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    information = PngInfo()
+    information.add_text("Software", SOFTWARE)
     try:
-        information = PngInfo()
-        information.add_text("Software", SOFTWARE)
-        Image.fromarray(pixels).save(temporary, format="png", pnginfo=information)
-        os.replace(temporary, path)
+        with atomic_write(path, shared=True) as partial:
+            Image.fromarray(pixels).save(partial, format="png", pnginfo=information)
     except OSError as error:
         reason = error.strerror or error
         raise MachineError(f"{path}: cannot write this picture ({reason}); make room or mend the folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from errno import ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from pipelines.data.dataset import Dataset, Split, load_dataset
 from pipelines.data.known_photos import in_known_positions, keep_photos
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import MachineError, UserError
+from pipelines.files import atomic_write
 from pipelines.model.weights import read_weights
 from pipelines.run.resume import REFUSED, ask_for_the_same_photos, is_longer, other_result, spelled
 from pipelines.run_files import (
@@ -47,7 +48,7 @@ _OWN_FILES = re.compile(
 )
 _OWN_FOLDERS = {
     "checkpoints": r"epoch-\d+-step-\d+|\.unfinished",
-    "figures": r"\.?(train_batch|head_penalty|curves|per_class|confusion_matrix.*|predictions_.*)\.png(\.\d+)?",
+    "figures": r"\.?(train_batch|head_penalty|curves|per_class|confusion_matrix.*|predictions_.*)\.png(\.\w+)*",
     "export": r"README\.md|confusion_matrix\.png|model\..+",
     "dvclive": ".*",
     "tensorboard": ".*",
@@ -511,15 +512,3 @@ def refuse_links(run: Path, *names: str) -> None:
 
 def _is_requeued() -> bool:
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` to write to, and puts it in place at the end: whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.unlink(missing_ok=True)  # it might be a link
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.errors import MachineError, UserError
-from pipelines.run.folder import RunFolder, atomic_write, describe_model, new_run_name, versions
+from pipelines.run.folder import RunFolder, describe_model, new_run_name, versions
 from tests.helpers.paths import ROOT
 
 import pytest
@@ -229,14 +229,6 @@ def test_a_link_that_stays_in_the_run_is_used(run):
     run.create(Config(), resumed=True)
 
 
-def test_a_temporary_file_that_is_a_link_is_not_written_through(tmp_path):
-    (tmp_path / "theirs").write_text("theirs")
-    (tmp_path / ".file.tmp").symlink_to(tmp_path / "theirs")
-    with atomic_write(tmp_path / "file") as partial:
-        partial.write_text("ours")
-    assert ((tmp_path / "file").read_text(), (tmp_path / "theirs").read_text()) == ("ours", "theirs")
-
-
 @pytest.mark.parametrize("left", ["", ".lock", ".lock .unbegun", ".lock .unbegun config.yaml best.pt"])
 def test_a_run_that_never_began_is_not_in_the_way(left, run):
     run.folder.mkdir(parents=True)
@@ -419,24 +411,6 @@ def test_metrics_are_one_line_a_row(run):
         run.append_metrics(row)
     assert run.read_metrics() == [rows[0], rows[1] | {"train/loss": None}], "strict JSON has no infinity"
     assert len(run.metrics.read_text().splitlines()) == 2
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def break_off() -> None:
-        with atomic_write(path) as partial:
-            partial.write_text("half")
-            assert path.read_text() == "old"
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        break_off()
-    assert (files(tmp_path), path.read_text()) == (["file"], "old")
-    with atomic_write(path) as partial:
-        partial.write_text("new")
-    assert (files(tmp_path), path.read_text()) == (["file"], "new")
 
 
 class Unsavable(torch.nn.Linear):
