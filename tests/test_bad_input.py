@@ -542,7 +542,7 @@ def test_pillow_decodes_what_the_scan_passes(tmp_path: Path) -> None:
     write_zoo(tmp_path / "data" / "val" / "zoo", ZOO)
     split = load_dataset(scan_dataset(tmp_path / "data", tmp_path / "cache", 0.2)).splits["val"]
     rows = np.flatnonzero(split.faults == 0)
-    engine = PillowEngine(split, 64, torch.device("cpu"), 2, (0.5,) * 3, (0.5,) * 3)
+    engine = PillowEngine(split, 64, 8, torch.device("cpu"), 2, (0.5,) * 3, (0.5,) * 3)
     engine.submit(EvalPlan(split.sizes, image_size=64, resize=72).views(0, rows))
     pixels = engine.fetch()
     engine.close()
@@ -597,7 +597,7 @@ def test_a_damaged_photo_stops_neither_scan_nor_engine(
     zero = np.zeros(1, np.int32)
     ends, kinds = np.array([0, len(blob)]), np.array([kind])
     split = Split("val", ("a",), zero, sizes, zero, os.fsencode(path.parent), blob, ends, zero, zero, kinds)
-    engine = PillowEngine(split, 64, torch.device("cpu"), 1, (0.5,) * 3, (0.5,) * 3)
+    engine = PillowEngine(split, 64, 8, torch.device("cpu"), 1, (0.5,) * 3, (0.5,) * 3)
     engine.submit(EvalPlan(sizes, image_size=64, resize=72).views(0, np.array([0])))
     pixels = engine.fetch()
     engine.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import evaluate
 import train
 from tests.helpers.corpus import break_openly, break_unseen
-from tests.helpers.engines import ENGINES, HAS_DALI
+from tests.helpers.engines import ENGINES, HERE
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import FROZEN, assert_same_weights, run_script, succeeded
 
@@ -79,8 +79,7 @@ def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here):
     """Runs that share one launch, since each costs ten seconds of imports."""
     (tmp_path / "script.py").write_text(RUNS_IN_ONE_LAUNCH)
     runs, plan = tmp_path / "runs", []
-    engines = ["pillow", "dali"] if HAS_DALI else ["pillow"]
-    for engine in engines:
+    for engine in HERE:
         root = tmp_path / engine
         shutil.copytree(dirty, root)
         flags = settings(root, random_weights, runs, engine)
@@ -91,9 +90,9 @@ def test_and_on_two_processes(dirty, tmp_path, random_weights, run_here):
         plan += [([str(root / name) for name in BAD], [*flags, "--run", f"known-{engine}"])]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     done = run_script(str(tmp_path / "script.py"), tmp_path / "plan.json", processes=2, PYTHONPATH=str(ROOT))
-    assert succeeded(done).count("processes: 2 on cpu") == 2 * len(engines)
-    assert done.stdout.count("3 met in the run") == len(engines)
-    for engine in engines:
+    assert succeeded(done).count("processes: 2 on cpu") == 2 * len(HERE)
+    assert done.stdout.count("3 met in the run") == len(HERE)
+    for engine in HERE:
         said = [line for line in done.stderr.splitlines() if "left out" in line and f"/{engine}/train" in line]
         assert sorted(Path(line.split(":")[1]).name for line in said) == ["03.jpg", "05.jpg", "06.jpg"], "each once"
         assert_same_weights(runs / f"met-{engine}", runs / f"known-{engine}")

@@ -20,7 +20,7 @@ from pipelines.data.loader import Loader
 from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 from pipelines.distributed.exits import run_script
 from tests.helpers.corpus import encoded, exif, picture
-from tests.helpers.engines import NO_DALI, levels
+from tests.helpers.engines import HERE, levels
 from tests.helpers.paths import ROOT
 
 import numpy as np
@@ -32,7 +32,7 @@ NO_GPU = pytest.mark.skipif(not GPUS, reason="needs an NVIDIA GPU: torch.cuda.is
 TWO_GPUS = pytest.mark.skipif(GPUS < 2, reason="needs two NVIDIA GPUs")
 ON_A_GPU = [pytest.mark.gpu, NO_GPU]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
-ENGINES = ["pillow", pytest.param("dali", marks=[NO_DALI, pytest.mark.slow])]
+ENGINES = [pytest.param(name, marks=[pytest.mark.slow] if name == "dali" else []) for name in HERE]
 # Grey levels of 255 between a GPU's decoder and Pillow: on average, and the share of values that are 4 apart at most.
 MEAN_LEVELS, WITHIN_4 = 1.0, 0.99
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines.config import FORMAT, SCHEMA, Config, dump_yaml
 from pipelines.data.dataset import Dataset, Split, load_dataset
+from pipelines.data.engines.factory import libraries
 from pipelines.data.known_photos import in_known_positions, keep_photos
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import MachineError, UserError
@@ -57,10 +58,7 @@ _OWN_FOLDERS = {
 _WRITTEN_INTO = (*_OWN_FOLDERS, "metrics.jsonl", "wandb_id", ".sync.lock")  # other files are replaced as a whole
 _UNBEGUN = ".unbegun"  # there as long as what else is there is not a run, or no longer one
 _NO_LOCKS = (ENOSYS, ENOTSUP, EOPNOTSUPP, ENOLCK)
-_LIBRARIES = (
-    *("dalitune", "torch", "torchvision", "accelerate", "numpy", "pillow"),
-    *("nvidia-dali-cuda120", "nvidia-dali-cuda130"),  # one of them, by the driver
-)
+_LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy")
 
 
 def new_run_name(recipe: str, runs: str = "runs") -> str:
@@ -471,9 +469,9 @@ def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) 
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that a run's numbers depend on."""
+    """The versions of the libraries that a run's numbers depend on, those of all engines among them."""
     found = {}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *libraries()):
         with suppress(PackageNotFoundError):  # dalitune itself, where its files were copied and not installed
             found[name] = version(name)
     return found

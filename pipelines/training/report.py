@@ -136,7 +136,8 @@ def resume_report(checked: Checked, components: Components) -> list[str]:
     if saved["global_step"] >= total_steps:
         limit = f"epochs {epochs}" if config.max_steps != total_steps else f"max_steps {total_steps}"
         lines.append(f"nothing is left to train: with {limit} the run ends at step {total_steps}")
-    if changed := [name for name, now in versions().items() if saved["versions"].get(name) != now]:
+    now = versions()
+    if changed := [name for name, then in saved["versions"].items() if now.get(name) != then]:
         lines.append(f"the checkpoint is of other versions of {', '.join(changed)}: the last bits may differ")
     return lines
 

@@ -1,10 +1,10 @@
 """The engines, and loaders that go through them."""
 
-import importlib.util
 from pathlib import Path
 
 from pipelines.data.dataset import Split
-from pipelines.data.engines.factory import make_engine
+from pipelines.data.engines import factory
+from pipelines.data.engines.factory import engine_module, make_engine
 from pipelines.data.loader import Loader
 from pipelines.data.plan import Plan, TrainPlan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-NO_DALI = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed here: its wheels are for Linux only")
-ENGINES = ["pillow", pytest.param("dali", marks=NO_DALI)]
 CPU = torch.device("cpu")
+FAULTS = {name: engine_module(name).fault(CPU) for name in factory.ENGINES}
+HERE = [name for name, fault in FAULTS.items() if not fault]
+ENGINES = [
+    pytest.param(name, marks=[pytest.mark.skip(reason=fault.reason)] if fault else []) for name, fault in FAULTS.items()
+]
 LEVELS, MEAN_LEVELS = 1, 0.2  # grey levels of 255 by which the engines and torchvision may differ at most, on average
 # DALI's filter repeats a window's last pixel, Pillow's leaves the outside out. That touches the outermost rows and
 # columns only, by at most 1/8 of the contrast there and in a corner by 15/64. The largest that these photos have:

@@ -489,4 +489,5 @@ def test_versions_do_without_an_installed_dalitune(monkeypatch):
     assert {"torch", "torchvision", "accelerate", "numpy", "pillow"} <= versions().keys()
     assert torch.__version__.startswith(versions()["torch"])
     monkeypatch.setattr("pipelines.run.folder._LIBRARIES", ("torch", "no-such-library"))
-    assert versions().keys() == {"torch"}
+    monkeypatch.setattr("pipelines.run.folder.libraries", lambda: ["pillow", "none-of-an-engine"])
+    assert versions().keys() == {"torch", "pillow"}

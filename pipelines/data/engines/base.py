@@ -1,8 +1,10 @@
 """What every engine takes and returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+from pipelines.data.dataset import Split
 from pipelines.data.plan import Views
 
 import torch
@@ -28,8 +30,21 @@ class Engine(Protocol):
 
     LIBRARIES: ClassVar[tuple[str, ...]]
 
+    def __init__(
+        self,
+        split: Split,
+        image_size: int,
+        micro_batch: int,
+        device: torch.device,
+        threads: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        """micro_batch: the most views of one `submit`; threads: on the CPU."""
+        ...
+
     def submit(self, views: Views) -> None:
-        """Starts work on `views` (1 to the engine's largest micro-batch of them) in the background."""
+        """Starts work on `views` (1 to `micro_batch` of them) in the background."""
         ...
 
     def fetch(self) -> Pixels:
@@ -42,4 +57,25 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends its threads and frees its memory."""
+        ...
+
+
+class Fault(NamedTuple):
+    """Why an engine cannot run, and what a person can do about it; "" where the machine is at fault."""
+
+    reason: str
+    remedy: str = ""
+
+
+class EngineModule(Protocol):
+    """A module of this package whose name is a value of the setting `loader`. It loads its library where it is used.
+
+    AUTO_WITH: of "a GPU" and "no GPU", with which of them `auto` takes the engine where it has no fault.
+    """
+
+    ENGINE: type[Engine]
+    AUTO_WITH: tuple[str, ...]
+
+    def fault(self, device: torch.device) -> Fault | None:
+        """Why the engine cannot run on `device`; None where it can. May try it."""
         ...

@@ -7,11 +7,12 @@ operators, readers and samplers are not used: paths, windows and flips come from
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.data.dataset import Split
 from pipelines.data.decode import SIZE_HAS_CHANGED, window_of
-from pipelines.data.engines.base import Pixels
+from pipelines.data.engines.base import Engine, Fault, Pixels
+from pipelines.data.engines.dali_check import fault_of_dali
 from pipelines.data.engines.pillow import PillowEngine
 from pipelines.data.headers import for_pillow
 from pipelines.data.plan import Views
@@ -20,21 +21,25 @@ from pipelines.errors import MachineError
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
 
 _READERS = ("fn.decoders.image", "fn.io.file.read", "fn.peek_image_shape")  # what fails because of a photo
 # In a row, of photos that Pillow reads: then it is the decoder that fails. Each costs a new pipeline.
 _MOST_FAILURES = 8
 
 
-@pipeline_def
 def image_pipeline(
     *, device: str, image_size: int, mean: Sequence[float], std: Sequence[float], largest: tuple[int, int]
 ) -> Any:
     """Paths and views in; float32 [n, image_size, image_size, 3] and the photos' shapes, int64 [n, 3], out.
 
-    device: "cpu" or "gpu". largest: the height and width of the largest photo, for which a GPU's decoder makes room.
+    For DALI's `pipeline_def`. device: "cpu" or "gpu". largest: the height and width of the largest photo, for which a
+    GPU's decoder makes room.
     """
+    from nvidia.dali import fn, types
+
     paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
     window = {
         "start": fn.external_source(name="window_start", dtype=types.INT32, ndim=1),
@@ -107,7 +112,7 @@ class DaliEngine:
         self._settings |= {"largest": largest}
         self._micro_batch = micro_batch
         self._pipeline = self._build(micro_batch)
-        self._pillow = PillowEngine(split, image_size, device, threads, mean, std)
+        self._pillow = PillowEngine(split, image_size, micro_batch, device, threads, mean, std)
         self._not_for_dali: set[int] = set()  # positions in the split
         self._failures = 0  # in a row, of photos that Pillow reads
         self._submitted: deque[tuple[Views, np.ndarray]] = deque()  # and which of them are for Pillow
@@ -169,6 +174,8 @@ class DaliEngine:
             self._held.clear()
         if self._device.type == "cuda":
             # Otherwise DALI's pool keeps what photos have taken.
+            from nvidia.dali import backend
+
             backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
     def _is_for_pillow(self, views: Views) -> np.ndarray:
@@ -180,9 +187,11 @@ class DaliEngine:
         if by_pillow.any():
             self._pillow.submit(views.select(by_pillow))
 
-    def _build(self, batch_size: int) -> Pipeline:
+    def _build(self, batch_size: int) -> "Pipeline":
+        from nvidia.dali import pipeline_def
+
         gpu = self._device.type == "cuda"
-        pipeline = image_pipeline(
+        pipeline = pipeline_def(image_pipeline)(
             **self._settings,
             device="gpu" if gpu else "cpu",
             batch_size=batch_size,
@@ -193,7 +202,7 @@ class DaliEngine:
         pipeline.build()
         return pipeline
 
-    def _schedule(self, pipeline: Pipeline, views: Views) -> None:
+    def _schedule(self, pipeline: "Pipeline", views: Views) -> None:
         paths = [np.frombuffer(self._split.path_bytes(int(index)), np.uint8) for index in views.indices]
         pipeline.feed_input("paths", paths)
         pipeline.feed_input("window_start", np.ascontiguousarray(views.windows[:, :2]))
@@ -205,7 +214,7 @@ class DaliEngine:
         pipeline.feed_input("flip", views.flips.astype(np.int32))
         pipeline.schedule_run()
 
-    def _taken(self, pipeline: Pipeline, outputs: tuple[Any, Any]) -> tuple[torch.Tensor, np.ndarray]:
+    def _taken(self, pipeline: "Pipeline", outputs: tuple[Any, Any]) -> tuple[torch.Tensor, np.ndarray]:
         """The shared batch as float32 [n, 3, H, W], and the upright height and width of its photos, int32 [n, 2]."""
         pixels, shapes = outputs
         # As DALI's own iterator hands its batches over: each run has memory of its own, which the tensor keeps alive.
@@ -278,3 +287,24 @@ def _reason(error: RuntimeError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines.index("encountered:") + 1 if "encountered:" in lines else len(lines)
     return lines[after] if after < len(lines) else lines[0]
+
+
+ENGINE: type[Engine] = DaliEngine
+AUTO_WITH = ("a GPU",)
+
+
+def fault(device: torch.device) -> Fault | None:
+    """On a GPU it is tried in a child process first (`dali_check`)."""
+    try:
+        import nvidia.dali
+    except ModuleNotFoundError:
+        remedy = "install nvidia-dali-cuda130, whose wheels are for Linux on x86-64 and aarch64"
+        return Fault("DALI is not installed here", remedy)
+    if device.type != "cuda":
+        return None
+    # Of another CUDA than PyTorch's Accelerate would start, and DALI crash later.
+    dali, ours = nvidia.dali.__cuda_version__ // 1000, int((torch.version.cuda or "0").split(".")[0])
+    if dali != ours:
+        return Fault(f"DALI is built for CUDA {dali}, PyTorch for CUDA {ours}", "install the build that fits")
+    found = fault_of_dali(device)
+    return Fault(found) if found else None

@@ -17,6 +17,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from pipelines.cache import cache_folder
 from pipelines.files import ROOT, keep_json
@@ -118,8 +119,7 @@ def child(device_name: str) -> None:
     A traceback of a user's DALI is for the parent, which tells its last line.
     """
     from pipelines.data.dataset import load_dataset, scan_dataset
-    from pipelines.data.engines.dali import DaliEngine
-    from pipelines.data.engines.pillow import PillowEngine
+    from pipelines.data.engines.factory import make_engine
     from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 
     size, device, differences = 224, torch.device(device_name), []
@@ -129,9 +129,10 @@ def child(device_name: str) -> None:
             photo.parent.mkdir(parents=True, exist_ok=True)
             photo.write_bytes(encode(_picture(number)))
         split = load_dataset(scan_dataset(Path(folder), Path(folder, "cache"), 0.01)).splits["train"]
-        options = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # so that pixels come out, 0 to 255
-        dali = DaliEngine(split, size, len(split), device, 2, **options)
-        pillow = PillowEngine(split, size, torch.device("cpu"), 2, **options)
+        options: dict[str, Any] = {"image_size": size, "micro_batch": len(split), "threads": 2}
+        options |= {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # so that pixels come out, 0 to 255
+        dali = make_engine("dali", split, device=device, **options)
+        pillow = make_engine("pillow", split, device=torch.device("cpu"), **options)
         plans: list[Plan] = [
             EvalPlan(split.sizes, image_size=size, resize=256),
             TrainPlan(split.sizes, seed=0, image_size=size, crop_scale_min=0.25, flip_probability=0.5),

@@ -1,11 +1,17 @@
-"""Which engine decodes here, and why; and one of them, made."""
+"""Which engine decodes here, and why; and one of them, made.
 
-import importlib.util
+An engine is a module of this package (`base.EngineModule`) and a value of the setting `loader`. Nothing here knows
+one of them.
+"""
+
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import cast
 
+from pipelines.config import SCHEMA
 from pipelines.data.dataset import Split
-from pipelines.data.engines.base import Engine
-from pipelines.data.engines.dali_check import fault_of_dali
+from pipelines.data.engines.base import Engine, EngineModule
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import MachineError, UserError
 
@@ -13,47 +19,69 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+ENGINES = tuple(name for name in SCHEMA["loader"]["enum"] if name != "auto")  # by preference; the last runs everywhere
 
-def choose_engine(wanted: str, device: torch.device) -> tuple[str, str]:
-    """Which engine runs on `device` for the setting `loader` (auto, dali or pillow), and why: ("dali", "...").
 
-    On a GPU DALI is tried in a child process first (`dali_check`). Raises UserError where DALI is asked for and is not
-    installed, MachineError where it is asked for and does not work.
+def engine_module(name: str) -> EngineModule:
+    return cast(EngineModule, import_module(f"{__package__}.{name}"))
+
+
+def choose_engine(wanted: str, device: torch.device, among: Sequence[str] = ENGINES) -> tuple[str, str]:
+    """Which engine runs on `device` for the setting `loader`, and why: ("dali", "a GPU").
+
+    auto: the first of `among` that it takes on such a device and that has no fault there. Raises UserError where an
+    engine is asked for that is not installed, MachineError where one is asked for that does not work.
     """
-    on_gpu = device.type == "cuda"
-    if wanted == "pillow" or (wanted == "auto" and not on_gpu):
-        return "pillow", "as asked" if wanted == "pillow" else "no GPU"
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        if wanted == "auto":
-            return "pillow", "a GPU, but DALI is not installed"
-        raise UserError(
-            "loader: dali is not installed here (its wheels exist for Linux on x86-64 and aarch64): "
-            "install nvidia-dali-cuda130, or use --loader pillow"
-        )
-    misfit = _dali_misfit() if on_gpu else None
-    if wanted == "dali" and misfit:
-        raise UserError(f"loader: {misfit}: install the build that fits, or use --loader pillow")
-    fault = misfit or (fault_of_dali(device) if on_gpu else "")
-    if wanted == "dali" and fault:
-        raise MachineError(f"loader: {fault}: use --loader pillow")
-    return ("pillow", fault) if fault else ("dali", "as asked" if wanted == "dali" else "a GPU, and DALI works there")
+    if wanted != "auto":
+        if fault := engine_module(wanted).fault(device):
+            remedy = f"{fault.remedy}, or " if fault.remedy else ""
+            kind = UserError if fault.remedy else MachineError
+            raise kind(f"loader: {fault.reason}: {remedy}use --loader {ENGINES[-1]}")
+        return wanted, "as asked"
+    kind_of_device = "a GPU" if device.type == "cuda" else "no GPU"
+    faults = []
+    for name in among:
+        if kind_of_device not in engine_module(name).AUTO_WITH:
+            continue
+        if not (fault := engine_module(name).fault(device)):
+            break
+        faults.append(fault.reason)
+    return name, "; ".join([kind_of_device, *faults])
 
 
-def agree_on_engine(wanted: str, state: PartialState) -> tuple[str, str]:
-    """`choose_engine` for all processes of a run: one process of each node tries, and all take the same engine."""
+def agree_on_engine(wanted: str, state: PartialState, kept: str | None = None) -> tuple[str, str]:
+    """`choose_engine` for all processes of a run: one process of each node tries, and all take the same engine.
+
+    kept: what auto came to when the run began; it is taken again where it runs.
+    """
+    if kept is not None and kept in ENGINES and wanted == "auto":
+        with suppress(UserError, MachineError):
+            return _agreed(kept, state)[0], "as the run began"
+        name, why = _agreed(wanted, state)
+        return name, f"{why}; the run began with {kept}"
+    return _agreed(wanted, state)
+
+
+def _agreed(wanted: str, state: PartialState, among: Sequence[str] = ENGINES) -> tuple[str, str]:
     if state.num_processes == 1:
-        return choose_engine(wanted, state.device)
+        return choose_engine(wanted, state.device, among)
     chosen, error = None, None
     if state.is_local_main_process:
         try:
-            chosen = choose_engine(wanted, state.device)
+            chosen = choose_engine(wanted, state.device, among)
         except (UserError, MachineError) as failure:
             error = failure
     answers = gather_object([(chosen, error and (type(error), str(error)))])
     for _, failed in answers:
         if failed:
             raise failed[0](failed[1])
-    return min((answer for answer, _ in answers if answer), key=lambda answer: answer[0] != "pillow")
+    choices = [answer for answer, _ in answers if answer]
+    last = max(choices, key=lambda answer: ENGINES.index(answer[0]))
+    if all(name == last[0] for name, _ in choices):
+        return last
+    # What one node must take the others have not tried.
+    again = _agreed(wanted, state, ENGINES[ENGINES.index(last[0]) :])
+    return last if again[0] == last[0] else again
 
 
 def make_engine(
@@ -67,19 +95,10 @@ def make_engine(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Engine:
-    """The engine `name` ("dali" or "pillow") for the photos of a split, with `threads` threads on the CPU."""
-    if name == "dali":
-        from pipelines.data.engines.dali import DaliEngine
-
-        return DaliEngine(split, image_size, micro_batch, device, threads, mean, std)
-    from pipelines.data.engines.pillow import PillowEngine
-
-    return PillowEngine(split, image_size, device, threads, mean, std)
+    """The engine `name` for the photos of a split, with `threads` threads on the CPU."""
+    return engine_module(name).ENGINE(split, image_size, micro_batch, device, threads, mean, std)
 
 
-def _dali_misfit() -> str | None:
-    """What is wrong where DALI is built for another CUDA than PyTorch: Accelerate would start, and DALI crash later."""
-    import nvidia.dali
-
-    dali, ours = nvidia.dali.__cuda_version__ // 1000, int((torch.version.cuda or "0").split(".")[0])
-    return None if dali == ours else f"DALI is built for CUDA {dali}, PyTorch for CUDA {ours}"
+def libraries() -> list[str]:
+    """Those on whose versions the pixels of any engine depend, as pip names them."""
+    return list(dict.fromkeys(library for name in ENGINES for library in engine_module(name).ENGINE.LIBRARIES))

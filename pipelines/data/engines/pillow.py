@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pipelines.data.dataset import Split
 from pipelines.data.decode import decoding_error, view_of
-from pipelines.data.engines.base import Pixels
+from pipelines.data.engines.base import Engine, Fault, Pixels
 from pipelines.data.plan import Views
 
 import numpy as np
@@ -27,6 +27,7 @@ class PillowEngine:
         self,
         split: Split,
         image_size: int,
+        micro_batch: int,
         device: torch.device,
         threads: int,
         mean: Sequence[float],
@@ -67,10 +68,22 @@ class PillowEngine:
     def _execute(self, views: Views, position: int, target: np.ndarray) -> str | None:
         """Puts one view's pixels in its place; returns a reason where the photo cannot be decoded."""
         try:
-            target[position] = np.asarray(view_of(self._split, views, position, self._image_size))
+            target[position] = self._pixels(views, position)
         except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
             return decoding_error(error)
         return None
+
+    def _pixels(self, views: Views, position: int) -> np.ndarray:
+        """uint8 [image_size, image_size, 3], of one view. Raises where the photo cannot be decoded."""
+        return np.asarray(view_of(self._split, views, position, self._image_size))
+
+
+ENGINE: type[Engine] = PillowEngine
+AUTO_WITH = ("a GPU", "no GPU")
+
+
+def fault(device: torch.device) -> Fault | None:
+    return None
 
 
 def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:

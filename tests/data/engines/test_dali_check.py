@@ -3,7 +3,7 @@
 import sys
 from types import SimpleNamespace
 
-from pipelines.data.engines import dali_check, factory
+from pipelines.data.engines import dali, dali_check, factory
 from pipelines.data.engines.dali_check import fault_of_dali
 from pipelines.errors import MachineError
 
@@ -74,29 +74,35 @@ def test_the_real_child_finds_dali_right_on_the_cpu(cache, monkeypatch):
 
 
 def test_the_other_engine_goes_on_unless_dali_was_asked_for(monkeypatch):
-    """No GPU here: the check's answer is a stand-in, and what is read of DALI are two version numbers."""
-    pytest.importorskip("nvidia.dali", reason="needs DALI")
-    monkeypatch.setattr(factory, "_dali_misfit", lambda: None)
-    monkeypatch.setattr(
-        factory, "fault_of_dali", lambda device: "DALI does not work here: its decoder ends with SIGSEGV"
-    )
-    assert factory.choose_engine("auto", GPU) == ("pillow", "DALI does not work here: its decoder ends with SIGSEGV")
+    """No GPU here: the check's answer and PyTorch's CUDA are stand-ins."""
+    nvidia_dali = pytest.importorskip("nvidia.dali", reason="needs DALI")
+    monkeypatch.setattr(torch.version, "cuda", f"{nvidia_dali.__cuda_version__ // 1000}.0")
+    monkeypatch.setattr(dali, "fault_of_dali", lambda device: "DALI does not work here: its decoder ends with SIGSEGV")
+    name, why = factory.choose_engine("auto", GPU)
+    assert name != "dali"
+    assert why == "a GPU; DALI does not work here: its decoder ends with SIGSEGV"
     assert factory.choose_engine("pillow", GPU) == ("pillow", "as asked")
     with pytest.raises(MachineError, match="SIGSEGV: use --loader pillow"):
         factory.choose_engine("dali", GPU)
-    monkeypatch.setattr(factory, "fault_of_dali", lambda device: "")
-    assert factory.choose_engine("auto", GPU)[0] == "dali"
+    monkeypatch.setattr(dali, "fault_of_dali", lambda device: "")
+    assert factory.choose_engine("auto", GPU) == ("dali", "a GPU")
 
 
 def test_all_processes_take_the_same_engine(monkeypatch):
     """Two nodes of two processes; what the others answer is a stand-in for their part of the gathering."""
     state = SimpleNamespace(num_processes=4, is_local_main_process=True, device=CPU)
-    monkeypatch.setattr(factory, "choose_engine", lambda wanted, device: ("dali", "it works"))
+
+    def choose(wanted, device, among=factory.ENGINES):
+        return (wanted if wanted != "auto" else among[0], "it works")
+
+    monkeypatch.setattr(factory, "choose_engine", choose)
     elsewhere: list[object] = [(None, None), (("pillow", "SIGSEGV on node2"), None), (None, None)]
     monkeypatch.setattr(factory, "gather_object", lambda own: [*own, *elsewhere])
     assert factory.agree_on_engine("auto", state) == ("pillow", "SIGSEGV on node2")
     elsewhere[1] = (("dali", "it works"), None)
     assert factory.agree_on_engine("auto", state) == ("dali", "it works")
+    assert factory.agree_on_engine("auto", state, "dali") == ("dali", "as the run began")
+    assert factory.agree_on_engine("auto", state, "of a later version") == ("dali", "it works")
     elsewhere[1] = (None, (MachineError, "SIGSEGV on node2"))
     with pytest.raises(MachineError, match="SIGSEGV on node2"):
         factory.agree_on_engine("dali", state)
