@@ -87,9 +87,10 @@ EngineName = Annotated[Literal["auto", "dali", "pillow"], BeforeValidator(engine
 
 _OF_EPOCHS = (
     *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
-    *("freeze", "lr", "lr_body", "optimizer", "momentum", "weight_decay", "clip_grad_norm"),
-    *("schedule", "warmup_epochs"),
+    *("freeze", "lr", "lr_body", "optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
+    *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler"),
 )
+_OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
 
 
 class Contradiction(ValueError):
@@ -152,6 +153,9 @@ class Config:
     """smallest share of the photo that a training crop may have"""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """chance that a training photo is mirrored"""
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """which photos an epoch shows: shuffle, each once; balanced, as many of each class, so that those of small classes
+    come several times and those of large ones in turn, over several epochs"""
     views_per_photo: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
     computed once, so that more epochs cost little; null: new ones every epoch; auto: 4 where stages are frozen, else
@@ -212,10 +216,16 @@ class Config:
     """learning rate of the body; null: that of the head"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum"""
+    nesterov: bool = False
+    """Nesterov's momentum in SGD"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """an L2 penalty with sgd, decoupled decay with adamw (Loshchilov & Hutter 2019)"""
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """what decays; matrices: neither biases nor the weights of normalisation (He et al. 2019)"""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """course of the learning rate after the warm-up"""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """schedule cosine: the head's learning rate at the end; the body's falls in proportion"""
     step_epochs: Annotated[int, Field(ge=1)] = 5
     """schedule step: epochs from one drop to the next"""
     step_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -254,8 +264,9 @@ class Config:
         causes = {  # of two the later one counts
             "epochs: 0": (self.epochs == 0, _OF_EPOCHS),
             "crop_mode: squash": (self.crop_mode == "squash", ("resize",)),
-            "optimizer: adamw": (self.optimizer == "adamw", ("momentum",)),
-            f"schedule: {self.schedule}": (self.schedule != "step", ("step_epochs", "step_gamma")),
+            "optimizer: adamw": (self.optimizer == "adamw", ("momentum", "nesterov")),
+            "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
+            f"schedule: {self.schedule}": (True, [key for key in _OF_SCHEDULE if _OF_SCHEDULE[key] != self.schedule]),
             "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body")),
         }
         return {key: cause for cause, (holds, keys) in causes.items() if holds for key in keys}
@@ -271,6 +282,14 @@ class Config:
             raise Contradiction("resize must be at least image_size", "resize", "image_size")
         if self.epochs != "auto" and self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
+        if self.sampler == "balanced" and self.class_weights == "balanced":
+            raise Contradiction(
+                "each makes all classes count the same, and both would favour small ones", "sampler", "class_weights"
+            )
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise Contradiction("Nesterov's momentum needs some", "nesterov", "momentum")
+        if self.min_lr > self.lr:
+            raise Contradiction("min_lr must be at most lr", "min_lr", "lr")
         if self.epochs == 0 and not self.may_fit_head:
             raise Contradiction("nothing would teach the head: give epochs, or head_init fitted", "epochs", "head_init")
         if self.weights == "none" and self.head_init == "fitted":
@@ -298,7 +317,8 @@ GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
-        *("image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability", "views_per_photo"),
+        *("image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability", "sampler"),
+        "views_per_photo",
     ],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
@@ -316,8 +336,11 @@ GROUPS = {
         "lr",
         "lr_body",
         "momentum",
+        "nesterov",
         "weight_decay",
+        "weight_decay_on",
         "schedule",
+        "min_lr",
         "step_epochs",
         "step_gamma",
         "warmup_epochs",

@@ -490,6 +490,10 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
         ({"momentum": 0.5}, None),
         ({"optimizer": "adamw"}, None),  # momentum is as nobody has set it
         ({"optimizer": "adamw", "momentum": 0.5}, "momentum (optimizer: adamw)"),
+        ({"optimizer": "adamw", "nesterov": True}, "nesterov (optimizer: adamw)"),
+        ({"schedule": "step", "min_lr": 0.001}, "min_lr (schedule: step)"),
+        ({"schedule": "constant", "min_lr": 0.001}, "min_lr (schedule: constant)"),
+        ({"weight_decay_on": "matrices"}, "weight_decay_on (weight_decay: 0)"),
         ({"step_gamma": 0.5, "step_epochs": 2}, "step_epochs (schedule: cosine), step_gamma (schedule: cosine)"),
         ({"mode": "feature_extract", "lr_body": 0.1}, "lr_body (mode: feature_extract)"),
         ({"crop_mode": "squash", "resize": 300}, "resize (crop_mode: squash)"),

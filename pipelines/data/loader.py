@@ -215,7 +215,7 @@ def train_loader(
     micro_batch: the most photos of one batch on one process; with `views_per_photo`, which is a number or None here,
     `in_order` may ask for `config.eval_batch_per_device`.
     """
-    plan = train_plan(config, split.sizes)
+    plan = train_plan(config, split.sizes, labels)
     largest = largest_training_batch(config, micro_batch)
     return _loader(config, plan, split, labels, state, engine, config.batch_size, micro_batch, largest)
 

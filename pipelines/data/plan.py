@@ -1,7 +1,7 @@
 """The plan: which photo stands at which position of an epoch, and what is done to it.
 
-Everything here is a pure function of `(seed, epoch, position)` and of the photos' number and sizes. No global random
-state, no rank, no batch size, no history: any process can ask for any positions, in any order, after any restart, and
+Everything here is a pure function of `(seed, epoch, position)` and of the photos' number and sizes, and where epochs are
+balanced of their classes. No global random state, no rank, no batch size, no history: any process can ask for any positions, in any order, after any restart, and
 gets the same answer. Engines execute what the plan says and draw nothing themselves.
 
 The random bits come from a counter-based hash (the SplitMix64 finaliser, Steele et al. 2014, absorbed coordinate by
@@ -11,7 +11,6 @@ The order of an epoch is computed position by position and never stored: the fir
 what any other does, no process keeps a copy, and a resume in mid-epoch has nothing to replay.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +25,7 @@ _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
 
 # What a draw is for. Streams of different purpose never share a bit.
-_SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS = 1, 2, 3, 4, 5, 6
+_SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS, _CLASS_ORDER = 1, 2, 3, 4, 5, 6, 7
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class TrainPlan:
 
     sizes: int32 [N, 2], height and width of each upright photo in pixels; (0, 0) for a photo that cannot be read,
     which keeps its place.
+    balanced_labels: int [N], the photos' classes, for epochs that show as many of each; None for each photo once.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class TrainPlan:
         flip_probability: float,
         views_per_photo: int | None = None,
         crop_mode: str = "center",
+        balanced_labels: np.ndarray | None = None,
     ) -> None:
         self.length = len(sizes)
         self.image_size = image_size
@@ -101,10 +102,27 @@ class TrainPlan:
         self._crop_scale_min = crop_scale_min
         self._flip_probability = flip_probability
         self._views_per_photo = views_per_photo
+        if balanced_labels is not None:
+            self._by_class = np.argsort(balanced_labels, kind="stable").astype(np.int32)
+            _, self._first, self._count = np.unique(
+                balanced_labels[self._by_class], return_index=True, return_counts=True
+            )
+        self._is_balanced = balanced_labels is not None
 
     def indices(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """int64 [n]: the photos at `positions` of `epoch`. Over all of them each photo comes once, in random order."""
-        return permute(positions, self.length, random_bits(self._seed, _SHUFFLE, epoch, np.arange(_ROUNDS)))
+        """int64 [n]: the photos at `positions` of `epoch`. Over all of them each photo comes once, in random order.
+
+        Balanced, the epochs' places together go round the classes, and of a class round its photos, each time in
+        another order: in any number of epochs the classes come equally often to 1, and so do the photos of a class.
+        """
+        places = permute(positions, self.length, random_bits(self._seed, _SHUFFLE, epoch, np.arange(_ROUNDS)))
+        if not self._is_balanced:
+            return places
+        turn, chosen = np.divmod(epoch * self.length + places, len(self._count))
+        count = self._count[chosen]
+        round_, turn = np.divmod(turn, count)
+        keys = random_bits(self._seed, _CLASS_ORDER, chosen, round_, np.arange(_ROUNDS)[:, None])
+        return self._by_class[self._first[chosen] + permute(turn, count, keys)].astype(np.int64)
 
     def views(self, epoch: int, positions: np.ndarray) -> Views:
         positions = np.asarray(positions, np.int64)
@@ -140,8 +158,9 @@ class TrainPlan:
         return np.argsort(bits, axis=2, kind="stable")[:, :, turn]
 
 
-def train_plan(config: Config, sizes: np.ndarray) -> TrainPlan:
-    """The plan that the settings ask for, with what auto has come to in them. sizes: as `TrainPlan` has them."""
+def train_plan(config: Config, sizes: np.ndarray, labels: np.ndarray) -> TrainPlan:
+    """The plan that the settings ask for, with what auto has come to in them. sizes: as `TrainPlan` has them. labels:
+    int [N]."""
     assert config.views_per_photo != "auto"
     assert config.crop_mode != "auto"
     return TrainPlan(
@@ -152,6 +171,7 @@ def train_plan(config: Config, sizes: np.ndarray) -> TrainPlan:
         flip_probability=config.flip_probability,
         views_per_photo=config.views_per_photo,
         crop_mode=config.crop_mode,
+        balanced_labels=labels if config.sampler == "balanced" else None,
     )
 
 
@@ -212,20 +232,22 @@ def random_bits(*coordinates: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def permute(positions: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+def permute(positions: np.ndarray, length: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
     """int64, of the shape of `positions`: where a pseudo-random permutation of 0..length-1 sends each of them.
 
-    keys: uint64 [rounds], random bits for an even number of rounds.
+    keys: uint64 [rounds], random bits for an even number of rounds. Each position may have a permutation of its own:
+    then length is of the shape of `positions`, and keys [rounds, *positions.shape].
     A generalised Feistel cipher with cycle walking (Black and Rogaway 2002): a position is a cell of a table of a
     little over `length` cells. Each round shifts the row by a hash of the column, or the column by a hash of the row,
     which could be undone; a cell beyond the length goes through all rounds again until it falls inside.
     """
-    rows = math.isqrt(max(length - 1, 1)) + 1
+    length = np.asarray(length, np.int64)
+    rows = np.floor(np.sqrt(np.maximum(length - 1, 1))).astype(np.int64) + 1  # exact: far below 2**52
     rows += rows % 2  # were both sides odd, every round would be an even permutation, and half of all orders never come
     columns = -(-length // rows)
-    sides = np.uint64(rows), np.uint64(columns)
+    sides = rows.astype(np.uint64), columns.astype(np.uint64)
 
-    def shift(line: np.ndarray, across: np.ndarray, key: np.ndarray, side: np.uint64) -> np.ndarray:
+    def shift(line: np.ndarray, across: np.ndarray, key: np.ndarray, side: np.ndarray) -> np.ndarray:
         return (line + (_mix(key + across * _GOLDEN) >> np.uint64(1))) % side  # 63 bits: the sum must not wrap
 
     def rounds(cells: np.ndarray) -> np.ndarray:
@@ -237,7 +259,7 @@ def permute(positions: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
 
     with np.errstate(over="ignore"):
         cells = rounds(np.asarray(positions).astype(np.uint64))
-        while (outside := cells >= length).any():
+        while (outside := cells >= length.astype(np.uint64)).any():
             cells = np.where(outside, rounds(cells), cells)
     return cells.astype(np.int64)
 

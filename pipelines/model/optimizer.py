@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.config import Config
 from pipelines.model.network import TransferModel
@@ -42,7 +43,10 @@ class Schedule:
 
 
 def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trained parameters, in the groups "head" and (where the body is trained) "body"."""
+    """SGD or AdamW over the trained parameters, in the groups "head" and (where the body is trained) "body".
+
+    Each is two groups of that name where only matrices decay: those, and the vectors.
+    """
     head = list(model.head.parameters())
     body = [each for each in model.parameters() if each.requires_grad and not any(each is own for own in head)]
     groups = [{"params": head, "name": "head", "base_lr": config.lr}]
@@ -50,18 +54,27 @@ def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimize
         groups.append(
             {"params": body, "name": "body", "base_lr": config.lr if config.lr_body is None else config.lr_body}
         )
+    if config.weight_decay_on == "matrices":
+        groups = [part for group in groups for part in _matrices_and_vectors(group)]
     for group in groups:
         group["lr"] = group["base_lr"]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+
+
+def _matrices_and_vectors(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The two groups of one, of which the second does not decay; none without parameters."""
+    parts = [[each for each in group["params"] if (each.ndim > 1) == is_matrix] for is_matrix in (True, False)]
+    halves = [{**group, "params": parts[0]}, {**group, "params": parts[1], "weight_decay": 0.0}]
+    return [half for half in halves if half["params"]]
 
 
 def lr_factor(config: Config, steps_per_epoch: int, global_step: int) -> float:
     """What the base learning rates are multiplied by for the update at `global_step` (0 is the first).
 
     Linear warm-up over `warmup_epochs`, then `constant`, `step` (x step_gamma every step_epochs epochs, as StepLR) or
-    `cosine` (to 0 at the end of `epochs`; Loshchilov & Hutter 2017, without restarts).
+    `cosine` (to min_lr at the end of `epochs`; Loshchilov & Hutter 2017, without restarts).
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     if global_step < warmup_steps:
@@ -71,7 +84,8 @@ def lr_factor(config: Config, steps_per_epoch: int, global_step: int) -> float:
     if config.schedule == "cosine":
         assert config.epochs != "auto"
         remaining = max(1, config.epochs * steps_per_epoch - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * (global_step - warmup_steps) / remaining))
+        lowest = config.min_lr / config.lr
+        return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * (global_step - warmup_steps) / remaining))
     return 1.0
 
 

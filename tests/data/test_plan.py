@@ -46,7 +46,10 @@ GOLDEN_OF_MANY = [12134852, 9985261, 1848716]
 GOLDEN_BITS = 17824878756907967
 
 
-def train_plan(sizes, seed=0, scale_min=0.08, views_per_photo=None) -> TrainPlan:
+GOLDEN_BALANCED = [[3, 6, 5, 5, 0, 1, 4], [3, 2, 0, 5, 0, 2, 5], [2, 0, 0, 0, 5, 6, 3]]
+
+
+def train_plan(sizes, seed=0, scale_min=0.08, views_per_photo=None, balanced_labels=None) -> TrainPlan:
     return TrainPlan(
         np.array(sizes, np.int32),
         seed=seed,
@@ -54,6 +57,7 @@ def train_plan(sizes, seed=0, scale_min=0.08, views_per_photo=None) -> TrainPlan
         crop_scale_min=scale_min,
         flip_probability=0.5,
         views_per_photo=views_per_photo,
+        balanced_labels=balanced_labels,
     )
 
 
@@ -97,6 +101,35 @@ def test_golden_views():
     assert [each.windows.tolist() for each in views] == GOLDEN_VIEWS
     assert [each.flips.tolist() for each in views] == GOLDEN_VIEW_FLIPS
     assert plan.indices(2, np.arange(3)).tolist() == plan.views(2, np.arange(3)).indices.tolist()
+
+
+def test_golden_balanced():
+    """Pinned for good, as the stream is."""
+    plan = train_plan([(10, 10)] * 7, seed=7, balanced_labels=np.array([2, 0, 0, 0, 0, 2, 0]))
+    assert [plan.indices(epoch, np.arange(7)).tolist() for epoch in (0, 1, 5)] == GOLDEN_BALANCED
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 12),
+    st.sampled_from([None, 3]),
+)
+def test_balanced_epochs_show_classes_and_the_photos_of_each_equally_often(labels, seed, epochs, views_per_photo):
+    labels = np.array(labels)
+    settings = {"seed": seed, "views_per_photo": views_per_photo}
+    plan = train_plan([(10 + n, 10) for n in range(len(labels))], **settings, balanced_labels=labels)
+    everything, several = np.arange(len(labels)), np.arange(len(labels))[::-2]
+    shown = np.concatenate([plan.indices(epoch, everything) for epoch in range(epochs)])
+    per_class = np.bincount(labels[shown])[np.unique(labels)]
+    assert per_class.max() - per_class.min() <= 1
+    per_photo = np.bincount(shown, minlength=len(labels))
+    for label in np.unique(labels):
+        assert np.ptp(per_photo[labels == label]) <= 1
+    assert_same(plan.views(epochs, several), plan.views(epochs, everything).select(several))
+    if views_per_photo:
+        views = plan.views(epochs, everything)
+        assert_same(views, plan.views_in_order(epochs, views.indices))
 
 
 def test_few_views_are_spread_evenly_and_each_is_as_any_other():

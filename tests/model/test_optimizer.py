@@ -72,6 +72,27 @@ def test_adamw():
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05}
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_biases_and_normalisation_need_not_decay(optimizer):
+    network = model(0)
+    made = make_optimizer(
+        network, Config(optimizer=optimizer, lr=0.1, lr_body=0.02, weight_decay=0.3, weight_decay_on="matrices")
+    )
+    decays = {id(value): group["weight_decay"] for group in made.param_groups for value in group["params"]}
+    for name, value in network.network.named_parameters():
+        is_vector = "bn" in name or "downsample.1" in name or name.endswith("bias")
+        assert decays[id(value)] == (0 if is_vector else 0.3), name
+    assert set_learning_rates(made, 0.5) == {"lr/head": 0.05, "lr/body": 0.01}
+    assert [(group["name"], group["lr"]) for group in made.param_groups] == [
+        *(("head", 0.05), ("head", 0.05), ("body", 0.01), ("body", 0.01))
+    ]
+
+
+def test_nesterov():
+    optimizer = make_optimizer(model(0), Config(nesterov=True))
+    assert {group["nesterov"] for group in optimizer.param_groups} == {True}
+
+
 def test_rates_are_set_from_the_base_every_time():
     inner = make_optimizer(model(0), Config(lr=0.1, lr_body=0.02))
     optimizer = Accelerator(cpu=True).prepare(inner)
@@ -98,6 +119,13 @@ def test_cosine_is_pytorchs_cosine_annealing():
     expected = torchs(CosineAnnealingLR, 6 * STEPS, T_max=6 * STEPS)
     assert factors(config) == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert lr_factor(config, STEPS, 6 * STEPS) == pytest.approx(0)
+
+
+def test_cosine_ends_at_min_lr():
+    config = Config(epochs=6, schedule="cosine", lr=0.5, min_lr=0.1)
+    expected = torchs(CosineAnnealingLR, 6 * STEPS, T_max=6 * STEPS, eta_min=0.2)
+    assert factors(config) == pytest.approx(expected, rel=1e-9)
+    assert lr_factor(config, STEPS, 6 * STEPS) == pytest.approx(0.2)
 
 
 def test_constant():

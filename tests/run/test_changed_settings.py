@@ -31,10 +31,12 @@ def test_each_setting_is_in_one_table_of_what_a_change_does():
 OTHER = {
     "seed": 1, "image_size": 96, "resize": 300, "crop_mode": "squash",
     "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
-    "views_per_photo": 3,
+    "sampler": "balanced", "views_per_photo": 3,
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
     "batch_size": 16, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001,
-    "momentum": 0.5, "weight_decay": 0.1, "schedule": "step", "step_epochs": 2, "step_gamma": 0.5, "warmup_epochs": 1.0,
+    "momentum": 0.5,
+    "nesterov": True, "weight_decay": 0.1, "weight_decay_on": "matrices", "min_lr": 0.001,
+    "schedule": "step", "step_epochs": 2, "step_gamma": 0.5, "warmup_epochs": 1.0,
     "best_by": "balanced", "test_flips": True, "class_weights": "balanced",
     "epochs": 20, "max_steps": 50, "max_batch_per_device": 4, "eval_batch_per_device": 8, "log_every": 5,
     "skip_bad_files": True, "loader": "pillow", "deterministic": True, "channels_last": False, "compile": True,
@@ -62,6 +64,7 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
     assert set(OTHER) == resume.REFUSED | resume.REPORTED
     # Values that matter: with them none of the settings stands idle.
     before = {"schedule": "step"} if key.startswith("step_") else {}
+    before |= {"weight_decay": 0.1} if key == "weight_decay_on" else {}
     saved_run(run, Config(**before))
     other = Config(**before | {key: OTHER[key]})
     if key in resume.REPORTED:
