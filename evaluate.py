@@ -35,6 +35,7 @@ from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, count_classes, read_run_weights, read_weights_file
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
+from pipelines.run.predictions import write_predictions
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.text import check_printed, counted, listed, printable
 from pipelines.tracking.wandb import add_to_summary, check_tracked
@@ -67,6 +68,8 @@ def main(arguments: list[str]) -> None:
     dataset, split_name = _choose_split(dataset, options)
     on_main_process(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(split_name,)))
     split = dataset.splits[split_name]
+    table = folder / f"predictions_{split_name}.csv"
+    check_replaceable(table, begins_with("path,split,label,answer,"))
     weights, notes = _read_weights(options, config.arch, dataset, split)
     classes = weights.classes or ()
     labels = map_labels(split, classes)
@@ -111,6 +114,9 @@ def main(arguments: list[str]) -> None:
         found |= {"photos": scores.count, "split": printable(split_name)}
         add_to_summary(options.model, tracked, {f"test/{key}": value for key, value in found.items()})
     matrix, grid = (folder / f"{name}_{split_name}.png" for name in ("confusion_matrix", "predictions"))
+    with atomic_write(table) as partial:
+        write_predictions(records, split, classes, partial)
+    print(f"all answers:      {printable(table)}")
     if figures.attempt(matrix.name, lambda: figures.save_confusion_matrix(matrix, scores.confusion_pairs, names)):
         print(f"confusion matrix: {printable(matrix)}")
     if figures.attempt(grid.name, lambda: _save_predictions(grid, records, split, names, config)):

@@ -25,6 +25,7 @@ from pipelines.errors import UserError
 from pipelines.model.network import average_batchnorm_statistics
 from pipelines.run.checkpoint import Checkpoints, Stateful, UnreadablePhotos
 from pipelines.run.folder import describe_model
+from pipelines.run.predictions import write_predictions
 from pipelines.training.build import Components, build, build_network
 from pipelines.training.check import Checked, check
 from pipelines.training.evaluation import BEST_BY, best_scores, loss_and_top1, predict, validation_row
@@ -142,7 +143,8 @@ def evaluate_and_keep_best(
     row |= best_scores(progress.best)  # a sweep stops by it
     recorder.evaluation(row, records)
     if is_best:
-        run.save_best(components.network.network, describe_model(config, checked.dataset, progress.best))
+        answers = partial(write_predictions, records, components.validation.split, checked.classes)
+        run.save_best(components.network.network, describe_model(config, checked.dataset, progress.best), answers)
         recorder.best_weights()
     progress.epoch = epoch
     session.write_status("running")

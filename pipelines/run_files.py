@@ -230,7 +230,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not file.exists():
         return rows
-    _refuse_what_is_no_file(file)
+    refuse_what_is_no_file(file)
     with open(file, "rb") as lines:
         while line := lines.readline(_LARGEST // 16):
             where = f"{file}, line {len(rows) + 1}"
@@ -244,7 +244,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def read_run_config(run: Path, *flags: str) -> Config:
     """A run folder's config.yaml, under `flags`. UserError where it is damaged, or not there."""
     try:
-        _refuse_what_is_no_file(run / "config.yaml")
+        refuse_what_is_no_file(run / "config.yaml")
     except OSError as error:
         raise UserError(f"{run / 'config.yaml'}: cannot be read ({error.strerror}); it must be in a run") from None
     absent = MEANT_BEFORE.keys() - read_recipe(run / "config.yaml").keys() - {_key_of(flag) for flag in flags}
@@ -288,7 +288,7 @@ def _finite(content: Any) -> Any:
 
 def _read_json(file: Path, newest: int = 0, added: Mapping[str, Any] | None = None) -> Any:
     """The file's content, with `added` where it has no such key. newest: the format that is known here."""
-    _refuse_what_is_no_file(file)
+    refuse_what_is_no_file(file)
     with open(file, "rb") as opened:
         text = opened.read(_LARGEST + 1)
     if len(text) > _LARGEST:
@@ -327,7 +327,7 @@ def _checked(kind: TypeAdapter[Kind], content: Any, source: object) -> Kind:
         raise UserError(f"{source} is damaged: {where or 'all of it'}: {told}{given}") from None
 
 
-def _refuse_what_is_no_file(file: Path) -> None:
+def refuse_what_is_no_file(file: Path) -> None:
     """A pipe would keep its reader waiting, and a device never end. Raises OSError where nothing is there."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise UserError(f"{file} is no regular file")

@@ -24,6 +24,17 @@ def printable(text: object) -> str:
     return "".join(map(_printable, shown))
 
 
+def spelled(name: str | bytes) -> str:
+    r"""The same for a file that programs read: no two names have one spelling.
+
+    A letter that is not printable, and a backslash, is spelled as Python escapes it. bytes: of a path.
+    """
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(_printable(letter, ascii(letter)[1:-1]) if letter != "\\" else r"\\" for letter in text)
+
+
 def name_of_folder(name: str) -> str:
     """A folder's name as it reads in UTF-8, whatever the locale makes of its bytes: a class has one name."""
     return os.fsencode(name).decode("utf-8", "surrogateescape")
@@ -38,12 +49,12 @@ def path_on_disk(text: str) -> str:
     return text
 
 
-def _printable(letter: str) -> str:
+def _printable(letter: str, otherwise: str = "?") -> str:
     if letter.isprintable() or letter in _JOINERS:
         return letter
     if "\udc80" <= letter <= "\udcff":  # how os.fsdecode carries such a byte
         return f"\\x{ord(letter) - 0xDC00:02x}"
-    return " " if unicodedata.category(letter) == "Zs" else "?"
+    return " " if unicodedata.category(letter) == "Zs" and otherwise == "?" else otherwise
 
 
 def composed(name: str) -> str:

@@ -13,6 +13,7 @@ from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.inference import open_run
 from pipelines.run import figures
 from pipelines.run.folder import describe_model
+from pipelines.run.predictions import read_predictions
 from tests.helpers.runs import run_script
 
 import numpy as np
@@ -144,7 +145,10 @@ def test_names_that_are_no_text_and_a_class_that_val_lacks(make_run, photo_folde
     assert found["balanced_top1"] == pytest.approx(np.mean(recalls))
     assert found["majority_top1"] == 0.75
     pictures = {path.name for path in (run / "figures").iterdir()}
-    assert pictures == {"confusion_matrix_val.png", "predictions_val.png"}
+    assert pictures == {"confusion_matrix_val.png", "predictions_val.csv", "predictions_val.png"}
+    answers_of_all = read_predictions(run / "figures" / "predictions_val.csv")
+    assert (len(answers_of_all), int(answers_of_all.right.sum())) == (found["count"], found["correct"])
+    assert set(answers_of_all.classes) == set(found["classes"])
     answers = tmp_path / "answers.jsonl"
     done = run_here(predict, run, data / "val", "--json", answers, "--grid", tmp_path / "grid.png", "--cpu")
     assert done.returncode == 0, done.stderr

@@ -89,6 +89,7 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(
     assert f"resumed at step {step}, from {newest(run).name[:5]}" in again
     assert rows(run) == rows(undisturbed)
     assert same_bits(run / "best.pt", undisturbed / "best.pt")
+    assert (run / "predictions.csv").read_bytes() == (undisturbed / "predictions.csv").read_bytes()
     assert newest(run).name == newest(undisturbed).name
     assert same_bits(newest(run) / "state.pt", newest(undisturbed) / "state.pt")
     assert len(list((run / "checkpoints").iterdir())) == 2

@@ -74,7 +74,11 @@ class Split:
 
     def path_bytes(self, index: int) -> bytes:
         """The same in the file system's own bytes."""
-        return os.path.join(self.root, _path_at(self.path_blob, self.path_offsets, index))
+        return os.path.join(self.root, self.path_below_root(index))
+
+    def path_below_root(self, index: int) -> bytes:
+        """The path of a photo below `root`; of a CSV file that has it so, an absolute one."""
+        return _path_at(self.path_blob, self.path_offsets, index)
 
     def class_counts(self) -> dict[str, int]:
         """How many sound photos each class has."""
@@ -84,7 +88,7 @@ class Split:
     def faulty_files(self, besides: Collection[int] = ()) -> list[str]:
         """One line per faulty file: the path below `root`, the reason. besides: positions that are not asked for."""
         rows = np.setdiff1d(np.flatnonzero(self.faults), list(besides)).tolist()
-        paths = [os.fsdecode(_path_at(self.path_blob, self.path_offsets, row)) for row in rows]
+        paths = [os.fsdecode(self.path_below_root(row)) for row in rows]
         return [f"{printable(path)} ({FAULTS[self.faults[row]]})" for path, row in zip(paths, rows, strict=True)]
 
 

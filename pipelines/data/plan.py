@@ -1,8 +1,9 @@
 """The plan: which photo stands at which position of an epoch, and what is done to it.
 
-Everything here is a pure function of `(seed, epoch, position)` and of the photos' number and sizes, and where epochs are
-balanced of their classes. No global random state, no rank, no batch size, no history: any process can ask for any positions, in any order, after any restart, and
-gets the same answer. Engines execute what the plan says and draw nothing themselves.
+Everything here is a pure function of `(seed, epoch, position)` and of the photos' number and sizes, and where epochs
+are balanced of their classes. No global random state, no rank, no batch size, no history: any process can ask for any
+positions, in any order, after any restart, and gets the same answer. Engines execute what the plan says and draw
+nothing themselves.
 
 The random bits come from a counter-based hash (the SplitMix64 finaliser, Steele et al. 2014, absorbed coordinate by
 coordinate) because numpy does not promise that its generators give the same stream in the next version. Beyond it only

@@ -3,7 +3,8 @@
     runs/NAME/checkpoints/epoch-0003-step-00000120/
         state.pt             what PyTorch's own parts hold (model, optimizer, fp16 scaler), by the part's name, and each
                              process's BatchNorm statistics; tensors only
-        best.pt, model.json  the best weights so far (hard links)
+        best.pt, model.json, predictions.csv
+                             the best weights so far, and what belongs to them (hard links)
         progress.json        what the other parts hold (counters, sums), side by side; decisions and settings; the
                              digest of every file
 
@@ -239,7 +240,7 @@ class Checkpoints:
         # An attempt that was cut off may have found better ones after the checkpoint; they are found again.
         for path in self._run.best_files():
             path.unlink()
-        for name in ("best.pt", "model.json"):
+        for name in ("best.pt", "model.json", "predictions.csv"):
             if (folder / name).exists():
                 _link(folder / name, self._run.folder / name)
 

@@ -7,8 +7,8 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from errno import ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP
 from importlib.metadata import PackageNotFoundError, version
@@ -44,12 +44,14 @@ from pydantic import ValidationError
 
 # What a run leaves, by name: of a folder, what is in it.
 _OWN_FILES = re.compile(
-    r"\.?(config\.yaml|status\.json|metrics\.jsonl|best\.pt|model\.json|photos\.npz|bad_photos\.json)(\.tmp)?"
+    r"\.?(config\.yaml|status\.json|metrics\.jsonl|best\.pt|model\.json|predictions\.csv|photos\.npz|bad_photos\.json)"
+    r"(\.tmp)?"
     r"|wandb_id|STOP|\.sync\.lock"
 )
 _OWN_FOLDERS = {
     "checkpoints": r"epoch-\d+-step-\d+|\.unfinished",
-    "figures": r"\.?(train_batch|head_penalty|curves|per_class|confusion_matrix.*|predictions_.*)\.png(\.\w+)*",
+    "figures": r"\.?(train_batch|head_penalty|curves|per_class|confusion_matrix.*|predictions_.*)\.png(\.\w+)*"
+    r"|\.?predictions_.*\.csv(\.tmp)?",
     "export": r"README\.md|confusion_matrix\.png|model\..+",
     "dvclive": ".*",
     "tensorboard": ".*",
@@ -95,6 +97,7 @@ class RunFolder:
         self._writes = writes
         self._lock: BaseFileLock = FileLock(folder / ".lock", timeout=0)
         self.best = folder / "best.pt"
+        self.predictions = folder / "predictions.csv"
         self.figures = folder / "figures"
         self.metrics = folder / "metrics.jsonl"
         self._photos, self._bad_photos = folder / "photos.npz", folder / "bad_photos.json"
@@ -411,25 +414,37 @@ class RunFolder:
             os.truncate(self.metrics, length)
 
     def best_files(self) -> list[Path]:
-        """best.pt and model.json, where they are."""
-        return [path for path in (self.best, self.folder / "model.json") if path.exists()]
+        """best.pt, and what is kept of it: model.json and predictions.csv; where they are."""
+        return [path for path in (self.best, self.folder / "model.json", self.predictions) if path.exists()]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
         return read_rows(self.metrics)
 
-    def save_best(self, network: torch.nn.Module, description: Mapping[str, Any]) -> None:
-        """best.pt, a plain state_dict on the CPU that torchvision's network loads, and model.json beside it.
+    def save_best(
+        self,
+        network: torch.nn.Module,
+        description: Mapping[str, Any],
+        write_predictions: Callable[[Path], object] | None = None,
+    ) -> None:
+        """best.pt, a plain state_dict on the CPU that torchvision's network loads, and model.json and predictions.csv
+        beside it.
 
-        MachineError where the disk is full; the best weights before stay as they are.
+        write_predictions: writes that file under the name that it is given. MachineError where the disk is full; the
+        best weights before stay as they are, with their files.
         """
         if not self._writes:
             return
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
         try:
             # A file of our own is closed, and its room given back, when the disk is full; PyTorch's own is not.
-            with atomic_write(self.best) as partial, open(partial, "wb") as file:
-                torch.save(state, file)
+            with ExitStack() as renamed_last:
+                if write_predictions:
+                    write_predictions(renamed_last.enter_context(atomic_write(self.predictions)))
+                with atomic_write(self.best) as partial:
+                    with open(partial, "wb") as file:
+                        torch.save(state, file)
+                    self.predictions.unlink(missing_ok=True)  # a kill from here on leaves none of other weights
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
             raise cannot_save(self.best, error) from None
         self._write_json("model.json", description)

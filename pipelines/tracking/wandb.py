@@ -114,7 +114,7 @@ class WandbTracker(Tracker):
         return found
 
     def log_best(self) -> None:
-        if len(self._run.best_files()) == 2:
+        if self._run.best.exists():
             self._add("the best weights", self._log_best_files)
 
     def announce(self, title: str, text: str, level: Literal["INFO", "WARN", "ERROR"]) -> None:
@@ -199,7 +199,8 @@ class WandbTracker(Tracker):
 
         best = wandb.Artifact(f"model-{self._wandb.id}", "model", metadata=_scores(self._run.folder))
         for path in self._run.best_files():
-            best.add_file(str(path))
+            if path != self._run.predictions:  # of which the run has a table already
+                best.add_file(str(path))
         self._artifacts.append(self._wandb.log_artifact(best, aliases=["best", self._run.folder.name]))
 
     def _log_dataset(self) -> None:

@@ -11,6 +11,7 @@ from pipelines.data.loader import Loader, share_bad_photos
 from pipelines.errors import StopAgreed
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TransferModel
+from pipelines.run.predictions import MOST_ANSWERS
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ _RECORD = np.dtype(
         ("rank", np.int64),  # how many classes scored above the true one
         ("confidence", np.float32),  # softmax probability of the predicted class
         ("loss", np.float32),  # cross-entropy, without label smoothing
+        ("answers", np.int32, MOST_ANSWERS),  # the most probable classes, `predicted` first; of fewer classes 0
+        ("probabilities", np.float32, MOST_ANSWERS),  # theirs
     ]
 )
 
@@ -246,17 +249,24 @@ def _hidden(
 
 
 def _outcomes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Prediction, rank of the truth, confidence and loss of each photo, left on the device: no wait per batch."""
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    """Prediction, rank of the truth, confidence, loss, and the most probable classes of each photo with their
+    probabilities, left on the device: no wait per batch."""
+    probabilities = logits.softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
     rank = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
     # Of equal logits the prediction comes first, so that rank 0 and a right prediction are one and the same.
     rank = torch.where(predicted == labels, 0, rank.clamp(min=1))
-    return predicted, rank, confidence, functional.cross_entropy(logits, labels, reduction="none")
+    highest, answers = probabilities.topk(min(MOST_ANSWERS, logits.shape[1]), dim=1)
+    answers = torch.where(answers == predicted[:, None], answers[:, :1], answers)  # so of equals, too
+    answers[:, 0] = predicted
+    loss = functional.cross_entropy(logits, labels, reduction="none")
+    return predicted, rank, confidence, loss, answers, highest
 
 
 def _records(columns: list[tuple[torch.Tensor, ...]]) -> np.ndarray:
-    records = np.empty(sum(len(column[0]) for column in columns), _RECORD)
+    records = np.zeros(sum(len(column[0]) for column in columns), _RECORD)
     if columns:
         for name, parts in zip(_RECORD.names or (), zip(*columns, strict=True), strict=True):
-            records[name] = torch.cat(parts).cpu().numpy()
+            values = torch.cat(parts).cpu().numpy()
+            records[name][..., : values.shape[-1]] = values
     return records

@@ -107,6 +107,8 @@ def test_each_photo_has_one_record_and_it_is_the_networks_answer(photos, network
         records["rank"], (logits.argsort(1, descending=True) == labels[:, None]).nonzero()[:, 1]
     )
     np.testing.assert_allclose(records["confidence"], probabilities.max(1).values, rtol=1e-4)
+    np.testing.assert_array_equal(records["answers"][:, :3], probabilities.argsort(1, descending=True))
+    np.testing.assert_allclose(records["probabilities"][:, :3], probabilities.sort(1, descending=True)[0], rtol=1e-4)
     np.testing.assert_allclose(records["loss"], functional.cross_entropy(logits, labels, reduction="none"), rtol=1e-4)
 
 
@@ -304,16 +306,21 @@ def test_loss_and_top1_agree_with_score():
     assert loss_and_top1(example()[:0]) == (0.0, 0.0, 0)
 
 
-@given(arrays(np.float32, (4, 5), elements=st.integers(-2, 2)), st.lists(st.integers(0, 4), min_size=4, max_size=4))
+@given(arrays(np.float32, (4, 7), elements=st.integers(-2, 2)), st.lists(st.integers(0, 6), min_size=4, max_size=4))
 def test_rank_0_is_a_right_prediction_also_where_logits_tie(logits, labels):
-    predicted, rank, confidence, _ = (
+    predicted, rank, confidence, _, answers, probabilities = (
         value.numpy() for value in _outcomes(torch.from_numpy(logits), torch.tensor(labels))
     )
     np.testing.assert_array_equal(rank == 0, predicted == labels)
     np.testing.assert_array_equal(logits[np.arange(4), predicted], logits.max(axis=1))
     higher = (logits > logits[np.arange(4), labels][:, None]).sum(axis=1)
     np.testing.assert_array_equal(rank[rank != 0], np.maximum(higher, 1)[rank != 0])
-    assert ((confidence >= 0.2 - 1e-6) & (confidence <= 1)).all()
+    assert ((confidence >= 1 / 7 - 1e-6) & (confidence <= 1)).all()
+    np.testing.assert_array_equal(answers[:, 0], predicted)
+    assert all(len(set(row)) == 5 for row in answers.tolist())
+    every = torch.from_numpy(logits).softmax(1).numpy()
+    np.testing.assert_array_equal(probabilities, np.take_along_axis(every, answers, axis=1))
+    np.testing.assert_array_equal(probabilities, -np.sort(-every, axis=1)[:, :5])
 
 
 @pytest.mark.parametrize(

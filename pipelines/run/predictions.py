@@ -1,0 +1,143 @@
+"""What a model answers to each photo of a split, as a CSV file: a run's `predictions.csv`, and what evaluate.py leaves.
+
+    path,split,label,answer,probability,loss,answer_2,probability_2
+    val/ants/10308379.jpg,val,ants,ants,0.981172,0.0190075,bees,0.0188282
+
+A file for people and for programs: some 80 bytes a photo, or twice that with five answers. Neither writing nor reading
+keeps more of it in memory than numbers and paths.
+"""
+
+import csv
+import math
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.data.dataset import Split
+from pipelines.errors import UserError
+from pipelines.run_files import refuse_what_is_no_file
+from pipelines.text import printable, spelled
+
+import numpy as np
+
+MOST_ANSWERS = 5
+_FIRST = ("path", "split", "label", "answer", "probability", "loss")
+_ROWS = 1 << 14  # made at once
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """N photos and the K most probable answers to each, the first being the model's.
+
+    split: of the data. classes: the names that occur. paths: N. All are `text.spelled`. labels: int32 [N] and answers:
+    int32 [N, K], positions in `classes`; probabilities: float32 [N, K]; losses: float32 [N], cross-entropy.
+    """
+
+    split: str
+    classes: tuple[str, ...]
+    paths: list[str]
+    labels: np.ndarray
+    answers: np.ndarray
+    probabilities: np.ndarray
+    losses: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def right(self) -> np.ndarray:
+        """bool [N]: whether the first answer is the label."""
+        return self.answers[:, 0] == self.labels
+
+
+def write_predictions(records: np.ndarray, split: Split, classes: Sequence[str], path: Path) -> None:
+    """records: of `training.evaluation.predict`, whose labels are positions in `classes`."""
+    answers = min(MOST_ANSWERS, len(classes))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(_header(answers))
+        for first in range(0, len(records), _ROWS):
+            table.writerows(_rows(records[first : first + _ROWS], split, [*map(spelled, classes)], answers))
+
+
+def _header(answers: int) -> list[str]:
+    return [*_FIRST, *(f"{name}_{at}" for at in range(2, answers + 1) for name in ("answer", "probability"))]
+
+
+def _rows(records: np.ndarray, split: Split, names: Sequence[str], answers: int) -> Iterator[tuple[str, ...]]:
+    ranked = zip(records["answers"].T[:answers], records["probabilities"].T[:answers], strict=True)
+    (answer, probability), *others = [
+        ([names[at] for at in column.tolist()], _numbers(each)) for column, each in ranked
+    ]
+    return zip(
+        (spelled(_with_slashes(split.path_below_root(index))) for index in records["index"].tolist()),
+        [spelled(split.name)] * len(records),
+        [names[label] for label in records["label"].tolist()],
+        answer,
+        probability,
+        _numbers(records["loss"]),
+        *(column for pair in others for column in pair),
+        strict=True,
+    )
+
+
+def _with_slashes(path: bytes) -> bytes:
+    return path.replace(b"\\", b"/") if os.sep == "\\" else path
+
+
+def _numbers(values: np.ndarray) -> list[str]:
+    return [f"{value:.6g}" for value in values.tolist()]
+
+
+def read_predictions(file: Path) -> Predictions:
+    """A file of `write_predictions`, from anywhere, its rows in any order. UserError where it is missing or damaged."""
+    try:
+        refuse_what_is_no_file(file)
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            lines = csv.reader(opened, strict=True)
+            try:
+                return _read(lines)
+            except (ValueError, csv.Error) as error:  # UnicodeDecodeError is the former
+                where = f"{file}, line {lines.line_num}"
+                raise UserError(printable(f"{where}: not as predictions.csv is ({str(error)[:120]})")) from None
+    except OSError as error:
+        raise UserError(f"{printable(file)}: cannot be read ({error.strerror})") from None
+
+
+def _read(lines: Iterator[list[str]]) -> Predictions:
+    header = next(lines, [])
+    answers = 1 + (len(header) - len(_FIRST)) // 2
+    if header != _header(answers) or not 2 <= answers <= MOST_ANSWERS:
+        raise ValueError(f"its header is not {','.join(_header(2))}")
+    names: dict[str, int] = {}
+    paths, splits = list[str](), set[str]()
+    labels, chosen, probabilities, losses = array("i"), array("i"), array("f"), array("f")
+    for row in lines:
+        if len(row) != len(header):
+            raise ValueError(f"{len(row)} cells under {len(header)} headings")
+        path, split, label, answer, probability, loss, *others = row
+        words = (path, split, label, answer, *others[::2])
+        if not all(word and (word.isprintable() or printable(word) == word) for word in words):
+            raise ValueError("a name that is empty or not printable")
+        numbers = [*map(float, (probability, *others[1::2]))]
+        if not all(0 <= number <= 1 for number in numbers) or not 0 <= float(loss) < math.inf:
+            raise ValueError("a probability that is none, or a loss")
+        paths.append(path)
+        splits.add(split)
+        labels.append(names.setdefault(label, len(names)))
+        chosen.extend(names.setdefault(name, len(names)) for name in (answer, *others[::2]))
+        probabilities.extend(numbers)
+        losses.append(float(loss))
+    if len(splits) > 1:
+        raise ValueError("photos of several splits")
+    return Predictions(
+        next(iter(splits), ""),
+        tuple(names),
+        paths,
+        np.array(labels, np.int32),
+        np.array(chosen, np.int32).reshape(-1, answers),
+        np.array(probabilities, np.float32).reshape(-1, answers),
+        np.array(losses, np.float32),
+    )
