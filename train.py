@@ -81,12 +81,12 @@ def main(arguments: list[str]) -> None:
         if built.head_is_fitted and not progress.global_step and not progress.has_best:
             evaluate_and_keep_best(checked, components, session, recorder, 0, {})  # the fitted head
             save()
-        elif saved and progress.epoch >= schedule.epochs:  # nothing is left to train, and no other save to come
+        elif saved and schedule.is_over(progress.epoch, progress.best["epoch"]):  # no other save is to come
             save()
         if components.start.head_restarts and not progress.global_step:  # a checkpoint before has the fitted one
             network.reset_head()
 
-        while progress.epoch < schedule.epochs:
+        while not schedule.is_over(progress.epoch, progress.best["epoch"]):
             network.train()
             start_step = progress.global_step - progress.epoch * schedule.steps_per_epoch
             recorder.start_epoch(start_step)
@@ -111,8 +111,7 @@ def main(arguments: list[str]) -> None:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
         recorder.finish()
         session.write_status("finished", exit_code=0)
-        loaders, seconds = (training, components.validation), time.perf_counter() - started
-        checked.say(partial(end_report, progress.best, BEST_BY[config.best_by], run, loaders, seconds))
+        checked.say(partial(end_report, checked, components, progress, time.perf_counter() - started))
 
 
 def evaluate_and_keep_best(

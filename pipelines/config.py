@@ -88,7 +88,7 @@ EngineName = Annotated[Literal["auto", "dali", "pillow"], BeforeValidator(engine
 _OF_EPOCHS = (
     *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
     *("freeze", "lr", "lr_body", "optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
-    *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler"),
+    *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience"),
 )
 _OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
 
@@ -196,6 +196,8 @@ class Config:
     where stages are frozen, and more where that would be fewer than 128 steps or than warmup_epochs"""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """end the run after this many steps, in the regular way"""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """end the run, in the regular way, after so many epochs without a better evaluation (best_by); null: never"""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """photos of a step, over all processes together"""
     max_batch_per_device: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
@@ -325,6 +327,7 @@ GROUPS = {
     "Training": [
         "epochs",
         "max_steps",
+        "patience",
         "batch_size",
         "max_batch_per_device",
         "class_weights",

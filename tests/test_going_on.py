@@ -131,3 +131,20 @@ def test_fewer_epochs_than_are_trained_end_the_run(start, tmp_path):
     said = succeeded(start(epochs=2, schedule="cosine"))
     assert "resumed at step 7" in said
     assert "nothing is left" not in said
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_and_more_of_it_goes_on(start, tmp_path):
+    settings = {"epochs": 9, "clip-grad-norm": 1e-9}  # no epoch after the first is better
+    run = tmp_path / "runs" / "r"
+    for patience, said in (
+        (2, "patience 2: ended after epoch 3 of 9, as none was better since epoch 1"),
+        (4, "epoch 5"),
+    ):
+        assert said in succeeded(start(**settings, patience=patience))
+        assert [row["epoch"] for row in val_rows(run)] == list(range(1, patience + 2))
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    for patience in (4, 3):
+        assert "is finished: nothing to do" in succeeded(start(**settings, patience=patience))
+    assert "epochs" in succeeded(start(**settings, patience=None))
+    assert len(val_rows(run)) == 9

@@ -1,7 +1,7 @@
 """The plan: which photo stands at which position of an epoch, and what is done to it.
 
-Everything here is a pure function of `(seed, epoch, position)` and of the photos' number and sizes, and where epochs
-are balanced of their classes. No global random state, no rank, no batch size, no history: any process can ask for any
+Everything here is a pure function of `(seed, epoch, position)` and of the photos' number and sizes, and of the classes
+where epochs are balanced. No global random state, no rank, no batch size, no history: any process can ask for any
 positions, in any order, after any restart, and gets the same answer. Engines execute what the plan says and draw
 nothing themselves.
 

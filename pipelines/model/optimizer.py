@@ -33,6 +33,12 @@ class Schedule:
         """Epochs that are begun; the last one ends early where max_steps says so."""
         return -(-self.total_steps // self.steps_per_epoch)
 
+    def is_over(self, epoch: int, best_epoch: int) -> bool:
+        """Whether the training ends after `epoch` epochs, `best_epoch` having been the best: all are trained, or
+        `patience` of them since were no better."""
+        patience = self.config.patience
+        return epoch >= self.epochs or (patience is not None and epoch - best_epoch >= patience)
+
     def ends_epoch(self, global_step: int) -> bool:
         """Whether an epoch is over after so many updates."""
         return global_step % self.steps_per_epoch == 0 or global_step == self.total_steps

@@ -9,7 +9,15 @@ from pipelines.config import SCHEMA, Config
 
 # What becomes of a run that goes on with another value of a setting.
 REPORTED = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
-    *("epochs", "max_steps", "max_batch_per_device", "eval_batch_per_device", "log_every", "skip_bad_files"),
+    *(
+        "epochs",
+        "max_steps",
+        "patience",
+        "max_batch_per_device",
+        "eval_batch_per_device",
+        "log_every",
+        "skip_bad_files",
+    ),
     *("loader", "deterministic", "channels_last", "compile"),
 }
 # The photos themselves decide, and the first weights' digest.
@@ -46,6 +54,8 @@ def is_longer(before: Config, now: Config, epoch: int, global_step: int) -> bool
     if now.max_steps is not None and now.max_steps <= global_step:
         return False
     was_cut = before.max_steps is not None and before.max_steps <= global_step
+    if before.patience is not None and before.epochs != epoch:  # it may have ended the run
+        was_cut |= now.patience is None or now.patience > before.patience
     if now.epochs == "auto":  # as before: it is the same number for the same photos
         return was_cut
     return was_cut or now.epochs > (epoch if before.epochs == "auto" else before.epochs)

@@ -106,7 +106,7 @@ class Recorder:
         """row: of metrics.jsonl, of `records`."""
         self._records = records
         self._run.append_metrics(row)
-        self._tracker.log(row, records, hold=row["global_step"] == self._schedule.total_steps)
+        self._tracker.log(row, records, hold=self._schedule.is_over(row["epoch"], self._progress.best["epoch"]))
 
     def best_weights(self) -> None:
         """best.pt and model.json are of the evaluation before."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from pipelines.config import SCHEMA, Config, dump_yaml
 from pipelines.data.loader import Batch, Loader
@@ -12,6 +11,7 @@ from pipelines.model.features import store_report
 from pipelines.model.optimizer import learning_rates, rate_jump
 from pipelines.model.weights import Weights
 from pipelines.run import figures
+from pipelines.run.checkpoint import Progress
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run.resume import changed_settings
 from pipelines.text import counted, printable
@@ -88,19 +88,23 @@ def head_report(config: Config, unfitted: str, weights: Weights, has_own_head: b
     return [f"head: fitted anew, in place of the one of {weights.source}"] if has_own_head else []
 
 
-def end_report(
-    best: dict[str, Any], best_by: str, run: RunFolder, loaders: tuple[Loader, ...], seconds: float
-) -> list[str]:
+def end_report(checked: Checked, components: Components, progress: Progress, seconds: float) -> list[str]:
+    """seconds: of the whole attempt."""
+    best, run, schedule = progress.best, checked.run, components.schedule
+    loaders = (components.training, components.validation)
     low, high = wilson_interval(best["correct"], best["count"])
     known = sum(int((loader.split.faults > 0).sum()) for loader in loaders)
     met = sum(len(loader.bad) for loader in loaders)
     accuracies = {key.removeprefix("val/"): f"{best[key]:.4f}" for key in BEST_BY.values() if key in best}
-    chosen = best_by.removeprefix("val/")
+    chosen = BEST_BY[checked.config.best_by].removeprefix("val/")
     others = "".join(f" ({name} {value})" for name, value in accuracies.items() if name != chosen)
     lines = [
         f"best val {chosen} {accuracies[chosen]}{others} at epoch {best['epoch']}: {best['correct']} of "
         f"{best['count']}, 95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
     ]
+    if progress.epoch < schedule.epochs:
+        ended = f"ended after epoch {progress.epoch} of {schedule.epochs}"
+        lines.append(f"patience {schedule.config.patience}: {ended}, as none was better since epoch {best['epoch']}")
     if known + met:
         lines.append(
             f"left out: {counted(known + met, 'photo')}, {known} of them found by the scan and {met} met in the run"

@@ -38,7 +38,7 @@ OTHER = {
     "nesterov": True, "weight_decay": 0.1, "weight_decay_on": "matrices", "min_lr": 0.001,
     "schedule": "step", "step_epochs": 2, "step_gamma": 0.5, "warmup_epochs": 1.0,
     "best_by": "balanced", "test_flips": True, "class_weights": "balanced",
-    "epochs": 20, "max_steps": 50, "max_batch_per_device": 4, "eval_batch_per_device": 8, "log_every": 5,
+    "epochs": 20, "max_steps": 50, "patience": 3, "max_batch_per_device": 4, "eval_batch_per_device": 8, "log_every": 5,
     "skip_bad_files": True, "loader": "pillow", "deterministic": True, "channels_last": False, "compile": True,
 }  # fmt: skip
 
