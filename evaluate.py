@@ -144,7 +144,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--crop-mode", choices=("center", "squash"), help="default: the run's, or center")
     parser.add_argument("--transparency", help="white, black or ignored (default: the run's, or white)")
     parser.add_test_flips()
-    parser.add_argument("--loader", default="auto", help="auto, dali or pillow (default: auto)")
+    parser.add_argument("--loader", default="auto", help="auto or an engine: dali, nvimgcodec, pillow (default: auto)")
     parser.add_argument("--eval-batch-per-device", help="photos of a batch on one device (default: 64)")
     parser.add_argument("--skip-bad-files", action="store_const", const=True, help="leave out unreadable photos")
     return parser.parse_args(arguments)

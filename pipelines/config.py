@@ -82,7 +82,7 @@ def engine_name(written: str) -> str:
     return "pillow" if written == "torch" else written
 
 
-EngineName = Annotated[Literal["auto", "dali", "pillow"], BeforeValidator(engine_name)]
+EngineName = Annotated[Literal["auto", "dali", "nvimgcodec", "pillow"], BeforeValidator(engine_name)]
 
 
 _OF_EPOCHS = (
@@ -162,7 +162,7 @@ class Config:
     null"""
 
     loader: EngineName = "auto"
-    """the engine that decodes; auto: DALI where it runs"""
+    """the engine that decodes; auto: DALI on an NVIDIA GPU, else nvImageCodec, each where it works; else Pillow"""
     loader_threads: Annotated[int | None, Field(ge=1)] = None
     """decoding threads of a process; null: chosen from the cores"""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2

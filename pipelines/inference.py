@@ -85,7 +85,7 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class ViewClassifier:
-    """A network behind one of the two engines: a million files stream through, `batch_size` at a time.
+    """A network behind an engine: a million files stream through, `batch_size` at a time.
 
     network: float32 [n, 3, image_size, image_size], normalised, on `device` -> logits, float32 [n, classes].
     """
@@ -189,7 +189,7 @@ def open_run(
     threads: int = 1,
     test_flips: bool | None = None,
 ) -> ViewClassifier:
-    """The best weights of a run folder, through PyTorch. engine: "pillow" or "dali", with `threads` decoding threads.
+    """The best weights of a run folder, through PyTorch. engine: of `factory.ENGINES`, with `threads` decoding threads.
 
     test_flips: None for the run's own setting. UserError where `best.pt` or `model.json` is missing or damaged.
     """

@@ -33,7 +33,15 @@ _ADDED_TO_MODEL = {
 }
 _ADDED_TO_PREPROCESSING = {"transparency": "ignored", "crop_mode": "center"}
 MEANT_BEFORE = {"transparency": "ignored"}  # settings that have another default
-_ADDED_TO_CHECKPOINT = {"format": 1, "precision": None, "first_weights": None, "settings": None}
+# Before an engine was kept, auto was Pillow on a CPU; on a GPU it is chosen again.
+_ADDED_TO_CHECKPOINT: dict[str, int | str | None] = {
+    "format": 1,
+    "precision": None,
+    "first_weights": None,
+    "settings": None,
+    "engine": "pillow",
+    "device": "cpu",
+}
 _CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)")
 _LARGEST = 1 << 24  # bytes of a file of JSON; a line of metrics.jsonl may have a sixteenth of it
 
@@ -121,7 +129,8 @@ class Sums(TypedDict):
 
 @with_config(ConfigDict(strict=True, extra="allow"))
 class SavedProgress(TypedDict):
-    """progress.json of a checkpoint. settings: those of the training. files: digest by name."""
+    """progress.json of a checkpoint. settings: those of the training. files: digest by name. engine: which one has
+    decoded, for a device of this type."""
 
     format: int
     epoch: Count
@@ -134,6 +143,8 @@ class SavedProgress(TypedDict):
     not_finite_in_a_row: Count
     world_size: Annotated[int, Field(ge=1)]
     precision: str | None
+    engine: str
+    device: str
     first_weights: str | None
     settings: dict[str, bool | int | float | str | None] | None
     dataset_fingerprint: str

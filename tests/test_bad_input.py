@@ -18,12 +18,14 @@ from pathlib import Path
 import train
 from pipelines.config import dump_yaml, parse_config
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.engines.factory import engine_module
 from pipelines.data.engines.pillow import PillowEngine
 from pipelines.data.headers import FAULTS, inspect_file
 from pipelines.data.plan import EvalPlan
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
 from tests.helpers.corpus import BROKEN_INSIDE, FAULTY, LITTER, ODD_NAMES, SOUND, ZOO, encoded, picture, write_zoo
+from tests.helpers.engines import HERE
 from tests.helpers.paths import ROOT
 
 import numpy as np
@@ -538,11 +540,15 @@ def test_the_scan_gives_each_specimen_its_verdict_and_is_quick(tmp_path: Path) -
     }
 
 
-def test_pillow_decodes_what_the_scan_passes(tmp_path: Path) -> None:
+THREADED = [name for name in HERE if issubclass(engine_module(name).ENGINE, PillowEngine)]
+
+
+@pytest.mark.parametrize("name", THREADED)
+def test_engines_decode_what_the_scan_passes(tmp_path: Path, name: str) -> None:
     write_zoo(tmp_path / "data" / "val" / "zoo", ZOO)
     split = load_dataset(scan_dataset(tmp_path / "data", tmp_path / "cache", 0.2)).splits["val"]
     rows = np.flatnonzero(split.faults == 0)
-    engine = PillowEngine(split, 64, 8, torch.device("cpu"), 2, (0.5,) * 3, (0.5,) * 3)
+    engine = engine_module(name).ENGINE(split, 64, len(rows), torch.device("cpu"), 2, (0.5,) * 3, (0.5,) * 3)
     engine.submit(EvalPlan(split.sizes, image_size=64, resize=72).views(0, rows))
     pixels = engine.fetch()
     engine.close()
@@ -597,13 +603,17 @@ def test_a_damaged_photo_stops_neither_scan_nor_engine(
     zero = np.zeros(1, np.int32)
     ends, kinds = np.array([0, len(blob)]), np.array([kind])
     split = Split("val", ("a",), zero, sizes, zero, os.fsencode(path.parent), blob, ends, zero, zero, kinds)
-    engine = PillowEngine(split, 64, 8, torch.device("cpu"), 1, (0.5,) * 3, (0.5,) * 3)
-    engine.submit(EvalPlan(sizes, image_size=64, resize=72).views(0, np.array([0])))
-    pixels = engine.fetch()
-    engine.close()
-    assert len(pixels.images) + len(pixels.failed) == 1
-    assert pixels.images.isfinite().all()
-    assert all(reason and len(reason.splitlines()) == 1 for reason in pixels.failed.values())
+    failed = []
+    for each in THREADED:
+        engine = engine_module(each).ENGINE(split, 64, 8, torch.device("cpu"), 1, (0.5,) * 3, (0.5,) * 3)
+        engine.submit(EvalPlan(sizes, image_size=64, resize=72).views(0, np.array([0])))
+        pixels = engine.fetch()
+        engine.close()
+        assert len(pixels.images) + len(pixels.failed) == 1
+        assert pixels.images.isfinite().all()
+        assert all(reason and len(reason.splitlines()) == 1 for reason in pixels.failed.values())
+        failed.append(pixels.failed)
+    assert all(each == failed[0] for each in failed)
 
 
 PIECES = [

@@ -189,7 +189,7 @@ WRONG = [
     ("val_fraction", "1", "a finite number > 0 and < 1"),
     ("compile", "2", "true or false"),
     ("compile", "maybe", "true or false"),
-    ("loader", "DALI", "auto, dali or pillow"),
+    ("loader", "DALI", "auto, dali, nvimgcodec or pillow"),
     ("freeze", "layer4", "none, stem, layer1, layer2, layer3 or auto"),
     ("freeze", "null", "none, stem"),
     ("arch", "mobilenet_v3", "mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large or one of 68 (docs/settings.md)"),

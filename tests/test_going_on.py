@@ -63,6 +63,7 @@ def test_our_own_advice_is_followed_in_the_same_run(start):
     for change in ("max_batch_per_device 2 (was null)", "skip_bad_files true (was false)", "epochs 2 (was 1)"):
         assert change in line
     assert "resumed at step 7" in succeeded(start(*advice, "--channels-last", "false", epochs=2))
+    assert "loader: pillow (as before); " in succeeded(start(*advice[:-2], "--channels-last", "false", epochs=3))
 
 
 @pytest.mark.slow

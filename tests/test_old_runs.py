@@ -25,7 +25,7 @@ def expected(old_run) -> dict[str, Any]:
 
 
 def test_an_old_run_is_evaluated(old_run, expected, run_here):
-    done = run_here(evaluate, old_run, "--data", "photos", "--json", "scores.json")
+    done = run_here(evaluate, old_run, "--data", "photos", "--json", "scores.json", "--loader", "pillow")
     assert done.returncode == 0, done.stderr
     scores = json.loads(Path("scores.json").read_text())
     for key in ("confusion_matrix", "dataset_fingerprint"):
@@ -34,7 +34,7 @@ def test_an_old_run_is_evaluated(old_run, expected, run_here):
 
 
 def test_an_old_run_predicts(old_run, expected, run_here):
-    done = run_here(predict, old_run, "photos/val", "--json", "answers.jsonl", "--cpu")
+    done = run_here(predict, old_run, "photos/val", "--json", "answers.jsonl", "--cpu", "--loader", "pillow")
     assert done.returncode == 0, done.stderr
     answers = {row.pop("path"): row for row in map(json.loads, Path("answers.jsonl").read_text().splitlines())}
     assert answers.keys() == expected["predict"].keys()
@@ -55,6 +55,7 @@ def test_an_old_run_goes_on_as_it_would_have(old_run, expected, run_here):
     Path("weights.pth").symlink_to(old_run / "best.pt")
     done = run_here(train, *SETTINGS.split())
     assert done.returncode == 0, done.stderr
+    assert "loader: pillow (as before); " in done.stdout
     assert "resumed at step 5, from epoch-0001-step-00000005" in done.stdout
     rows = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["global_step"]) for row in rows] == [

@@ -63,6 +63,8 @@ def test_what_an_older_version_did_not_write_is_filled_in(tmp_path):
     assert read_description(tmp_path, "run")["test_flips"] is False
     (tmp_path / "progress.json").write_text(json.dumps(without(PROGRESS, "format")))
     assert read_progress(tmp_path) == PROGRESS
+    (tmp_path / "progress.json").write_text(json.dumps(without(without(PROGRESS, "engine"), "device")))
+    assert read_progress(tmp_path) == PROGRESS | {"engine": "pillow", "device": "cpu"}
 
 
 @pytest.mark.parametrize("key", ["arch", "classes", "image_size", "resize", "mean", "std"])

@@ -1,6 +1,6 @@
 """The index: a folder or a CSV file of labelled photos becomes arrays, by one scan of the headers, which is cached.
 
-What a folder or a CSV file means, `layout` says. The scan alone decides about a file, for both engines (`headers`), and
+What a folder or a CSV file means, `layout` says. The scan alone decides about a file, for all engines (`headers`), and
 a later scan opens only new and changed files.
 """
 

@@ -87,7 +87,7 @@ def window_of(split: Split, views: Views, position: int) -> Image.Image:
         if upright != tuple(split.sizes[index].tolist()):
             raise ValueError(SIZE_HAS_CHANGED)
         white = white_level(photo) if photo.mode[0] in "IF" else None
-        window = photo.crop(_stored_box(views.windows[position], orientation, photo.size))
+        window = photo.crop(stored_box(views.windows[position], orientation, photo.size))
         picture = _to_rgb(window, white, split.transparency)
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 
@@ -110,7 +110,18 @@ def decoding_error(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _stored_box(window: np.ndarray, orientation: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """uint8 [H, W, 3] of the stored picture, turned as EXIF's orientation says; a view of it."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def stored_box(window: np.ndarray, orientation: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Left, top, right, bottom in the stored picture of a window that is given in the upright one."""
     top, left, height, width = (int(value) for value in window)
     if orientation in (5, 6, 7, 8):

@@ -1,4 +1,4 @@
-"""The only check of a file, for both engines: its header, its size, its structure and its end. Nothing is decoded."""
+"""The only check of a file, for all engines: its header, its size, its structure and its end. Nothing is decoded."""
 
 import ctypes
 import ctypes.util

@@ -138,6 +138,8 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
     decisions = {
         "first_weights": checked.first_weights,
         "settings": asdict(config),
+        "engine": checked.engine,
+        "device": accelerator.device.type,
         "freeze": start.freeze,
         "views_per_photo": chosen.views_per_photo,
         "epochs": chosen.epochs,

@@ -102,7 +102,8 @@ def check(arguments: list[str]) -> Checked | None:
     if config.batchnorm == "sync" and state.device.type != "cuda":
         advice = "this run goes on on those only" if saved else "give train or frozen"
         raise UserError(f"batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: {advice}")
-    engine, reason = agree_on_engine(config.loader, state)
+    kept = saved["engine"] if saved and saved["device"] == state.device.type else None
+    engine, reason = agree_on_engine(config.loader, state, kept)
     trackers = None if config.tracker == "none" else config.tracker
     likely_epochs = LONG if config.epochs == "auto" else config.epochs
     steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)

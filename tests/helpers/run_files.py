@@ -32,6 +32,8 @@ PROGRESS: dict[str, Any] = {
     "not_finite_in_a_row": 0,
     "world_size": 1,
     "precision": "no",
+    "engine": "dali",
+    "device": "cuda",
     "first_weights": "0a",
     "settings": {"lr": 0.1, "epochs": 5, "run": None, "compile": False},
     "dataset_fingerprint": "abc",

@@ -18,6 +18,7 @@ import evaluate
 import train
 from pipelines import wandb_sync
 from pipelines.config import parse_config
+from pipelines.data.engines.factory import choose_engine
 from pipelines.run.folder import RunFolder, new_run_name
 from pipelines.tracking.wandb_files import attempt_folders, has_key, history_row, read_records, steps_on_disk
 from tests.helpers.paths import ROOT
@@ -37,6 +38,7 @@ from tests.helpers.wandb_server_standin import KEY
 
 import psutil
 import pytest
+import torch
 import wandb
 import yaml
 
@@ -413,7 +415,12 @@ def test_a_whole_run_tells_its_story(whole, tmp_path, run_here):
     # The config is flat and says what explains a difference between runs.
     config = found["config"]
     expected = {"lr": 0.002, "batch_size": 4, "train_photos": 24, "val_photos": 24, "classes": 6, "world_size": 1}
-    expected |= {"engine": "pillow", "precision": "no", "devices": "cpu", "parameters": 11179590}
+    expected |= {
+        "engine": choose_engine("auto", torch.device("cpu"))[0],
+        "precision": "no",
+        "devices": "cpu",
+        "parameters": 11179590,
+    }
     assert expected.items() <= config.items()
     assert config["trained_parameters"] == config["parameters"]
     assert len(config["dataset_fingerprint"]) == 32

@@ -52,13 +52,13 @@ def choose_engine(wanted: str, device: torch.device, among: Sequence[str] = ENGI
 def agree_on_engine(wanted: str, state: PartialState, kept: str | None = None) -> tuple[str, str]:
     """`choose_engine` for all processes of a run: one process of each node tries, and all take the same engine.
 
-    kept: what auto came to when the run began; it is taken again where it runs.
+    kept: what the run had before; auto is that again where it runs.
     """
     if kept is not None and kept in ENGINES and wanted == "auto":
         with suppress(UserError, MachineError):
-            return _agreed(kept, state)[0], "as the run began"
+            return _agreed(kept, state)[0], "as before"
         name, why = _agreed(wanted, state)
-        return name, f"{why}; the run began with {kept}"
+        return name, f"{why}; before it was {kept}"
     return _agreed(wanted, state)
 
 

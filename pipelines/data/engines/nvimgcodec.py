@@ -1,0 +1,163 @@
+"""The nvImageCodec engine: JPEGs decoded by NVIDIA's library on the CPU, of each only what a view needs, and resized by
+PyTorch.
+
+nvImageCodec comes with DALI; it needs no GPU and no driver here. Its libjpeg-turbo gives Pillow's pixels bit for bit,
+PyTorch's antialiased resize of uint8 those of torchvision's v2 transforms on tensors. Whatever is no plain JPEG, or is
+not taken, Pillow does.
+"""
+
+import io
+import math
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pipelines.data.dataset import Split
+from pipelines.data.decode import stored_box, turned_upright
+from pipelines.data.engines.base import Engine, Fault
+from pipelines.data.engines.pillow import PillowEngine
+from pipelines.data.headers import FORMATS, exif_orientation
+from pipelines.data.plan import Views
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+_JPEG = FORMATS.index("JPEG")
+# Times the square that is kept: of a long strip all is resized here, and Pillow does that part alone.
+_LARGEST_RESIZED = 8
+
+
+class NvImageCodecEngine(PillowEngine):
+    """See `base.Engine`. `threads` photos are decoded at a time."""
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = (
+        *PillowEngine.LIBRARIES,
+        *("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),  # one of them, with DALI
+    )
+
+    def __init__(
+        self,
+        split: Split,
+        image_size: int,
+        micro_batch: int,
+        device: torch.device,
+        threads: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__(split, image_size, micro_batch, device, threads, mean, std)
+        self._of_thread = threading.local()
+
+    def _pixels(self, views: Views, position: int) -> np.ndarray:
+        index = int(views.indices[position])
+        window, (top, left) = views.windows[position], views.anchors[position].tolist()
+        rows = _needed(int(window[2]), int(views.resized[position, 0]), top, self._image_size)
+        columns = _needed(int(window[3]), int(views.resized[position, 1]), left, self._image_size)
+        is_strip = views.resized[position].prod(dtype=np.int64) > _LARGEST_RESIZED * self._image_size**2
+        is_taken = self._split.kinds[index] == _JPEG and not is_strip
+        part = self._decoded(index, window, rows, columns) if is_taken else None
+        if part is None:
+            return super()._pixels(views, position)
+        pixels = _resized(part, window[2:], rows, columns, views.resized[position], (top, left), self._image_size)
+        return pixels[:, ::-1] if views.flips[position] else pixels
+
+    def _decoded(self, index: int, window: np.ndarray, rows: range, columns: range) -> np.ndarray | None:
+        """uint8 [rows, columns, 3], upright, of a window; None where Pillow is to decode, or to say what is wrong."""
+        path = self._split.path(index)
+        with Image.open(path) as photo:  # reads the header
+            orientation = exif_orientation(photo)
+            size = photo.size if orientation >= 5 else photo.size[::-1]
+            if size != tuple(self._split.sizes[index].tolist()) or photo.mode not in ("RGB", "L"):
+                return None
+            if photo.info.get("adobe_transform") == 0 and photo.mode == "RGB":
+                return None
+            within = np.array([window[0] + rows.start, window[1] + columns.start, len(rows), len(columns)])
+            left, top, right, bottom = stored_box(within, orientation, photo.size)
+        pixels = self._decoder().window(path, top, left, bottom, right)
+        return None if pixels is None else turned_upright(pixels, orientation)
+
+    def _decoder(self) -> "_Decoder":
+        """This thread's own: it decodes in the thread that asks."""
+        if not hasattr(self._of_thread, "decoder"):
+            self._of_thread.decoder = _Decoder()
+        return self._of_thread.decoder
+
+
+class _Decoder:
+    """nvImageCodec's, without a GPU and without threads of its own."""
+
+    def __init__(self) -> None:
+        # Read as it is loaded. Whatever it says of a photo, on stderr itself, Pillow's error tells too.
+        os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+        from nvidia import nvimgcodec
+
+        self._library: Any = nvimgcodec
+        self._as_stored = nvimgcodec.DecodeParams(apply_exif_orientation=False)
+        self._decoder = nvimgcodec.Decoder(
+            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=1,
+            backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+        )
+
+    def window(self, source: str | bytes, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
+        """uint8 [bottom - top, right - left, 3] of a JPEG, a file or its content, as it is stored; None where it is not
+        decoded."""
+        region = self._library.Region(top, left, bottom, right)
+        part = self._library.CodeStream(source).get_sub_code_stream(region=region)
+        decoded = self._decoder.decode(part, params=self._as_stored)
+        pixels = None if decoded is None else np.asarray(decoded)
+        return pixels if pixels is not None and pixels.shape == (bottom - top, right - left, 3) else None
+
+
+ENGINE: type[Engine] = NvImageCodecEngine
+AUTO_WITH = ("a GPU", "no GPU")
+
+
+def fault(device: torch.device) -> Fault | None:
+    """Decodes a window of a drawn photo, which must be Pillow's."""
+    noise, file = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG", quality=90)
+    try:
+        found = _Decoder().window(file.getvalue(), 9, 17, 40, 60)
+    except ModuleNotFoundError:
+        return Fault("nvImageCodec is not installed here", "install nvidia-nvimgcodec-cu13")
+    except Exception as error:  # of a library for another system, of many kinds
+        return Fault(f"nvImageCodec does not work here ({' '.join(str(error).split())[:200] or type(error).__name__})")
+    with Image.open(file) as photo:
+        is_right = found is not None and np.array_equal(found, np.asarray(photo)[9:40, 17:60])
+    return None if is_right else Fault("nvImageCodec's pixels are not Pillow's here")
+
+
+def _needed(length: int, resized: int, first: int, kept: int) -> range:
+    """Which of `length` pixels of a side the `kept` ones from `first` on are made of, once it is `resized` long.
+
+    PyTorch's antialiasing triangle reaches a step of the resized side to both directions, and a pixel at least.
+    """
+    step = length / resized
+    reach = max(1.0, step) + 1
+    return range(max(0, math.floor(first * step - reach)), min(length, math.ceil((first + kept) * step + reach)))
+
+
+def _resized(
+    part: np.ndarray,
+    size: np.ndarray,
+    rows: range,
+    columns: range,
+    resized: np.ndarray,
+    anchor: tuple[int, int],
+    image_size: int,
+) -> np.ndarray:
+    """uint8 [image_size, image_size, 3]: what resizing a window of `size` to `resized` and cutting the square at
+    `anchor` out of it gives, where `part` is what that is made of: `rows` and `columns` of the window.
+    """
+    whole = part
+    if part.shape[:2] != tuple(size.tolist()):
+        whole = np.empty((*size.tolist(), 3), np.uint8)  # what stands elsewhere decides nothing that is kept
+        whole[rows.start : rows.stop, columns.start : columns.stop] = part
+    image = torch.from_numpy(np.ascontiguousarray(whole)).permute(2, 0, 1)[None]
+    found = functional.interpolate(image, tuple(resized.tolist()), mode="bilinear", antialias=True)
+    top, left = anchor
+    return found[0, :, top : top + image_size, left : left + image_size].permute(1, 2, 0).numpy()
