@@ -18,7 +18,7 @@ from pathlib import Path
 import train
 from pipelines.config import dump_yaml, parse_config
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
-from pipelines.data.engines.factory import engine_module
+from pipelines.data.engines.factory import choose_engine, engine_module
 from pipelines.data.engines.pillow import PillowEngine
 from pipelines.data.headers import FAULTS, inspect_file
 from pipelines.data.plan import EvalPlan
@@ -371,9 +371,11 @@ def assert_refused(code: int, out: str, lines: list[str], *told: str) -> None:
         assert words in lines[0]
 
 
-def test_dali_where_it_is_not_installed(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what Python keeps of an import that must fail
-    assert_refused(*run("--loader=dali"), "dali is not installed", "--loader pillow")
+@pytest.mark.parametrize("name", ["dali", "nvimgcodec"])
+def test_an_engine_that_is_not_installed(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, f"nvidia.{name}", None)  # what Python keeps of an import that must fail
+    assert_refused(*run(f"--loader={name}"), "is not installed here: install nvidia-", "or use --loader pillow")
+    assert choose_engine("auto", torch.device("cpu"))[0] != name
     assert not (tmp_path / "runs").exists()
 
 

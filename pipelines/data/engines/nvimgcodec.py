@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, ClassVar
 
 from pipelines.data.dataset import Split
@@ -92,9 +93,8 @@ class _Decoder:
     def __init__(self) -> None:
         # Read as it is loaded. Whatever it says of a photo, on stderr itself, Pillow's error tells too.
         os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-        from nvidia import nvimgcodec
-
-        self._library: Any = nvimgcodec
+        nvimgcodec: Any = import_module("nvidia.nvimgcodec")
+        self._library = nvimgcodec
         self._as_stored = nvimgcodec.DecodeParams(apply_exif_orientation=False)
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
