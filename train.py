@@ -22,7 +22,8 @@ if __name__ == "__main__":
 
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
-from pipelines.model.network import average_batchnorm_statistics
+from pipelines.model.average import follow
+from pipelines.model.network import TransferModel, average_batchnorm_statistics
 from pipelines.run.checkpoint import Checkpoints, Stateful, UnreadablePhotos
 from pipelines.run.folder import describe_model
 from pipelines.run.predictions import write_predictions
@@ -33,6 +34,8 @@ from pipelines.training.recorder import Recorder
 from pipelines.training.report import beginning_report, end_report, training_report, where
 from pipelines.training.session import Session
 from pipelines.training.step import update
+
+import numpy as np
 
 
 def main(arguments: list[str]) -> None:
@@ -61,6 +64,7 @@ def main(arguments: list[str]) -> None:
             "losses": session.watch,
             "unreadable": UnreadablePhotos(run, (training, components.validation)),
             **({"scaler": accelerator.scaler} if accelerator.scaler else {}),  # of fp16
+            **({"average": components.average} if components.average else {}),
         }
         checkpoints = Checkpoints(run, checked.dataset, accelerator, checkpoint_parts, components.decisions)
         if saved:
@@ -97,6 +101,8 @@ def main(arguments: list[str]) -> None:
                 votes, weights = session.votes(), built.class_weights
                 sums, batch = update(model, features, optimizer, step, votes, training, accelerator, config, weights)
                 progress.global_step += 1
+                if components.average and config.ema_decay:
+                    follow(components.average, network, config.ema_decay, progress.global_step)
                 progress.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
                 session.watch_step(sums, partial(where, progress.global_step, rates, batch.indices[:3], training))
                 recorder.step(sums, batch)
@@ -127,27 +133,37 @@ def evaluate_and_keep_best(
     means: the epoch's training means; {} before the training.
     """
     config, run, progress = checked.config, checked.run, session.progress
-    average_batchnorm_statistics(components.network, checked.accelerator.num_processes)
-    records = predict(
-        components.network,
-        components.validation,
-        checked.accelerator,
-        components.validation_features,
-        session.stop_is_asked,
-    )
+    best_by = BEST_BY[config.best_by]
     row: dict[str, Any] = {"epoch": epoch, "global_step": progress.global_step}
-    row |= validation_row(records, len(checked.classes))
+    network, (records, found) = components.network, _evaluated(components.network, checked, components, session)
+    row |= found
+    if components.average and progress.global_step:
+        averaged = _evaluated(components.average, checked, components, session)
+        row |= {key.replace("val/", "ema/"): value for key, value in averaged[1].items()}
+        if averaged[1][best_by] > found[best_by]:
+            network, (records, found) = components.average, averaged
+        found = {**found, "averaged": int(network is components.average)}
     _, _, correct = loss_and_top1(records)
-    is_best = progress.keep_best(row, BEST_BY[config.best_by], correct, len(records))
+    is_best = progress.keep_best({**row, **found}, best_by, correct, len(records))
     row |= best_scores(progress.best)  # a sweep stops by it
     recorder.evaluation(row, records)
     if is_best:
         answers = partial(write_predictions, records, components.validation.split, checked.classes)
-        run.save_best(components.network.network, describe_model(config, checked.dataset, progress.best), answers)
+        run.save_best(network.network, describe_model(config, checked.dataset, progress.best), answers)
         recorder.best_weights()
     progress.epoch = epoch
     session.write_status("running")
     recorder.end_epoch({**means, **row})
+
+
+def _evaluated(
+    network: TransferModel, checked: Checked, components: Components, session: Session
+) -> tuple[np.ndarray, dict[str, float]]:
+    """A network's records of the validation photos, and their row."""
+    average_batchnorm_statistics(network, checked.accelerator.num_processes)
+    loader, features = components.validation, components.validation_features
+    records = predict(network, loader, checked.accelerator, features, session.stop_is_asked)
+    return records, validation_row(records, len(checked.classes))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ EngineName = Annotated[Literal["auto", "dali", "nvimgcodec", "pillow"], BeforeVa
 _OF_EPOCHS = (
     *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
     *("freeze", "lr", "lr_body", "optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
-    *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience"),
+    *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
 )
 _OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
 
@@ -209,6 +209,9 @@ class Config:
     """share of the target that is spread over all classes"""
     clip_grad_norm: Annotated[float | None, Field(gt=0)] = None
     """largest norm that the gradient may have; null: any"""
+    ema_decay: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """what a moving average of the weights keeps of itself in a step; it is evaluated beside them, and the better of
+    the two may be best.pt, as model.json says; null: no average"""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """the update rule"""
@@ -333,6 +336,7 @@ GROUPS = {
         "class_weights",
         "label_smoothing",
         "clip_grad_norm",
+        "ema_decay",
     ],
     "Optimizer": [
         "optimizer",

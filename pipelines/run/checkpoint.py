@@ -157,9 +157,8 @@ class Checkpoints:
         self._tensors = {name: part for name, part in parts.items() if isinstance(part, _OF_PYTORCH)}
         self._others = {name: part for name, part in parts.items() if name not in self._tensors}
         self._decisions = decisions
-        network = parts["model"]
-        assert isinstance(network, TransferModel)
-        self._network = network
+        networks = {name: part for name, part in parts.items() if isinstance(part, TransferModel)}
+        self._networks = {"" if name == "model" else f"{name}.": network for name, network in networks.items()}
 
     def save(self) -> None:
         """Writes a checkpoint and removes all but the last two.
@@ -173,9 +172,9 @@ class Checkpoints:
             own = part.state_dict()
             assert not own.keys() & progress.keys(), f"{name} and another part keep something under the same name"
             progress |= own
-        if self._network.batchnorm == "train" and self._accelerator.num_processes > 1:
+        if self._networks[""].batchnorm == "train" and self._accelerator.num_processes > 1:
             # Each process's own between evaluations: their mean alone would not lead to the same bits.
-            state["batchnorm"] = gather_object([_statistics(self._network)])
+            state["batchnorm"] = gather_object([_statistics(self._networks)])
         on_main_process(self._accelerator.state, partial(self._write, state, progress))
 
     def load(self, progress: Mapping[str, Any]) -> None:
@@ -202,7 +201,9 @@ class Checkpoints:
                 part.load_state_dict(state[name])
         if state["batchnorm"]:
             own = _own_or_mean(state["batchnorm"], self._accelerator.process_index, self._accelerator.num_processes)
-            self._network.load_state_dict(own, strict=False)
+            for prefix, network in self._networks.items():
+                of_it = {name.removeprefix(prefix): value for name, value in own.items() if name.startswith(prefix)}
+                network.load_state_dict(of_it, strict=False)
 
     def _write(self, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
         name = f"epoch-{progress['epoch']:04}-step-{progress['global_step']:08}"
@@ -306,9 +307,16 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _statistics(network: TransferModel) -> dict[str, torch.Tensor]:
-    """BatchNorm's running statistics, on the CPU: networks that have any have no other buffers."""
-    return {name: buffer.detach().cpu() for name, buffer in network.named_buffers()}
+def _statistics(networks: Mapping[str, TransferModel]) -> dict[str, torch.Tensor]:
+    """BatchNorm's running statistics, on the CPU: networks that have any have no other buffers.
+
+    networks: by what their statistics' names begin with, "" for the one that is trained.
+    """
+    return {
+        prefix + name: buffer.detach().cpu()
+        for prefix, network in networks.items()
+        for name, buffer in network.named_buffers()
+    }
 
 
 def _own_or_mean(

@@ -98,8 +98,9 @@ def end_report(checked: Checked, components: Components, progress: Progress, sec
     accuracies = {key.removeprefix("val/"): f"{best[key]:.4f}" for key in BEST_BY.values() if key in best}
     chosen = BEST_BY[checked.config.best_by].removeprefix("val/")
     others = "".join(f" ({name} {value})" for name, value in accuracies.items() if name != chosen)
+    averaged = ", of the averaged weights" if best.get("averaged") else ""
     lines = [
-        f"best val {chosen} {accuracies[chosen]}{others} at epoch {best['epoch']}: {best['correct']} of "
+        f"best val {chosen} {accuracies[chosen]}{others} at epoch {best['epoch']}{averaged}: {best['correct']} of "
         f"{best['count']}, 95 % interval {low:.3f} to {high:.3f}; {seconds:.1f} s in all"
     ]
     if progress.epoch < schedule.epochs:
