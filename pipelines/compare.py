@@ -1,38 +1,60 @@
-"""Compares runs on this disk: the settings that differ, the best and the last metrics, the time; a table and a plot.
+"""Compares runs on this disk: settings that differ, metrics, time; and, photo by photo, which of them is better.
 
-    python -m pipelines.compare runs/*
+    python -m pipelines.compare runs/*                              # a table, a plot, a verdict on each
+    python -m pipelines.compare runs/A runs/B --html page.html      # and the photos on which they differ
+    python -m pipelines.compare runs/A runs/B --split test          # by what evaluate.py --split test has left
 
-The best run comes first. It needs no tracker: it reads config.yaml, metrics.jsonl and status.json of the run folders.
+Photos decide by what each run's predictions.csv says of them: all are compared with the first run that is named, by
+McNemar's exact test. Runs whose settings differ in the seed alone are one recipe, which has a mean and a spread. It
+needs no tracker: it reads run folders.
 """
 
 import argparse
+import base64
+import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from statistics import fmean, stdev
 from typing import Any
 
 if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
+from pipelines.data.decode import pixels_of_file
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
-from pipelines.files import check_replaceable
+from pipelines.files import atomic_write, begins_with, check_replaceable
+from pipelines.inference import read_preprocess
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder
-from pipelines.run_files import read_description, read_run_config, read_status
-from pipelines.text import check_printed, printable
+from pipelines.run.pairing import Pairing, pair
+from pipelines.run.predictions import Predictions, read_predictions
+from pipelines.run.resume import REFUSED
+from pipelines.run.significance import LEVEL, mean_interval
+from pipelines.run_files import Description, read_description, read_run_config, read_status, to_json
+from pipelines.text import check_printed, counted, listed, printable
 from pipelines.training.evaluation import BEST_BY
 
+from PIL import Image
+
 _NOT_COMPARED = {"run", "runs", "overwrite", "prepare"}
+_OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "weights", "dataset"}) - {"seed"}
 _WIDEST = 28  # characters of a cell
 _ABSENT = "-"
+_PAGE = Path(__file__).with_name("compare.html")
+_PICTURES, _PICTURE = 24, 176  # photos of a comparison on the page; pixels of a side
+_LISTED = 1000  # photos of a comparison in the JSON
+_CURVE = 400  # points
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. rows: those of metrics.jsonl."""
+    """One run folder. rows: those of metrics.jsonl. description: its model.json, None before there is one."""
 
+    folder: Path
+    description: Description | None
     name: str
     settings: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
@@ -65,21 +87,39 @@ class Run:
 
 
 def main(arguments: list[str]) -> None:
-    """The table on stdout, the plot as a PNG. Raises UserError where no run is named."""
+    """The table and the verdicts on stdout, the plot as a PNG. Raises UserError where no run is named."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.compare", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="the plot (default: comparison.png beside the runs)")
+    parser.add_argument("--split", metavar="NAME", help="by figures/predictions_NAME.csv (default: predictions.csv)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it there, for a browser")
     options = parser.parse_args(arguments)
-    runs = [read_run(folder) for folder in options.runs if (folder / "config.yaml").is_file()]
-    if not runs:
+    named = [read_run(folder) for folder in options.runs if (folder / "config.yaml").is_file()]
+    if not named:
         raise UserError("compare: none of these is a run folder with a config.yaml (trained runs stand in runs/)")
-    common = {run.best_by for run in runs}
-    order = common.pop() if len(common) == 1 else "val/top1"
-    runs.sort(key=lambda run: -run.best.get(order, -1.0))
-    print("\n".join(comparison_table(runs)))
     path = options.figure or options.runs[0].resolve().parent / "comparison.png"
     check_replaceable(path, figures.is_own_picture)
+    if options.json:
+        check_replaceable(options.json, begins_with('{\n  "compared": '))
+    if options.html:
+        check_replaceable(options.html, begins_with(_PAGE.read_text("utf-8").partition("\n")[0]))
+    common = {run.best_by for run in named}
+    order = common.pop() if len(common) == 1 else "val/top1"
+    runs = sorted(named, key=lambda run: -run.best.get(order, -1.0))
+    print("\n".join(comparison_table(runs)))
+    sides, notes = read_sides(named, options.split)
+    pairings = [pair(sides[0].predictions, side.predictions, _level(sides)) for side in sides[1:]]
+    notes += notes_on(sides, pairings, options.split)
+    lines = [*sides_table(sides), *(found.verdict(sides[0].name, side.name) for found, side in _pairs(sides, pairings))]
+    print(*[""][: len(lines + notes)], *lines, *notes, sep="\n")
+    content = _content(runs, sides, pairings, lines, notes)
+    if options.json:
+        _write(options.json, to_json(content, indent=2) + "\n")
+    if options.html:
+        _write(options.html, _page(content, runs, sides, pairings))
+        print(f"page: {printable(options.html)}")
     if figures.attempt(path.name, lambda: figures.save_comparison(path, {run.name: run.rows for run in runs})):
         print(f"\nplot: {printable(path)}", flush=True)
     check_printed()
@@ -89,10 +129,212 @@ def read_run(folder: Path) -> Run:
     """A run from its folder. UserError where a file of it is damaged."""
     run = RunFolder(folder)
     settings = {key: value for key, value in asdict(read_run_config(folder)).items() if key not in _NOT_COMPARED}
-    fingerprint = read_description(folder, "compare")["dataset_fingerprint"] if (folder / "model.json").exists() else ""
-    settings["dataset"] = fingerprint[:8] or _ABSENT
-    status = read_status(folder)
-    return Run(folder.resolve().name, settings, run.read_metrics(), status["state"] if status else _ABSENT)
+    description = read_description(folder, "compare") if (folder / "model.json").exists() else None
+    settings["dataset"] = (description["dataset_fingerprint"][:8] if description else "") or _ABSENT
+    status, name = read_status(folder), folder.resolve().name
+    return Run(folder, description, name, settings, run.read_metrics(), status["state"] if status else _ABSENT)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Runs of one recipe, of different seeds, with the predictions of each."""
+
+    runs: list[Run]
+    predictions: list[Predictions]
+
+    @property
+    def name(self) -> str:
+        """The first run's, and how many seeds there are."""
+        name = printable(self.runs[0].name)
+        return name if len(self.runs) == 1 else f"{name} ({len(self.runs)} seeds)"
+
+
+def read_sides(runs: Sequence[Run], split: str | None) -> tuple[list[Side], list[str]]:
+    """The recipes of `runs`, in order, and a line on the runs without predictions, which are in none."""
+    sides: dict[tuple[str, ...], list[Side]] = {}
+    order, without = list[Side](), list[str]()
+    name = f"figures/predictions_{split}.csv" if split else "predictions.csv"
+    for run in runs:
+        own = run.folder / name
+        if not split and not own.exists():  # of a run of an earlier version
+            own = run.folder / "figures" / "predictions_val.csv"
+        if not own.exists():
+            without.append(run.name)
+            continue
+        found = read_predictions(own)
+        scores = run.description["scores"] if run.description else {}
+        told = (scores.get("correct"), scores.get("count"))
+        if own.name == "predictions.csv" and told != (int(found.right.sum()), len(found)) and None not in told:
+            raise UserError(
+                f"{own}: {int(found.right.sum())} of {len(found)} photos are right, and by model.json {told[0]} of "
+                f"{told[1]}: it is not of these weights; remove it, and `accelerate launch evaluate.py {run.folder}`"
+            )
+        key = tuple(str(run.settings.get(each, _ABSENT)) for each in sorted(_OF_A_RECIPE))
+        seed = run.settings["seed"]
+        alike = sides.setdefault(key, [])
+        side = next((side for side in alike if seed not in [each.settings["seed"] for each in side.runs]), None)
+        if side is None:  # the same seed again: another version of the code, say
+            side = Side([], [])
+            alike.append(side)
+            order.append(side)
+        side.runs.append(run)
+        side.predictions.append(found)
+    flags = f" --split {split}" if split else ""
+    advice = f"`accelerate launch evaluate.py RUN{flags}` makes one"
+    return order, [f"not by photo, as there is no {printable(name)}: {listed(without)} ({advice})"] if without else []
+
+
+def sides_table(sides: Sequence[Side]) -> list[str]:
+    """A line for each recipe of several seeds: mean, spread and Student's interval of its accuracies."""
+    lines = []
+    for side in sides:
+        if len(side.runs) > 1:
+            found = [float(each.right.mean()) for each in side.predictions]
+            low, high = mean_interval(found)
+            told = f"{100 * fmean(found):.2f} % \u00b1 {100 * stdev(found):.2f}, 95 % interval of the mean "
+            lines.append(f"{side.name}: {told}{100 * low:.2f} to {100 * high:.2f}")
+    return lines
+
+
+def notes_on(sides: Sequence[Side], pairings: Sequence[Pairing], split: str | None) -> list[str]:
+    """What a person should know who reads the verdicts, in lines."""
+    notes = []
+    if len(sides) == 1 and len(sides[0].runs) > 1:
+        notes.append("the runs differ in nothing but the seed: no recipe is compared with another")
+    if any(found.p is not None for found in pairings):
+        notes.append("a verdict is on these trainings: with another seed each might have been better or worse")
+    if len(pairings) > 1:
+        told = f"{len(pairings)} comparisons: {100 * _level(sides):.3g} % each, so that all hold with 95 % (Dunn 1961)"
+        notes.append(told)
+    if pairings and split in (None, "val"):
+        notes.append("these photos have chosen each run's best epoch: --split compares on others")
+    if len({run.settings["dataset"] for side in sides for run in side.runs} - {_ABSENT}) > 1:
+        notes.append("the runs are of different data: photos of one path and label are taken for the same")
+    if left_out := max((found.left_out for found in pairings), default=0):
+        notes.append(f"left out: {counted(left_out, 'photo')} of other labels in other runs")
+    return notes
+
+
+def _level(sides: Sequence[Side]) -> float:
+    return 1 - (1 - LEVEL) / max(1, len(sides) - 1)
+
+
+def _pairs(sides: Sequence[Side], pairings: Sequence[Pairing]) -> Iterator[tuple[Pairing, Side]]:
+    return zip(pairings, sides[1:], strict=True)
+
+
+def _content(
+    runs: Sequence[Run], sides: Sequence[Side], pairings: Sequence[Pairing], verdicts: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """What --json has."""
+    keys = differing_settings(runs)
+    return {
+        "compared": "runs",
+        "verdicts": verdicts,
+        "notes": notes,
+        "runs": [
+            {
+                "run": printable(run.name),
+                "settings": {key: run.settings.get(key) for key in keys},
+                "best": dict(run.best),
+                "minutes": run.minutes,
+                "state": run.state,
+            }
+            for run in runs
+        ],
+        "recipes": [
+            {
+                "name": side.name,
+                "runs": [printable(run.name) for run in side.runs],
+                "accuracies": [float(found.right.mean()) if len(found) else None for found in side.predictions],
+            }
+            for side in sides
+        ],
+        "comparisons": [
+            {
+                "first": sides[0].name,
+                "second": side.name,
+                "photos": found.photos,
+                "left_out": found.left_out,
+                "only_first": found.only_one[0],
+                "only_second": found.only_one[1],
+                "difference": found.difference,
+                "level": found.level,
+                "interval": list(found.interval),
+                "seeds_interval": list(found.seeds_interval) if found.seeds_interval else None,
+                "p": found.p,
+                "is_shown": found.is_shown,
+                "differing": [_differing(sides[0], side, found, photo) for photo in found.differing()[:_LISTED]],
+            }
+            for found, side in _pairs(sides, pairings)
+        ],
+    }
+
+
+def _differing(first: Side, second: Side, pairing: Pairing, photo: int) -> dict[str, Any]:
+    """A photo, and the runs' answers to it with their probabilities, of both sides."""
+    answers = []
+    runs, predictions = [*first.runs, *second.runs], [*first.predictions, *second.predictions]
+    for run, found, rows in zip(runs, predictions, pairing.rows, strict=True):
+        row = int(rows[photo])
+        answer, probability = found.classes[found.answers[row, 0]], round(float(found.probabilities[row, 0]), 6)
+        answers.append({"run": printable(run.name), "answer": answer, "probability": probability})
+    one, row = first.predictions[0], int(pairing.rows[0][photo])
+    return {
+        "path": one.paths[row],
+        "label": one.classes[one.labels[row]],
+        "first": answers[: len(first.runs)],
+        "second": answers[len(first.runs) :],
+    }
+
+
+def _page(content: dict[str, Any], runs: Sequence[Run], sides: Sequence[Side], pairings: Sequence[Pairing]) -> str:
+    """The page: the same, the table, the curves, and as many photos as it may have."""
+    of_the_page = {
+        "table": _cells(runs),
+        "curves": {printable(run.name): _curves(run) for run in runs},
+    }
+    for comparison in content["comparisons"]:
+        comparison["differing"] = [
+            {**photo, "picture": _picture(sides[0].runs[0], photo["path"])}
+            for photo in comparison["differing"][:_PICTURES]
+        ]
+    # Within a script, "<" might end it; JSON may spell it so.
+    return _PAGE.read_text("utf-8").replace("DATA", to_json(content | of_the_page).replace("<", "\\u003c"))
+
+
+def _curves(run: Run) -> dict[str, list[list[float]]]:
+    found = {}
+    for key in ("val/top1", "val/loss", "train/loss"):
+        rows = [[row["epoch"], row[key]] for row in run.rows if row.get(key) is not None]
+        found[key] = rows[:: max(1, -(-len(rows) // _CURVE))]
+    return found
+
+
+def _picture(run: Run, path: str) -> str:
+    """A photo as the run's network sees it, as an address that holds it, or "" where there is none to show.
+
+    A run from elsewhere names any path: only what is below its data is looked at.
+    """
+    parts = PurePosixPath(path)
+    if run.description is None or parts.is_absolute() or ".." in parts.parts or not run.description["data"]:
+        return ""
+    data = Path(run.description["data"])
+    preprocess = read_preprocess(run.description, str(run.folder / "model.json"))
+    pixels = pixels_of_file(str((data if data.is_dir() else data.parent) / path), preprocess, whole=False)
+    if isinstance(pixels, str):
+        return ""
+    written = io.BytesIO()
+    Image.fromarray(pixels).resize((_PICTURE, _PICTURE)).save(written, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with atomic_write(path) as partial:
+            partial.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): give another name") from None
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
@@ -103,6 +345,12 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 def comparison_table(runs: Sequence[Run]) -> list[str]:
     """Aligned lines: one run each, under a header."""
+    table = [[_shortened(cell) for cell in row] for row in _cells(runs)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _cells(runs: Sequence[Run]) -> list[list[str]]:
     keys = differing_settings(runs)
     table = [
         [
@@ -123,9 +371,7 @@ def comparison_table(runs: Sequence[Run]) -> list[str]:
         last = [_number(run.last(key)) for key in ("val/top1", "val/loss", "train/loss")]
         settings = [str(run.settings.get(key, _ABSENT)) for key in keys]
         table.append([run.name, *settings, *best, *last, f"{run.minutes:.1f}", run.state])
-    table = [[_shortened(printable(cell)) for cell in row] for row in table]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return [[printable(cell) for cell in row] for row in table]
 
 
 def _number(value: float | None) -> str:
