@@ -89,6 +89,7 @@ _OF_EPOCHS = (
     *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
     *("freeze", "lr", "lr_body", "optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
     *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
+    *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
 )
 _OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
 
@@ -153,6 +154,20 @@ class Config:
     """smallest share of the photo that a training crop may have"""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """chance that a training photo is mirrored"""
+    vertical_flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """chance that a training photo is mirrored top to bottom, for photos without an up, as a microscope's"""
+    quarter_turns: bool = False
+    """turn training photos by 0, 90, 180 or 270 degrees, each as likely"""
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """largest change of a training photo's brightness: a factor of 1 - this to 1 + this"""
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """of its contrast, likewise"""
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """of its saturation, likewise"""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """largest turn of its hues, of the whole circle"""
+    erase_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """chance that a box of a fiftieth to a third of a training photo is erased (Zhong et al. 2020)"""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """which photos an epoch shows: shuffle, each once; balanced, as many of each class, so that those of small classes
     come several times and those of large ones in turn, over several epochs"""
@@ -322,8 +337,9 @@ GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
-        *("image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability", "sampler"),
-        "views_per_photo",
+        *("image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
+        *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue"),
+        *("erase_probability", "sampler", "views_per_photo"),
     ],
     "Loader": ["loader", "loader_threads", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],

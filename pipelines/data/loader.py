@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipelines.config import Config
+from pipelines.data.augment import altered
 from pipelines.data.dataset import Split
 from pipelines.data.engines.base import Engine
 from pipelines.data.engines.factory import make_engine
@@ -175,7 +176,8 @@ class Loader:
         self.wait_seconds += time.perf_counter() - started
         if pixels.failed:
             views = self._without_failed(views, pixels.failed)
-        return self._batch(pixels.images, views.indices)
+        images = altered(pixels.images, views.alterations) if views.alterations else pixels.images
+        return self._batch(images, views.indices)
 
     def _next_batch_without_images(self, ahead: Iterator[Views], _: list[Views]) -> Batch:
         return self._batch(self._no_images(), next(ahead).indices)

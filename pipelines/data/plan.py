@@ -12,7 +12,7 @@ The order of an epoch is computed position by position and never stored: the fir
 what any other does, no process keeps a copy, and a resume in mid-epoch has nothing to replay.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from pipelines.config import Config
@@ -25,19 +25,55 @@ _ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten as well
 _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
 
+_LOG_ERASE_RATIO = 1.2039728043259361  # log(10/3)
+
 # What a draw is for. Streams of different purpose never share a bit.
 _SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS, _CLASS_ORDER = 1, 2, 3, 4, 5, 6, 7
+_TURN, _COLOUR, _ERASE = 8, 9, 10
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What else is drawn for a training photo, by the settings of these names; by default nothing."""
+
+    vertical_flip_probability: float = 0.0
+    quarter_turns: bool = False
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    erase_probability: float = 0.0
+
+
+@dataclass(frozen=True)
+class Alterations:
+    """What is done to the squares of n photos behind the engine, in this order.
+
+    vertical_flips: bool [n], mirrored top to bottom. transposed: bool [n], rows become columns.
+    colours: float32 [n, 4], what brightness, contrast and saturation are multiplied by, 1 for as they are, and what is
+    added to the hue, of a circle of 1. erased: int32 [n, 4], top, left, height, width of a box in the square.
+    """
+
+    vertical_flips: np.ndarray
+    transposed: np.ndarray
+    colours: np.ndarray
+    erased: np.ndarray
+
+    def select(self, chosen: np.ndarray) -> "Alterations":
+        """Those that `chosen` (bool [n] or positions) names, in the same order."""
+        return Alterations(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Views:
-    """What to do with n photos, in order: decode `windows`, resize to `resized`, cut at `anchors`, flip.
+    """What to do with n photos, in order: decode `windows`, resize to `resized`, cut at `anchors`, flip, alter.
 
     indices: int64 [n], positions in the dataset's split.
     windows: int32 [n, 4], top, left, height, width in the upright photo (after EXIF rotation), in pixels.
     resized: int32 [n, 2], height, width that the window is resized to.
     anchors: int32 [n, 2], top, left of the image_size x image_size square that is kept of the resized window.
     flips: bool [n], whether the square is mirrored left to right.
+    alterations: None for none.
     """
 
     indices: np.ndarray
@@ -45,13 +81,17 @@ class Views:
     resized: np.ndarray
     anchors: np.ndarray
     flips: np.ndarray
+    alterations: Alterations | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def select(self, chosen: np.ndarray) -> "Views":
         """The views that `chosen` (bool [n] or positions) names, in the same order."""
-        return Views(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+        kept = (self.indices, self.windows, self.resized, self.anchors, self.flips)
+        indices, windows, resized, anchors, flips = (each[chosen] for each in kept)
+        alterations = self.alterations and self.alterations.select(chosen)
+        return Views(indices, windows, resized, anchors, flips, alterations)
 
 
 class Plan(Protocol):
@@ -79,7 +119,7 @@ class TrainPlan:
     photo's own.
 
     sizes: int32 [N, 2], height and width of each upright photo in pixels; (0, 0) for a photo that cannot be read,
-    which keeps its place.
+    which keeps its place. augmentation: what else is drawn, the same for a photo's view as for a position.
     balanced_labels: int [N], the photos' classes, for epochs that show as many of each; None for each photo once.
     """
 
@@ -94,6 +134,7 @@ class TrainPlan:
         views_per_photo: int | None = None,
         crop_mode: str = "center",
         balanced_labels: np.ndarray | None = None,
+        augmentation: Augmentation = Augmentation(),
     ) -> None:
         self.length = len(sizes)
         self.image_size = image_size
@@ -103,6 +144,7 @@ class TrainPlan:
         self._crop_scale_min = crop_scale_min
         self._flip_probability = flip_probability
         self._views_per_photo = views_per_photo
+        self._augmentation = augmentation
         if balanced_labels is not None:
             self._by_class = np.argsort(balanced_labels, kind="stable").astype(np.int32)
             _, self._first, self._count = np.unique(
@@ -150,7 +192,27 @@ class TrainPlan:
         )
         flips = flips < self._flip_probability
         resized = np.full((len(indices), 2), self.image_size, np.int32)
-        return Views(indices, windows, resized, np.zeros((len(indices), 2), np.int32), flips)
+        anchors = np.zeros((len(indices), 2), np.int32)
+        if self._augmentation == Augmentation():
+            return Views(indices, windows, resized, anchors, flips)
+        flips, alterations = self._altered(flips, epoch, owner)
+        return Views(indices, windows, resized, anchors, flips, alterations)
+
+    def _altered(self, flips: np.ndarray, epoch: int, owner: np.ndarray) -> tuple[np.ndarray, Alterations]:
+        """What is drawn besides crop and flip, and the flips that it leaves to the engine."""
+        asked = self._augmentation
+        turn, colour, erase = (
+            uniform(random_bits(self._seed, purpose, epoch, owner[:, None], np.arange(count)))
+            for purpose, count in ((_TURN, 2), (_COLOUR, 4), (_ERASE, 5))
+        )
+        vertical = turn[:, 0] < asked.vertical_flip_probability
+        quarters = np.floor(4 * turn[:, 1]).astype(np.int64) if asked.quarter_turns else np.zeros(len(owner), np.int64)
+        # A quarter turn is a flip left to right and then a transposition, which swaps the two flips if moved past them.
+        flips, vertical = flips ^ np.isin(quarters, (1, 2)), vertical ^ np.isin(quarters, (2, 3))
+        strengths = np.array([asked.brightness, asked.contrast, asked.saturation, asked.hue])
+        colours = (np.array([1, 1, 1, 0]) + (2 * colour - 1) * strengths).astype(np.float32)
+        erased = random_box(erase[:, 1:], self.image_size) * (erase[:, :1] < asked.erase_probability)
+        return flips, Alterations(vertical, quarters % 2 == 1, colours, erased.astype(np.int32))
 
     def _parts(self, indices: np.ndarray, turn: int) -> np.ndarray:
         """int64 [n, 5]: from which K-th part of its range a photo draws each value in its view `turn` of K."""
@@ -173,6 +235,7 @@ def train_plan(config: Config, sizes: np.ndarray, labels: np.ndarray) -> TrainPl
         views_per_photo=config.views_per_photo,
         crop_mode=config.crop_mode,
         balanced_labels=labels if config.sampler == "balanced" else None,
+        augmentation=Augmentation(**{field.name: getattr(config, field.name) for field in fields(Augmentation)}),
     )
 
 
@@ -293,6 +356,21 @@ def random_resized_crop(sizes: np.ndarray, draws: np.ndarray, *, scale_min: floa
     found = fits.any(axis=1, keepdims=True)
     chosen = [np.where(found, *pair) for pair in zip([top, left, h, w], central, strict=True)]
     return np.concatenate(chosen, axis=1).astype(np.int32)
+
+
+def random_box(draws: np.ndarray, size: int) -> np.ndarray:
+    """int64 [n, 4]: top, left, height, width of a box in a square, as in random erasing (Zhong et al. 2020): an area of
+    0.02 to 1/3 of it, an aspect ratio log-uniform in [3/10, 10/3], cut to the square.
+
+    draws: float64 [n, 4] in [0, 1), for area, aspect ratio, top and left.
+    """
+    area = size**2 * (0.02 + (1 / 3 - 0.02) * draws[:, 0])
+    ratio = _exp((2 * draws[:, 1] - 1) * (_LOG_ERASE_RATIO / 8))  # of a number small enough for the series
+    for _ in range(3):
+        ratio = ratio * ratio
+    height, width = (np.clip(np.rint(np.sqrt(each)), 1, size) for each in (area / ratio, area * ratio))
+    top, left = np.floor(draws[:, 2] * (size - height + 1)), np.floor(draws[:, 3] * (size - width + 1))
+    return np.stack([top, left, height, width], axis=1).astype(np.int64)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

@@ -195,7 +195,10 @@ class FrozenFeatures:
         """int64, one for each row, of a photo's content and view: the same wherever the two are."""
         split = self._loader.split
         views = self._loader.in_order(1).plan.views(view, np.arange(self._loader.plan.length))
-        others = [getattr(views, name).T for name in views.__dataclass_fields__ if name not in ("indices", "flips")]
+        others = [views.windows.T, views.resized.T, views.anchors.T]
+        if altered := views.alterations:
+            colours = altered.colours.view(np.uint32)
+            others += [altered.vertical_flips, altered.transposed, colours.T, altered.erased.T]
         columns = [
             split.signatures,
             split.mtimes,

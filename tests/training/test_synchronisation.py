@@ -4,8 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipelines.config import Config
+from pipelines.data.augment import altered
 from pipelines.data.loader import Batch, Step
+from pipelines.data.plan import Augmentation, TrainPlan
 from pipelines.distributed.copies import to_device
+from pipelines.model.average import average_of, follow
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TrainedPart, TransferModel
 from pipelines.model.optimizer import make_optimizer
@@ -13,6 +16,7 @@ from pipelines.training.evaluation import _outcomes
 from pipelines.training.progress import Interval
 from pipelines.training.step import update
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -117,6 +121,26 @@ def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, f
 
 def batch(images: torch.Tensor) -> Batch:
     return Batch(images, to_device(torch.zeros(4, dtype=torch.int64), STAND_IN), torch.arange(4))
+
+
+def test_what_comes_behind_a_step_and_behind_the_engine_waits_for_nothing(no_waiting):
+    with STAND_IN:
+        network = TransferModel(resnet18(num_classes=3), frozen_stages=0, batchnorm="train").train()
+        images = torch.zeros(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    average = average_of(network)
+    plan = TrainPlan(
+        np.full((9, 2), 80),
+        seed=0,
+        image_size=64,
+        crop_scale_min=0.5,
+        flip_probability=0.5,
+        augmentation=Augmentation(0.5, True, 0.4, 0.4, 0.4, 0.1, 0.9),
+    )
+    alterations = plan.views(0, np.arange(4)).alterations
+    assert alterations
+    with no_waiting:
+        follow(average, network, 0.9, 3)
+        assert altered(images, alterations).device == STAND_IN
 
 
 def test_an_evaluation_waits_for_nothing_within_it(no_waiting):

@@ -1,0 +1,149 @@
+"""What the plan draws besides crop and flip is torchvision's, for each photo by itself, and the same wherever it is."""
+
+from dataclasses import replace
+
+from pipelines.data.augment import altered
+from pipelines.data.plan import Alterations, Augmentation, TrainPlan, ViewsInOrder
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from tests.helpers.engines import ENGINES, make_loader
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as F
+
+MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+ALL = Augmentation(0.5, True, 0.4, 0.3, 0.9, 0.2, 0.5)
+
+
+def plan_of(augmentation: Augmentation, photos: int = 400, **settings) -> TrainPlan:
+    settings = {"seed": 3, "image_size": 32, "crop_scale_min": 0.5, "flip_probability": 0.5} | settings
+    return TrainPlan(np.tile([60, 80], (photos, 1)), **settings, augmentation=augmentation)
+
+
+def of(count: int, **changed) -> Alterations:
+    """No alteration but the ones given."""
+    none = np.zeros(count, bool)
+    colours = np.tile(np.float32([1, 1, 1, 0]), (count, 1))
+    return replace(Alterations(none, none, colours, np.zeros((count, 4), np.int32)), **changed)
+
+
+@pytest.fixture
+def photos() -> torch.Tensor:
+    """float32 [5, 3, 8, 8] in [0, 1], the last one grey."""
+    photos = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    photos[4] = photos[4, :1]
+    return photos
+
+
+def test_colours_are_torchvisions(photos):
+    colours = np.float32([[1.3, 1, 1, 0], [1, 0.6, 1, 0], [1, 1, 0.2, 0], [1, 1, 1, -0.4], [0.7, 1.2, 1.4, 0.1]])
+    expected = []
+    for photo, (brightness, contrast, saturation, hue) in zip(photos, colours.tolist(), strict=True):
+        photo = F.adjust_contrast(F.adjust_brightness(photo, brightness), contrast)
+        expected.append(F.adjust_hue(F.adjust_saturation(photo, saturation), hue))
+    found = altered((photos - MEAN) / STD, of(5, colours=colours)) * STD + MEAN
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=2e-3)
+
+
+def test_boxes_are_filled_with_the_mean_and_nothing_else_is(photos):
+    boxes = np.int32([[0, 0, 8, 8], [2, 3, 4, 1], [0, 0, 0, 0], [7, 7, 1, 1], [0, 5, 8, 3]])
+    found = altered(photos - 2, of(5, erased=boxes))
+    for photo, original, (top, left, height, width) in zip(found, photos - 2, boxes.tolist(), strict=True):
+        expected = original.clone()
+        expected[:, top : top + height, left : left + width] = 0
+        assert torch.equal(photo, expected)
+
+
+@pytest.mark.parametrize("vertical", [0.0, 1.0])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_quarter_turns_are_those_of_the_flipped_photo(flip, vertical):
+    """The engine flips left to right, and the rest comes behind it: together a turn, each of the four as often."""
+    photo = torch.arange(3 * 32 * 32.0).view(3, 32, 32)
+    asked = Augmentation(vertical_flip_probability=vertical, quarter_turns=True)
+    views = plan_of(asked, flip_probability=flip).views(0, np.arange(400))
+    assert views.alterations
+    squares = torch.stack([photo.flip(2) if flipped else photo for flipped in views.flips])
+    flipped = photo.flip(2) if flip else photo
+    flipped = flipped.flip(1) if vertical else flipped
+    turned = [torch.rot90(flipped, quarters, (1, 2)) for quarters in range(4)]
+    found = altered(squares, views.alterations)
+    counts = [sum(torch.equal(each, one) for each in found) for one in turned]
+    assert sum(counts) == 400
+    assert min(counts) > 70
+
+
+def test_what_is_drawn_is_within_its_range_and_fills_it():
+    views = plan_of(ALL, 4000).views(0, np.arange(4000))
+    assert views.alterations
+    colours, erased = views.alterations.colours, views.alterations.erased
+    for column, middle, strength in zip(colours.T, (1, 1, 1, 0), (0.4, 0.3, 0.9, 0.2), strict=True):
+        assert np.abs(column - middle).max() == pytest.approx(strength, rel=0.01)
+        assert column.mean() == pytest.approx(middle, abs=0.05 * strength)
+    boxes = erased[erased.any(axis=1)]
+    assert len(boxes) == pytest.approx(2000, rel=0.1)
+    top, left, height, width = boxes.T
+    assert (top + height).max() <= 32
+    assert (left + width).max() <= 32
+    assert (boxes[:, :2] >= 0).all()
+    share = height * width / 32**2
+    assert 0.01 < share.min() < 0.03
+    assert 0.3 < share.max() < 0.36
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.sampled_from([None, 3]))
+def test_it_depends_on_seed_epoch_and_position_alone_and_changes_no_crop(seed, epoch, views_per_photo):
+    settings = {"seed": seed, "views_per_photo": views_per_photo}
+    whole = plan_of(ALL, 40, **settings).views(epoch, np.arange(40))
+    some = plan_of(ALL, 40, **settings).views(epoch, np.array([31, 7]))
+    plain = plan_of(Augmentation(), 40, **settings).views(epoch, np.arange(40))
+    assert plain.alterations is None
+    np.testing.assert_array_equal(whole.windows, plain.windows)
+    assert whole.alterations
+    assert some.alterations
+    chosen = whole.alterations.select(np.array([31, 7]))
+    for name in Alterations.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(chosen, name), getattr(some.alterations, name))
+    if views_per_photo:
+        in_order = ViewsInOrder(plan_of(ALL, 40, **settings)).views(epoch, whole.indices).alterations
+        assert in_order
+        np.testing.assert_array_equal(in_order.colours, whole.alterations.colours)
+
+
+def test_golden_alterations():
+    """Pinned for good, as the stream is."""
+    alterations = plan_of(ALL, 3, seed=7).views(2, np.arange(3)).alterations
+    assert alterations
+    assert alterations.vertical_flips.tolist() == [True, True, False]
+    assert alterations.transposed.tolist() == [True, True, True]
+    assert alterations.colours.tolist() == [
+        [1.3113270998001099, 0.9224354028701782, 0.4041377305984497, 0.036883603781461716],
+        [1.0705381631851196, 1.1153706312179565, 0.10206287354230881, 0.14652368426322937],
+        [1.1296454668045044, 1.2632396221160889, 0.5344452261924744, -0.07224519550800323],
+    ]
+    assert alterations.erased.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [16, 14, 4, 8]]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_comes_behind_every_engine(engine, split):
+    """Each image is what `altered` makes of the plain one."""
+    plain = TrainPlan(split.sizes, seed=3, image_size=64, crop_scale_min=0.08, flip_probability=0.5)
+    plan = TrainPlan(
+        split.sizes,
+        seed=3,
+        image_size=64,
+        crop_scale_min=0.08,
+        flip_probability=0.5,
+        augmentation=Augmentation(1, hue=0.3),
+    )
+    found = []
+    for each in (plain, plan):
+        loader = make_loader(split, engine, each, batch_size=4, micro_batch=4)
+        found.append(torch.cat([batch.images for step in loader.epoch(1) for batch in step.batches]))
+        loader.close()
+    alterations = plan.views(1, np.arange(len(split))).alterations
+    assert alterations
+    torch.testing.assert_close(found[1], altered(found[0], alterations))
+    assert not torch.equal(found[0], found[1])
