@@ -202,7 +202,7 @@ def read_trained_config(run: Path) -> Config | None:
     """The settings with which a run was trained, of its newest checkpoint that can be read; None where there is none,
     or an older version has not kept them. UserError where they are not of this version.
     """
-    newest = _newest_progress(run)
+    newest = newest_progress(run)
     settings = newest[1]["settings"] if newest else None
     if newest is None or settings is None:
         return None
@@ -212,14 +212,14 @@ def read_trained_config(run: Path) -> Config | None:
 def what_auto_came_to(run: Path, config: Config) -> Config:
     """`config`, of the run, with what `auto` has come to in it, as far as its newest readable checkpoint tells."""
     with suppress(NewerFormat, ValidationError):
-        newest = _newest_progress(run)
+        newest = newest_progress(run)
         kept: Mapping[str, Any] = newest[1] if newest else {}
         autos = [key for key in ("freeze", "views_per_photo", "epochs") if getattr(config, key) == "auto"]
         return replace(config, **{key: kept[key] for key in autos if key in kept})
     return config
 
 
-def _newest_progress(run: Path) -> tuple[Path, SavedProgress] | None:
+def newest_progress(run: Path) -> tuple[Path, SavedProgress] | None:
     """The newest checkpoint that is not damaged, and its progress. NewerFormat where a later version has written it."""
     for folder in reversed(checkpoint_folders(run / "checkpoints")):
         try:

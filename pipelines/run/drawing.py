@@ -65,9 +65,14 @@ def save_train_batch(
     """
     photos = images[:MAX_PHOTOS].transpose(0, 2, 3, 1) * np.asarray(std) + np.asarray(mean)
     photos = (np.nan_to_num(photos).clip(0, 1) * 255).round().astype(np.uint8)
-    with _photo_grid(path, photos, caption_lines=1) as tiles:
-        for tile, name in zip(tiles, titles[:MAX_PHOTOS], strict=True):
-            tile.set_title(_shortened(name, CAPTION))
+    save_views(path, photos, titles[:MAX_PHOTOS])
+
+
+def save_views(path: Path, photos: np.ndarray, titles: Sequence[str]) -> None:
+    """photos: uint8 [N, H, W, 3], all of them drawn; titles: N, of one line or more."""
+    with _photo_grid(path, photos, caption_lines=max([1, *(title.count("\n") + 1 for title in titles)])) as tiles:
+        for tile, title in zip(tiles, titles, strict=True):
+            tile.set_title("\n".join(_shortened(line, CAPTION) for line in title.split("\n")))
 
 
 def save_predictions(
