@@ -26,6 +26,7 @@ from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.loader import eval_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.data.shrink_pass import check_room, make_copies
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.sync import on_main_process
@@ -68,6 +69,7 @@ def main(arguments: list[str]) -> None:
     dataset, split_name = _choose_split(dataset, options)
     on_main_process(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(split_name,)))
     split = dataset.splits[split_name]
+    on_main_process(state, lambda: check_room([split], config))
     table = folder / f"predictions_{split_name}.csv"
     check_replaceable(table, begins_with("path,split,label,answer,"))
     weights, notes = _read_weights(options, config.arch, dataset, split)
@@ -86,6 +88,7 @@ def main(arguments: list[str]) -> None:
         processes = counted(accelerator.num_processes, "process")
         print(f"{processes} on {accelerator.device.type}; loader: {engine} ({reason})")
     mean, std = (description["mean"], description["std"]) if description else (IMAGENET_MEAN, IMAGENET_STD)
+    make_copies([split], config, state)
     loader = eval_loader(config, split, labels, state, engine, mean=mean, std=std)
     try:
         model = restore_model(config.arch, weights, test_flips=config.test_flips).to(accelerator.device)
@@ -141,6 +144,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--image-size", help="square that the network sees (default: the run's, or 224)")
     parser.add_argument("--resize", help="shorter side before the central crop (default: the run's, or 256)")
+    parser.add_argument("--shrink", help="shorter side of the copies of large photos (default: the run's, or null)")
     parser.add_argument("--crop-mode", choices=("center", "squash"), help="default: the run's, or center")
     parser.add_argument("--transparency", help="white, black or ignored (default: the run's, or white)")
     parser.add_test_flips()
@@ -164,7 +168,7 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
 
     What is done to a photo stands in model.json, as for whoever else reads the weights.
     """
-    of_the_model = ("data", "arch", "image_size", "resize", "crop_mode", "transparency", "test_flips")
+    of_the_model = ("data", "arch", "image_size", "resize", "shrink", "crop_mode", "transparency", "test_flips")
     keys = (*of_the_model, "class_names", "loader", "eval_batch_per_device", "skip_bad_files")
     given = {key: value for key in keys if (value := getattr(options, key)) is not None}
     if not description:
@@ -172,7 +176,7 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
     else:
         own: Mapping[str, Any] = description
         given = {key: own[key] for key in of_the_model if own[key] != ""} | given
-    flags = [f"--{key}={value}" for key, value in given.items()]
+    flags = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
     has_config = (options.model / "config.yaml").exists()
     config = read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
     if config.crop_mode == "squash" and options.resize is not None:

@@ -484,11 +484,16 @@ def _facts(
 
 def _geometry(preprocess: Preprocess) -> dict[str, str]:
     """How a photo becomes a square: in words, and in torchvision's."""
-    size, resize = preprocess.image_size, preprocess.resize
+    size, resize, shrink = preprocess.image_size, preprocess.resize, preprocess.shrink
+    first = (
+        f"a shorter side above {shrink} pixels\nto {shrink}, bicubic, saved as JPEG (95, 4:4:4) and read; "
+        if shrink
+        else ""
+    )
     if preprocess.crop_mode == "squash":
-        words = f"all of it squeezed into {size} x {size} pixels, bilinear\nwith antialiasing"
+        words = f"{first}all of it squeezed into {size} x {size} pixels, bilinear\nwith antialiasing"
         return {"geometry": words, "transforms": f"transforms.Resize(({size}, {size}))"}
-    words = f"shorter side to {resize} pixels, bilinear with\nantialiasing; the central {size} x {size}"
+    words = f"{first}shorter side to {resize} pixels, bilinear with\nantialiasing; the central {size} x {size}"
     return {"geometry": words, "transforms": f"transforms.Resize({resize}),\n    transforms.CenterCrop({size})"}
 
 

@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,6 +62,35 @@ def _private_folder(name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"{name}-"))
     except OSError:  # as where the temporary folder is full; whoever writes there will tell
         return folder
+
+
+def make_room(folder: Path, size: int, limit: int, needed: Collection[Path] = ()) -> None:
+    """Removes files below `folder`, the longest unused first, until all of them and `size` bytes more are no more than
+    `limit` bytes; those that a killed run was writing too. needed: files that stay."""
+    files = [(state.st_mtime, state.st_size, file) for file, state in files_below(folder)]
+    total = size + sum(freed for _, freed, _ in files)
+    for _, freed, file in sorted(files):
+        if total <= limit:
+            return
+        if file not in needed:
+            remove(file, folder)
+            total -= freed
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Each file at any depth; not those that somebody removes meanwhile."""
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            if stat.S_ISREG((state := file.stat()).st_mode):
+                yield file, state
+
+
+def remove(file: Path, folder: Path) -> None:
+    """Removes a file somewhere below `folder`, and a folder that this leaves empty there."""
+    with suppress(OSError):
+        file.unlink()
+        if file.parent != folder:
+            file.parent.rmdir()
 
 
 def _writable(folder: Path) -> Path:

@@ -72,6 +72,7 @@ STAGED = ("resnet", "resnext", "wide_resnet")  # how those begin whose stages ca
 _MOST_NAMED = 12  # of a setting's values
 ImageSize = Annotated[int, Field(ge=64, le=1024)]
 Resize = Annotated[int, Field(ge=64, le=4096)]
+Shrink = Annotated[int, Field(ge=64, le=8192)]
 Freeze = Literal["none", "stem", "layer1", "layer2", "layer3", "auto"]
 CropMode = Literal["center", "squash", "auto"]
 Transparency = Literal["white", "black", "ignored"]
@@ -138,12 +139,16 @@ class Config:
     """leave out files that cannot be read, instead of stopping"""
     cache_gb: Annotated[float, Field(ge=0)] = 4
     """most gigabytes of what frozen stages made of photos that are kept in the cache folder, for later runs of any head
-    on the same views; the longest unused go first; 0: none are kept or looked for"""
+    on the same views, and as many of shrunk photos; the longest unused go first; 0: none are kept or looked for"""
 
     image_size: ImageSize = 224
     """side of the square that the model sees, in pixels"""
     resize: Resize = 256
     """shorter side of a validation photo before its centre is cut out, in pixels"""
+    shrink: Shrink | None = None
+    """photos whose shorter side is larger, in pixels, are read from copies of this size, which are made once and kept
+    in the cache folder: of phone photos, later epochs are read many times as fast with 512; null: photos are read as
+    they lie"""
     crop_mode: CropMode = "center"
     """what validation sees of a photo: center, its central square; squash, all of it, squeezed into the square (resize
     plays no part then), with training crops squeezed alike; auto: squash where the median training photo is 1.75 times
@@ -300,6 +305,9 @@ class Config:
     def _check_together(self) -> "Config":
         if self.resize < self.image_size:
             raise Contradiction("resize must be at least image_size", "resize", "image_size")
+        least = "image_size" if self.crop_mode == "squash" else "resize"
+        if self.shrink is not None and self.shrink < getattr(self, least):
+            raise Contradiction(f"shrink must be at least {least}", "shrink", least)
         if self.epochs != "auto" and self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
         if self.sampler == "balanced" and self.class_weights == "balanced":
@@ -337,7 +345,7 @@ GROUPS = {
     "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
-        *("image_size", "resize", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
+        *("image_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
         *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue"),
         *("erase_probability", "sampler", "views_per_photo"),
     ],

@@ -255,6 +255,7 @@ def read_preprocess(description: Mapping[str, Any], source: str) -> Preprocess:
         *(found["resize"], found["image_size"], (r, g, b), (std_r, std_g, std_b)),
         transparency=found["transparency"],
         crop_mode=found["crop_mode"],
+        shrink=found["shrink"],
     )
 
 

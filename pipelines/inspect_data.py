@@ -25,6 +25,7 @@ from pipelines.data.dataset import Dataset, Split, check_dataset, load_dataset, 
 from pipelines.data.decode import central_views
 from pipelines.data.headers import FORMATS, TRANSPARENT
 from pipelines.data.samples import locate
+from pipelines.data.shrink_pass import shrink_advice
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
@@ -149,9 +150,10 @@ def _lines(dataset: Dataset, facts: dict[str, Any]) -> list[str]:
     if large := facts["much_larger_than_needed"]:
         lines.append(
             f"{counted(large, 'photo has', 'photos have')} a shorter side above {_LARGE} pixels, "
-            f"{_LARGE // _RESIZE} times the {_RESIZE} that an evaluation makes of it: smaller copies would be read "
-            "faster"
+            f"{_LARGE // _RESIZE} times the {_RESIZE} that an evaluation makes of it"
         )
+    train = dataset.splits.get("train") or next(iter(dataset.splits.values()))
+    lines += shrink_advice(train, resize=_RESIZE, image_size=_IMAGE_SIZE)
     commonest, rarest = facts["commonest"], facts["rarest"]
     if commonest["photos"] >= _IMBALANCED * max(rarest["photos"], 1):
         photos = counted(commonest["photos"], "photo")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pipelines.config import Arch, Config, ImageSize, Resize, Transparency, config_of, parse_config, read_recipe
+from pipelines.config import Arch, Config, ImageSize, Resize, Shrink, Transparency, config_of, parse_config, read_recipe
 from pipelines.errors import UserError
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -22,7 +22,9 @@ from typing_extensions import TypedDict  # pydantic asks for it before Python 3.
 # A format goes up when an older version would misread the file. A key that is only added stands below, with the value
 # that means what versions without it did.
 CHECKPOINT_FORMAT = 1
-MODEL_FORMAT = 2  # with crop_mode squash; older versions would cut, and so everything else is written as 1
+# 2 with crop_mode squash, as older versions would cut; 3 with shrink, which they would leave out; all else is written
+# as 1.
+MODEL_FORMAT = 3
 _ADDED_TO_MODEL = {
     "format": 1,
     "scores": {},
@@ -31,7 +33,7 @@ _ADDED_TO_MODEL = {
     "versions": {},
     "test_flips": False,
 }
-_ADDED_TO_PREPROCESSING = {"transparency": "ignored", "crop_mode": "center"}
+_ADDED_TO_PREPROCESSING = {"transparency": "ignored", "crop_mode": "center", "shrink": None}
 MEANT_BEFORE = {"transparency": "ignored"}  # settings that have another default
 # Before an engine was kept, auto was Pillow on a CPU; on a GPU it is chosen again.
 _ADDED_TO_CHECKPOINT: dict[str, int | str | None] = {
@@ -89,6 +91,7 @@ class Preprocessing(TypedDict):
     mean: Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=3, max_length=3)]
     transparency: Transparency
     crop_mode: Literal["center", "squash"]
+    shrink: Shrink | None
     std: Annotated[list[Annotated[float, Field(ge=1e-3, le=10)]], Field(min_length=3, max_length=3)]
 
 
@@ -281,6 +284,9 @@ def check_preprocessing(content: Any, source: object) -> Preprocessing:
     found = _checked(_PREPROCESSING, known, source)
     if found["resize"] < found["image_size"]:
         raise UserError(f"{source} is damaged: resize must be at least image_size")
+    least = found["image_size" if found["crop_mode"] == "squash" else "resize"]
+    if found["shrink"] is not None and found["shrink"] < least:
+        raise UserError(f"{source} is damaged: shrink must be at least {least}")
     return found
 
 

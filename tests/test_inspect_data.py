@@ -47,8 +47,7 @@ def test_the_report_tells_what_matters_before_a_training(messy: Path, tmp_path: 
         "  Train/ant/cut.jpg (truncated)",
         "formats: JPEG 15, PNG 1",
         "1 photo may have transparent pixels: composed on --transparency white",
-        "1 photo has a shorter side above 1024 pixels, 4 times the 256 that an evaluation makes of it: smaller "
-        "copies would be read faster",
+        "1 photo has a shorter side above 1024 pixels, 4 times the 256 that an evaluation makes of it",
         "imbalance: 10 photos of ant, 2 of bee",
         "12 photos to train on: --config configs/feature_extract.yaml takes less time",
         f"fits: accelerate launch train.py --data '{messy}' --skip_bad_files --best_by balanced",

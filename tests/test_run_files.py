@@ -163,7 +163,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 
 def test_a_newer_format_is_named(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({"format": 9, "network": "one that nobody knows yet"}))
-    refused(lambda: read_description(tmp_path, "run"), "model.json is of format 9", "reads up to 2")
+    refused(lambda: read_description(tmp_path, "run"), "model.json is of format 9", "reads up to 3")
     (tmp_path / "progress.json").write_text(json.dumps({"format": 3}))
     with pytest.raises(NewerFormat, match=r"progress\.json is of format 3"):
         read_progress(tmp_path)

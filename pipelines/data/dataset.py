@@ -19,8 +19,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.headers import EDGE, FAULTS, inspect_file
+from pipelines.data.headers import EDGE, FAULTS, SHRUNK, inspect_file
 from pipelines.data.layout import WANTED, Findings, Photo, list_csv, list_folder
+from pipelines.data.shrink import ShrunkCopies, is_whole, shrunk_sizes
 from pipelines.errors import MachineError, UserError
 from pipelines.files import atomic_write, file_digest
 from pipelines.text import composed, counted, listed, printable
@@ -42,14 +43,15 @@ class Split:
     """The N labelled photos of one split, in their fixed order. The arrays are read-only views of the index file.
 
     labels: int32 [N], positions in `classes` (sorted names).
-    sizes: int32 [N, 2], height and width in pixels after EXIF rotation; 0, 0 for a faulty file.
+    sizes: int32 [N, 2], height and width in pixels after EXIF rotation; 0, 0 for a faulty file. Where photos are read
+    from shrunk copies, those of the copies.
     faults: uint8 [N], positions in FAULTS; 0 is a sound file.
     path_blob: uint8, path_offsets: uint64 [N + 1]: the path of photo i below `root`, in the file system's own bytes,
     is path_blob[path_offsets[i]:path_offsets[i + 1]].
     signatures: uint64 [N], of byte size and edges, 0 for a faulty file; mtimes: int64 [N], nanoseconds. The two tell
     whether a photo is the same as in an earlier run.
-    kinds: uint8 [N], `headers.Inspection.kind`. transparency: what transparent pixels are composed on, "white" or
-    "black", or "ignored".
+    kinds: uint8 [N], `headers.Inspection.kind`, or SHRUNK of a photo that is read from a shrunk copy. transparency:
+    what transparent pixels are composed on, "white" or "black", or "ignored". copies: None where none are.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Split:
     mtimes: np.ndarray
     kinds: np.ndarray
     transparency: str = "white"
+    copies: ShrunkCopies | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,6 +82,28 @@ class Split:
     def path_below_root(self, index: int) -> bytes:
         """The path of a photo below `root`; of a CSV file that has it so, an absolute one."""
         return _path_at(self.path_blob, self.path_offsets, index)
+
+    def source(self, index: int) -> bytes:
+        """The path of what is opened for a photo's pixels: of itself, or of its shrunk copy."""
+        copy = self.copy_file(index)
+        return os.fsencode(copy) if copy else self.path_bytes(index)
+
+    def has_source(self, index: int) -> bool:
+        """Whether `source` is of the size that the split says; else `decode.window_of` makes a copy."""
+        copy = self.copy_file(index)
+        return is_whole(copy) if copy else not self.kinds[index] & SHRUNK
+
+    def copy_file(self, index: int) -> Path | None:
+        """Where the shrunk copy of a photo is kept; None where none is."""
+        if not self.copies or not self.kinds[index] & SHRUNK:
+            return None
+        name = _path_at(self.path_blob, self.path_offsets, index)
+        return self.copies.file(name, int(self.signatures[index]), int(self.mtimes[index]), self.transparency)
+
+    def shrunk(self, copies: ShrunkCopies) -> "Split":
+        """The same photos, the larger ones read from copies."""
+        kinds = np.where(self.sizes.min(axis=1) > copies.shrink, np.uint8(SHRUNK), self.kinds)
+        return replace(self, sizes=shrunk_sizes(self.sizes, copies.shrink), kinds=kinds, copies=copies)
 
     def class_counts(self) -> dict[str, int]:
         """How many sound photos each class has."""
@@ -127,6 +152,10 @@ class Dataset:
         offsets = np.concatenate([train.path_offsets, val.path_offsets[1:]])
         whole = replace(train, name="all", path_offsets=offsets, **columns)
         return replace(self, splits={"all": whole}, duplicates={}, val_fraction=None)
+
+    def shrunk(self, copies: ShrunkCopies) -> "Dataset":
+        """The same photos, the larger ones read from copies."""
+        return replace(self, splits={name: split.shrunk(copies) for name, split in self.splits.items()})
 
     def report(self) -> list[str]:
         """What a person should know of the data before a run, in lines."""
@@ -229,6 +258,7 @@ def load_dataset(index_file: Path, transparency: str = "white") -> Dataset:
     splits, start = {}, 0
     for name, classes, count in header["splits"]:
         names = ("labels", "sizes", "faults", "signatures", "mtimes", "kinds")
+        columns: dict[str, Any] = {column: table[column][start : start + count] for column in names}
         splits[name] = Split(
             name,
             tuple(classes),
@@ -236,7 +266,7 @@ def load_dataset(index_file: Path, transparency: str = "white") -> Dataset:
             path_blob=blob,
             path_offsets=offsets[start : start + count + 1],
             transparency=transparency,
-            **{column: table[column][start : start + count] for column in names},
+            **columns,
         )
         start += count
     split_names = [name for name, *_ in header["splits"]]
@@ -430,20 +460,24 @@ def _scan(root: bytes, table: Table) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd EXIF data and large photos
-        _in_threads(look, len(table["labels"]), f"scan of {printable(os.fsdecode(root))}")
+        in_threads(look, len(table["labels"]), f"scan of {printable(os.fsdecode(root))}")
 
 
-def _in_threads(look: Callable[[int], None], total: int, title: str) -> None:
-    """Calls `look` for each row. Shows a bar on a terminal, elsewhere a line at start and end, if it takes its time."""
+def in_threads(
+    look: Callable[[int], None], total: int, title: str, threads: int | None = None, *, is_shown: bool = True
+) -> None:
+    """Calls `look` for each row, in `threads` threads, or as many as keep a slow disk busy. is_shown: with a bar on a
+    terminal, elsewhere with a line at start and end, if it takes its time."""
     start, announced = time.monotonic(), False
     step = min(256, total // 256 + 1)  # few photos on a slow disk are to keep all threads busy, too
     chunks = [range(at, min(at + step, total)) for at in range(0, total, step)]
-    pool = ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
+    pool = ThreadPoolExecutor(threads or min(32, 4 * (os.cpu_count() or 1)))
     try:
-        with tqdm(total=total, desc=title, unit="photo", disable=None, leave=False) as bar:
+        disable = None if is_shown else True
+        with tqdm(total=total, desc=title, unit="photo", disable=disable, leave=False) as bar:
             for done in pool.map(lambda chunk: sum(1 for _ in map(look, chunk)), chunks):
                 bar.update(done)
-                if bar.disable and not announced and time.monotonic() - start > 2:
+                if is_shown and bar.disable and not announced and time.monotonic() - start > 2:
                     announced = True
                     print(f"{title}: {counted(total, 'photo')} ...", file=sys.stderr, flush=True)
     finally:
@@ -509,7 +543,7 @@ def _digests(root: bytes, table: Table, rows: list[int]) -> list[bytes]:
                 known[key] = file_digest(Path(os.fsdecode(path))).encode()
             found[at] = known[key]
 
-    _in_threads(look, len(rows), "comparing photos that look like copies")
+    in_threads(look, len(rows), "comparing photos that look like copies")
     return found
 
 

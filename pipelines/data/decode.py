@@ -1,18 +1,22 @@
 """From a photo's file to its pixels, upright and RGB, with Pillow: the same for whoever asks. Loads no PyTorch."""
 
+import io
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from pipelines.data.dataset import Split
-from pipelines.data.headers import FAULTS, MAX_PIXELS, exif_orientation, inspect_file, white_level
+from pipelines.data.headers import FAULTS, MAX_PIXELS, SHRUNK, exif_orientation, inspect_file, white_level
 from pipelines.data.plan import EvalPlan, Views
 from pipelines.data.preprocess import Preprocess
+from pipelines.data.shrink import JPEG, SPARE, ShrunkCopies, keep_copy, shrunk_sizes
 from pipelines.data.structure import TOO_COSTLY
 from pipelines.text import printable
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 # Odd EXIF data and transparent palettes are no news: the scan has judged the file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -74,11 +78,14 @@ def view_of(split: Split, views: Views, position: int, image_size: int) -> Image
 
 
 def window_of(split: Split, views: Views, position: int) -> Image.Image:
-    """The window of one view in the photo's own pixels, upright and RGB; nothing beside it is turned or converted.
+    """The window of one view in the photo's own pixels, or those of its shrunk copy, upright and RGB; nothing beside it
+    is turned or converted.
 
     Raises ValueError where the photo is not of the size that was planned for, and whatever Pillow raises.
     """
     index = int(views.indices[position])
+    if split.kinds[index] & SHRUNK:
+        return _shrunk_photo(split, index).crop(stored_box(views.windows[position], 1, (0, 0)))
     with Image.open(split.path(index)) as photo:
         _scale_key(photo)
         photo.load()  # Pillow turns a TIFF now, and reads what stands behind the pixels of a PNG
@@ -90,6 +97,67 @@ def window_of(split: Split, views: Views, position: int) -> Image.Image:
         window = photo.crop(stored_box(views.windows[position], orientation, photo.size))
         picture = _to_rgb(window, white, split.transparency)
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def shrunk_jpeg(split: Split, index: int) -> bytes:
+    """A JPEG of a photo of `split`, upright and shrunk to the size that the split says. Raises as `window_of` does."""
+    assert split.copies
+    wanted = split.sizes[index]
+    with Image.open(split.path(index)) as photo:
+        _scale_key(photo)
+        if not isinstance(photo, JpegImageFile):
+            photo.load()
+        orientation = exif_orientation(photo)
+        is_turned = orientation >= 5
+        upright = photo.size if is_turned else photo.size[::-1]
+        if not np.array_equal(shrunk_sizes(np.array([upright]), split.copies.shrink)[0], wanted):
+            raise ValueError(SIZE_HAS_CHANGED)
+        width, height = (int(side) for side in (wanted if is_turned else wanted[::-1]))
+        # Of a JPEG; the box is the photo's end where the scaled picture has a part of a pixel more.
+        scaled = photo.draft(None, (int(SPARE * width), int(SPARE * height)))
+        photo.load()
+        white = white_level(photo) if photo.mode[0] in "IF" else None
+        picture = _to_rgb(photo, white, split.transparency)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=scaled[1] if scaled else None)
+    picture = picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+    picture.info.clear()  # a comment would be written
+    content = io.BytesIO()
+    picture.save(content, **JPEG)
+    return content.getvalue()
+
+
+def keep_shrunk(split: Split, index: int, content: bytes) -> None:
+    """Keeps what `shrunk_jpeg` has made, unless the file is not any more what the scan saw. OSError where it cannot."""
+    copy = split.copy_file(index)
+    if copy and os.stat(split.path_bytes(index)).st_mtime_ns == split.mtimes[index]:
+        keep_copy(copy, content)
+
+
+def source_of(split: Split, index: int) -> str | bytes:
+    """What is opened for a photo's pixels: the path of its file, or of its copy; or the content of a copy that was not
+    there, and is from now on, unless a disk is full. Raises as `window_of` does."""
+    return os.fsdecode(split.source(index)) if split.has_source(index) else _made_anew(split, index)
+
+
+def _made_anew(split: Split, index: int) -> bytes:
+    content = shrunk_jpeg(split, index)
+    with suppress(OSError):
+        keep_shrunk(split, index, content)
+    return content
+
+
+def _shrunk_photo(split: Split, index: int) -> Image.Image:
+    """A photo's copy, decoded; made anew where it is damaged, too."""
+    source = source_of(split, index)
+    if isinstance(source, str):
+        with suppress(Exception), Image.open(source) as copy:  # Pillow's parsers raise many kinds of error
+            copy.load()
+            if (copy.mode, *copy.size) == ("RGB", *split.sizes[index].tolist()[::-1]):
+                return copy
+        source = _made_anew(split, index)
+    with Image.open(io.BytesIO(source)) as made:
+        made.load()
+    return made
 
 
 def central_views(
@@ -172,6 +240,7 @@ def split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
         mtimes=np.zeros(count, np.int64),
         kinds=np.zeros(count, np.uint8),
         transparency=preprocess.transparency,
+        copies=ShrunkCopies(preprocess.shrink) if preprocess.shrink else None,
     )
 
 
@@ -179,6 +248,9 @@ def inspect_at(split: Split, index: int) -> None:
     """Fills in a file's size, kind and fault."""
     fault, split.sizes[index], _, split.kinds[index] = inspect_file(split.path_bytes(index))
     split.faults[index] = FAULTS.index(fault)
+    if split.copies and split.sizes[index].min() > split.copies.shrink:
+        split.sizes[index] = shrunk_sizes(split.sizes[index][None], split.copies.shrink)[0]
+        split.kinds[index] = SHRUNK
 
 
 def views_of_sound(split: Split, preprocess: Preprocess, indices: range) -> Views:

@@ -30,6 +30,7 @@ FAULTS: tuple[str, ...] = (
 )
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # Pillow's names
 TRANSPARENT = 0x80
+SHRUNK = 0x40  # in a `Split`, never in a scan: what is read is a copy (`shrink`), an opaque JPEG
 # Of a byte that holds a position in FORMATS, and TRANSPARENT where some pixels may be: what only Pillow reads right.
 # DALI composes nothing, knows no AVIF and no HEIC, scales no PPM by its largest value, and of a damaged TIFF takes the
 # crops whose rows are sound.

@@ -193,15 +193,25 @@ class Loader:
     def _without_failed(self, views: Views, failed: dict[int, str]) -> Views:
         for position, reason in failed.items():
             index = int(views.indices[position])
-            line = f"{printable(self.split.path(index))}: cannot be decoded ({printable(reason)})"
             if not self._skip_bad_files:
-                advice = "repair or remove it, or leave such photos out with --skip-bad-files"
-                raise UserError(f"{line}: {advice}", on_one_process=True, bad_photo=(self.split.name, index))
-            tqdm.write(f"left out: {line}", file=sys.stderr)  # above a progress bar, not into it
+                raise undecodable(self.split, index, reason)
+            # Above a progress bar, not into it.
+            tqdm.write(f"left out: {_cannot_be_decoded(self.split, index, reason)}", file=sys.stderr)
             self.bad.add(index)
         kept = np.ones(len(views), bool)
         kept[list(failed)] = False
         return views.select(kept)
+
+
+def undecodable(split: Split, index: int, reason: str) -> UserError:
+    """What a photo ends a run with that one process has met and could not decode."""
+    advice = "repair or remove it, or leave such photos out with --skip-bad-files"
+    line = f"{_cannot_be_decoded(split, index, reason)}: {advice}"
+    return UserError(line, on_one_process=True, bad_photo=(split.name, index))
+
+
+def _cannot_be_decoded(split: Split, index: int, reason: str) -> str:
+    return f"{printable(split.path(index))}: cannot be decoded ({printable(reason)})"
 
 
 def share_bad_photos(loader: Loader) -> None:
@@ -244,6 +254,11 @@ def eval_loader(
     return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, micro_batch, mean, std)
 
 
+def decoding_threads(config: Config) -> int:
+    """Of a process, in which photos are decoded."""
+    return config.loader_threads or max(1, cpu_cores() // local_world_size())
+
+
 def _loader(
     config: Config,
     plan: Plan,
@@ -257,7 +272,6 @@ def _loader(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Loader:
-    threads = config.loader_threads or max(1, cpu_cores() // local_world_size())
     return Loader(
         plan,
         split,
@@ -268,7 +282,7 @@ def _loader(
             image_size=plan.image_size,
             micro_batch=largest,
             device=state.device,
-            threads=threads,
+            threads=decoding_threads(config),
             mean=mean,
             std=std,
         ),

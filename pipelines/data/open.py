@@ -7,6 +7,7 @@ from pipelines.cache import cache_folder
 from pipelines.config import Config
 from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.data.samples import locate
+from pipelines.data.shrink import ShrunkCopies
 from pipelines.distributed.sync import on_main_process, share_file
 
 from accelerate import PartialState
@@ -27,4 +28,5 @@ def open_dataset(
 
     index = Path(on_main_process(state, scan))
     share_file(state, index)
-    return load_dataset(index, config.transparency)
+    dataset = load_dataset(index, config.transparency)
+    return dataset.shrunk(ShrunkCopies(config.shrink, cache_folder())) if config.shrink else dataset

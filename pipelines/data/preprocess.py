@@ -16,7 +16,8 @@ _WIDE = 1.75  # times as long as wide: from here on the central square of 224 in
 class Preprocess:
     """What is done to an upright RGB photo: shorter side to `resize`, the central square of `image_size` pixels, both
     as in `EvalPlan`, bilinear with antialiasing; then, on the 0..1 scale, minus `mean`, divided by `std` (R, G, B).
-    crop_mode: "center", or "squash" for the whole photo squeezed into the square.
+    crop_mode: "center", or "squash" for the whole photo squeezed into the square. shrink: a photo whose shorter side is
+    larger is first shrunk to so many pixels of it, and through a JPEG, as `decode.shrunk_jpeg` does; None: none is.
     """
 
     resize: int
@@ -25,6 +26,7 @@ class Preprocess:
     std: tuple[float, float, float]
     transparency: str = "white"  # what transparent pixels are composed on, as in `Split`
     crop_mode: str = "center"
+    shrink: int | None = None
 
 
 def choose_crop_mode(sizes: np.ndarray) -> tuple[Literal["center", "squash"], str]:

@@ -78,6 +78,23 @@ def main_then_others(state: PartialState, task: Callable[[], Result]) -> Result:
     return results[0]
 
 
+def wait_for_all(state: PartialState, stop: Callable[[], bool]) -> bool:
+    """Waits until all processes are here, outside any collective, as shares of work may differ by hours.
+
+    Returns True where `stop`, asked again and again, has said yes before.
+    """
+    if state.num_processes == 1:
+        return False
+    store, key = default_store(), f"dalitune/{next(_keys)}"
+    here = store.add(key, 1)
+    while here < state.num_processes:
+        if stop():
+            return True
+        time.sleep(_POLL_SECONDS)
+        here = store.add(key, 0)
+    return False
+
+
 def share_file(state: PartialState, path: Path) -> None:
     """Gives every node the main process's file `path` under the same name, where it is not on a shared file system."""
     if state.num_processes == 1:

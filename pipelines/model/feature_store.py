@@ -3,10 +3,9 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
+from pipelines.cache import make_room, remove
 from pipelines.files import atomic_write
 
 import numpy as np
@@ -57,7 +56,7 @@ class FeatureStore:
             except OSError:
                 return None
             except (*_DAMAGED, RuntimeError, IndexError):
-                self._remove(file)
+                remove(file, self._folder)
                 return None
         # Computed in another batch they may differ in the last bits: a resume is to find what this run has found.
         if rows is not None and files != [self._file(maker, photos)]:
@@ -71,7 +70,7 @@ class FeatureStore:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(size)
+            make_room(self._folder, size, self._limit)
             content = {"photos": torch.from_numpy(photos), "rows": rows.contiguous()}
             with atomic_write(self._file(maker, photos), shared=True) as partial:
                 save_file(content, partial, {"digest": _digest(rows)})
@@ -105,29 +104,8 @@ class FeatureStore:
         except OSError:
             pass
         except _DAMAGED:
-            self._remove(file)
+            remove(file, self._folder)
         return np.empty(0, np.int64)
-
-    def _make_room(self, size: int) -> None:
-        files = sorted(self._whole_content(), key=lambda each: each[0])
-        total = size + sum(size for _, size, _ in files)
-        while files and total > self._limit:
-            _, freed, file = files.pop()
-            self._remove(file)
-            total -= freed
-
-    def _whole_content(self) -> Iterator[tuple[float, int, Path]]:
-        """Age, bytes and path of each file, those included that a killed run was writing."""
-        for file in self._folder.rglob("*"):
-            with suppress(OSError):
-                if file.is_file():
-                    yield _age(file), file.stat().st_size, file
-
-    def _remove(self, file: Path) -> None:
-        with suppress(OSError):
-            file.unlink()
-            if file.parent != self._folder:
-                file.parent.rmdir()
 
 
 def _age(file: Path) -> float:

@@ -34,7 +34,7 @@ MEMORY_LIMIT = 2**29
 # What decodes, crops and computes: another version of one of these may give other numbers.
 _MAKERS = (
     *("pipelines.data.decode", "pipelines.data.engines.pillow", "pipelines.data.loader", "pipelines.data.preprocess"),
-    *("pipelines.model.features", "pipelines.model.folding", "pipelines.model.network"),
+    *("pipelines.data.shrink", "pipelines.model.features", "pipelines.model.folding", "pipelines.model.network"),
 )
 _LIBRARIES = ("torch", "torchvision", "numpy")
 # Photos of a pass's batch on a CPU, where small batches run faster than large ones. The same on all machines, as the
@@ -219,7 +219,7 @@ class FrozenFeatures:
         versions = map(_version, (*_LIBRARIES, *engine.LIBRARIES))
         facts = [
             self._network.frozen_digest(),
-            [self._loader.plan.image_size, split.transparency, engine.__name__],
+            [self._loader.plan.image_size, split.transparency, split.copies and split.copies.shrink, engine.__name__],
             [self._accelerator.num_processes, self._micro_batch, self._accelerator.mixed_precision],
             [device.type, torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()],
             [platform.machine(), torch.are_deterministic_algorithms_enabled(), *versions],

@@ -466,12 +466,13 @@ class RunFolder:
 def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:
     """model.json: what a reader of best.pt needs to use it as it was trained, and to know where it comes from."""
     return {
-        "format": MODEL_FORMAT if config.crop_mode == "squash" else 1,
+        "format": MODEL_FORMAT if config.shrink else 2 if config.crop_mode == "squash" else 1,
         "arch": config.arch,
         "classes": list(dataset.splits["train"].classes),
         "image_size": config.image_size,
         "resize": config.resize,
         "crop_mode": config.crop_mode,
+        "shrink": config.shrink,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "transparency": config.transparency,

@@ -8,6 +8,7 @@ from pipelines.cache import cache_folder
 from pipelines.config import Config
 from pipelines.data.dataset import map_labels
 from pipelines.data.loader import Loader, eval_loader, train_loader
+from pipelines.data.shrink_pass import make_copies
 from pipelines.errors import UserError
 from pipelines.model.average import average_of
 from pipelines.model.feature_store import FeatureStore
@@ -93,10 +94,12 @@ def build_network(checked: Checked) -> InitialModel:
 
 
 def build(checked: Checked, built: InitialModel, session: Session) -> Components:
-    """Fits the head, where one is and no checkpoint has it; decides what of the body is trained, which may depend on
-    it; makes the optimizer and the loaders. StopAgreed where a stop is asked for on the way."""
+    """Makes shrunk copies of photos, where they are asked for; fits the head, where one is and no checkpoint has it;
+    decides what of the body is trained, which may depend on it; makes the optimizer and the loaders. StopAgreed where a
+    stop is asked for on the way."""
     config, accelerator, saved, state = checked.config, checked.accelerator, checked.saved, checked.state
     photos, labels, network = checked.dataset.splits, built.labels, built.network
+    make_copies([photos[name] for name in ("train", "val")], config, state, session.stop_is_asked)
     store = None
     if config.cache_gb and state.is_main_process:
         store = FeatureStore(cache_folder() / "features", int(config.cache_gb * 1e9))

@@ -12,6 +12,7 @@ from pipelines.data.dataset import Dataset, check_dataset
 from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import choose_crop_mode
+from pipelines.data.shrink_pass import check_room
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.sync import main_then_others, on_main_process
 from pipelines.errors import UserError
@@ -81,6 +82,7 @@ def check(arguments: list[str]) -> Checked | None:
     if beginning == "resumed":  # what is found bad now may be mended or removed before the next start
         on_main_process(state, partial(run.note_faulty, dataset))
     on_main_process(state, partial(check_dataset, dataset, skip_bad_files=config.skip_bad_files))
+    on_main_process(state, partial(check_room, [dataset.splits[name] for name in ("train", "val")], config))
     crop_mode_line = ""
     if config.crop_mode == "auto":
         train_split = dataset.splits["train"]

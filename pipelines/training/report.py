@@ -6,6 +6,7 @@ from functools import partial
 from pipelines.config import SCHEMA, Config, dump_yaml
 from pipelines.data.loader import Batch, Loader
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.data.shrink_pass import shrink_report
 from pipelines.distributed.launch import launcher_hints
 from pipelines.model.features import store_report
 from pipelines.model.optimizer import learning_rates, rate_jump
@@ -32,10 +33,12 @@ def without_effect(config: Config) -> list[str]:
 def beginning_report(checked: Checked, built: InitialModel) -> list[str]:
     """Before anything is computed: settings, photos, head, folder."""
     no_head = head_report(checked.config, built.why_not_fitted, checked.weights, built.has_own_head)
+    splits = [checked.dataset.splits[name] for name in ("train", "val")]
     return [
         dump_yaml(checked.config).rstrip(),
         *checked.dataset.report(),
         *([checked.crop_mode_line] if checked.crop_mode_line else []),
+        *(shrink_report(splits, checked.config) if checked.config.shrink or not checked.saved else []),
         *without_effect(checked.config),
         *([] if checked.saved else no_head),
         f"run: {checked.run.folder}",

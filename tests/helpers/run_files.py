@@ -9,6 +9,7 @@ DESCRIPTION: dict[str, Any] = {
     "image_size": 64,
     "resize": 72,
     "crop_mode": "center",
+    "shrink": None,
     "transparency": "white",
     "test_flips": False,
     "mean": [0.5, 0.5, 0.5],

@@ -29,7 +29,7 @@ def test_each_setting_is_in_one_table_of_what_a_change_does():
 
 
 OTHER = {
-    "seed": 1, "image_size": 96, "resize": 300, "crop_mode": "squash",
+    "seed": 1, "image_size": 96, "resize": 300, "shrink": 512, "crop_mode": "squash",
     "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
     "vertical_flip_probability": 0.5, "quarter_turns": True, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2,
     "hue": 0.1, "erase_probability": 0.5,

@@ -466,6 +466,7 @@ def test_model_json_says_what_a_reader_needs(photo_folder, run):
         "image_size": 96,
         "resize": 128,
         "crop_mode": "center",
+        "shrink": None,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "transparency": "white",

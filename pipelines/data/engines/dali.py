@@ -179,7 +179,9 @@ class DaliEngine:
             backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
     def _is_for_pillow(self, views: Views) -> np.ndarray:
-        return for_pillow(self._split.kinds[views.indices]) | np.isin(views.indices, list(self._not_for_dali))
+        has_source = np.array([self._split.has_source(int(index)) for index in views.indices], bool)
+        unreadable = for_pillow(self._split.kinds[views.indices]) | np.isin(views.indices, list(self._not_for_dali))
+        return unreadable | ~has_source
 
     def _start(self, views: Views, by_pillow: np.ndarray) -> None:
         if not by_pillow.all():
@@ -203,7 +205,7 @@ class DaliEngine:
         return pipeline
 
     def _schedule(self, pipeline: "Pipeline", views: Views) -> None:
-        paths = [np.frombuffer(self._split.path_bytes(int(index)), np.uint8) for index in views.indices]
+        paths = [np.frombuffer(self._split.source(int(index)), np.uint8) for index in views.indices]
         pipeline.feed_input("paths", paths)
         pipeline.feed_input("window_start", np.ascontiguousarray(views.windows[:, :2]))
         pipeline.feed_input("window_shape", np.ascontiguousarray(views.windows[:, 2:]))

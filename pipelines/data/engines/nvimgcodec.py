@@ -11,14 +11,15 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, ClassVar
 
 from pipelines.data.dataset import Split
-from pipelines.data.decode import stored_box, turned_upright
+from pipelines.data.decode import source_of, stored_box, turned_upright
 from pipelines.data.engines.base import Engine, Fault
 from pipelines.data.engines.pillow import PillowEngine
-from pipelines.data.headers import FORMATS, exif_orientation
+from pipelines.data.headers import FORMATS, SHRUNK, exif_orientation
 from pipelines.data.plan import Views
 
 import numpy as np
@@ -58,8 +59,11 @@ class NvImageCodecEngine(PillowEngine):
         rows = _needed(int(window[2]), int(views.resized[position, 0]), top, self._image_size)
         columns = _needed(int(window[3]), int(views.resized[position, 1]), left, self._image_size)
         is_strip = views.resized[position].prod(dtype=np.int64) > _LARGEST_RESIZED * self._image_size**2
-        is_taken = self._split.kinds[index] == _JPEG and not is_strip
-        part = self._decoded(index, window, rows, columns) if is_taken else None
+        is_taken = self._split.kinds[index] in (_JPEG, SHRUNK) and not is_strip
+        part = None
+        if is_taken:
+            with suppress(Exception):  # of many kinds; Pillow tells it of a photo, and makes a damaged copy anew
+                part = self._decoded(index, window, rows, columns)
         if part is None:
             return super()._pixels(views, position)
         pixels = _resized(part, window[2:], rows, columns, views.resized[position], (top, left), self._image_size)
@@ -67,8 +71,8 @@ class NvImageCodecEngine(PillowEngine):
 
     def _decoded(self, index: int, window: np.ndarray, rows: range, columns: range) -> np.ndarray | None:
         """uint8 [rows, columns, 3], upright, of a window; None where Pillow is to decode, or to say what is wrong."""
-        path = self._split.path(index)
-        with Image.open(path) as photo:  # reads the header
+        source = source_of(self._split, index)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as photo:  # reads the header
             orientation = exif_orientation(photo)
             size = photo.size if orientation >= 5 else photo.size[::-1]
             if size != tuple(self._split.sizes[index].tolist()) or photo.mode not in ("RGB", "L"):
@@ -77,7 +81,7 @@ class NvImageCodecEngine(PillowEngine):
                 return None
             within = np.array([window[0] + rows.start, window[1] + columns.start, len(rows), len(columns)])
             left, top, right, bottom = stored_box(within, orientation, photo.size)
-        pixels = self._decoder().window(path, top, left, bottom, right)
+        pixels = self._decoder().window(source, top, left, bottom, right)
         return None if pixels is None else turned_upright(pixels, orientation)
 
     def _decoder(self) -> "_Decoder":
