@@ -9,7 +9,7 @@ that a run has not come to; nothing is trained, and the photos must lie where th
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +18,10 @@ if __name__ == "__main__":
 
 from pipelines.config import Config
 from pipelines.data.dataset import Split
-from pipelines.data.decode import decoding_error, view_of
+from pipelines.data.loader import train_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.plan import Views, share, train_plan
-from pipelines.data.preprocess import choose_crop_mode
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_crop_mode
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_processes
 from pipelines.errors import UserError
@@ -32,15 +32,18 @@ from pipelines.run_files import newest_progress, read_run_config, read_trained_c
 from pipelines.text import check_printed, counted, printable
 
 import numpy as np
+from accelerate import PartialState
 
 _DRAWN = 64  # photos
 
 
 @dataclass(frozen=True)
 class Step:
-    """One update. epoch: 0 is the first. views: of its global batch, in order. processes: int [n], who has each."""
+    """One update, the one after `within` others of its epoch. epoch: 0 is the first. views: of its global batch, in
+    order. processes: int [n], who has each."""
 
     epoch: int
+    within: int
     views: Views
     processes: np.ndarray
 
@@ -69,64 +72,85 @@ def main(arguments: list[str]) -> None:
     if options.figure is None:
         refuse_links(run.folder, "figures")
     check_replaceable(picture, figures.is_own_picture)
-    dataset = open_dataset(start_processes(), replace(config, data=options.data or config.data), run.arrange)
+    state = start_processes()
+    dataset = open_dataset(state, replace(config, data=options.data or config.data), run.arrange)
     if "train" not in dataset.splits:
         raise UserError(f"replay: {dataset.root} has no split 'train': give --data")
     split = dataset.splits["train"]
+    if config.crop_mode == "auto":
+        config = replace(config, crop_mode=choose_crop_mode(split.sizes[split.faults == 0])[0])
     step = step_of(config, split, options.step, processes)
     bad = set(newest[1]["bad"].get("train", ())) if newest else set()
-    names = list[str]()
-    photos = list[np.ndarray]()
     done = run.status().get("global_step", 0)
     print(
         f"step {options.step} of {printable(run.folder)}, in epoch {step.epoch + 1}, on {counted(processes, 'process')}"
     )
     if options.step > done:
         print(f"the run stands at step {done}: this is what that step would see")
-    print("process  crop: left, top, width x height, of width x height    flip  class, photo")
-    for line, name, pixels in _described(split, step, bad, config.image_size):
-        print(line)
-        if pixels is not None and len(photos) < _DRAWN:
-            photos.append(pixels)
-            names.append(name)
-    if photos and figures.attempt(picture.name, lambda: figures.save_views(picture, np.stack(photos), names)):
-        more = f", the first {len(photos)}" if len(photos) == _DRAWN < len(step.views) else ""
+    images, seen = images_of(config, split, state, step, bad)
+    print("process  crop: left, top, width x height, of width x height    class, photo, what else is done to it")
+    print(*(line_of(split, step, at, is_seen=bool(seen[at])) for at in range(len(seen))), sep="\n")
+    labels = split.labels[step.views.indices]
+    names = [f"{split.classes[labels[at]]}\nprocess {step.processes[at]}" for at in np.flatnonzero(seen)]
+
+    def draw() -> None:
+        figures.save_train_batch(picture, images, names, mean=IMAGENET_MEAN, std=IMAGENET_STD, most=_DRAWN)
+
+    if figures.attempt(picture.name, draw):
+        more = f", the first {_DRAWN}" if len(names) > _DRAWN else ""
         print(f"\npicture: {printable(picture)}{more}", flush=True)
     check_printed()
 
 
 def step_of(config: Config, split: Split, step: int, processes: int) -> Step:
     """The update after which `global_step` is `step`. config: with what auto has come to."""
-    if config.crop_mode == "auto":
-        config = replace(config, crop_mode=choose_crop_mode(split.sizes[split.faults == 0])[0])
     plan = train_plan(config, split.sizes, split.labels)
     epoch, within = divmod(step - 1, -(-plan.length // config.batch_size))
     first = within * config.batch_size
     size = min(config.batch_size, plan.length - first)
-    parts = [range(*share(size, rank, processes)) for rank in range(processes)]
-    owners = np.repeat(np.arange(processes), [len(part) for part in parts])
-    return Step(epoch, plan.views(epoch, np.arange(first, first + size)), owners)
+    shares = [share(size, rank, processes) for rank in range(processes)]
+    owners = np.repeat(np.arange(processes), [stop - start for start, stop in shares])
+    return Step(epoch, within, plan.views(epoch, np.arange(first, first + size)), owners)
 
 
-def _described(
-    split: Split, step: Step, bad: set[int], image_size: int
-) -> Iterator[tuple[str, str, np.ndarray | None]]:
-    """A line on each photo, its title, and the square that the network saw, uint8 [S, S, 3]; None where left out."""
-    for at in range(len(step.views)):
-        index, process = int(step.views.indices[at]), int(step.processes[at])
-        (top, left, height, width), (whole_height, whole_width) = step.views.windows[at], split.sizes[index]
-        name, flip = printable(split.classes[split.labels[index]]), "flip" if step.views.flips[at] else "-"
-        photo = f"{name}, {printable(split.path(index))}"
-        pixels, why = None, "cannot be read" if split.faults[index] or index in bad else ""
-        try:
-            if not why:
-                pixels = np.asarray(view_of(split, step.views, at, image_size))
-        except Exception as error:  # Pillow's, of many kinds
-            why = decoding_error(error)
-        crop = (
-            f"{left}, {top}, {width} x {height}, of {whole_width} x {whole_height}" if not why else f"left out: {why}"
-        )
-        yield f"{process:7}  {crop:<52}  {flip:<4}  {photo}", f"{name}\nprocess {process}", pixels
+def images_of(
+    config: Config, split: Split, state: PartialState, step: Step, bad: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first squares that the network saw, float32 [n, 3, S, S], normalised; and which of the photos it saw at all,
+    bool: those that can be read, and are not among `bad`."""
+    micro_batch = min(config.batch_size, config.eval_batch_per_device)
+    config = replace(config, skip_bad_files=True)
+    loader = train_loader(config, split, split.labels, state, "pillow", micro_batch)
+    loader.bad |= set(bad)
+    images = np.empty((0, 3, config.image_size, config.image_size), np.float32)
+    try:
+        for batch in next(loader.epoch(step.epoch, step.within)).batches:
+            images = np.concatenate([images, batch.images.cpu().numpy()])[:_DRAWN]
+    finally:
+        loader.close()
+    indices = step.views.indices
+    return images, (split.faults[indices] == 0) & ~np.isin(indices, list(loader.bad))
+
+
+def line_of(split: Split, step: Step, at: int, *, is_seen: bool) -> str:
+    """What was done to the photo at a place of the step, and which process had it."""
+    index, views = int(step.views.indices[at]), step.views
+    (top, left, height, width), (whole_height, whole_width) = views.windows[at], split.sizes[index]
+    crop = (
+        f"{left}, {top}, {width} x {height}, of {whole_width} x {whole_height}" if is_seen else "left out: unreadable"
+    )
+    done = ["flip"] if views.flips[at] else []
+    if each := views.alterations:
+        done += ["up and down"] if each.vertical_flips[at] else []
+        done += ["transposed"] if each.transposed[at] else []
+        brightness, contrast, saturation, hue = each.colours[at].tolist()
+        if each.colours[at].tolist() != [1, 1, 1, 0]:
+            done.append(f"brightness x{brightness:.2f} contrast x{contrast:.2f} saturation x{saturation:.2f}")
+            done[-1] += f" hue {hue:+.3f}"
+        top, left, height, width = each.erased[at]
+        done += [f"erased {left}, {top}, {width} x {height}"] if height else []
+    name = printable(split.classes[split.labels[index]])
+    return f"{step.processes[at]:7}  {crop:<52}  {', '.join([name, printable(split.path(index)), *done])}"
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from pathlib import Path
 import train
 from pipelines import replay
 from pipelines.data.dataset import load_dataset, scan_dataset
-from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.run.folder import RunFolder
 from pipelines.run_files import read_run_config, what_auto_came_to
 from tests.helpers.runs import SMALL, succeeded
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from PIL import Image
 
 
@@ -21,7 +21,9 @@ def flags(photos, tmp_path) -> list[object]:
     return [*SMALL, *epochs, "--data", photos, "--runs", tmp_path, "--run", "r"]
 
 
-@pytest.mark.parametrize("more", [[], ["--views-per-photo", "2"]])
+@pytest.mark.parametrize(
+    "more", [["--views-per-photo", "2"], ["--quarter-turns", "true", "--hue", "0.1", "--erase-probability", "0.5"]]
+)
 def test_a_step_is_what_the_training_was_given(more, flags, run_here, tmp_path, monkeypatch):
     """Step 7 of 10, the second of the second epoch; and on three processes each has its share of it."""
     seen, update = [], train.update
@@ -37,18 +39,18 @@ def test_a_step_is_what_the_training_was_given(more, flags, run_here, tmp_path, 
     said = succeeded(run_here(replay, run.folder, "--step", "7", "--processes", "3"))
     assert "step 7 of" in said
     assert "in epoch 2, on 3 processes" in said
-    lines = said.partition("photo\n")[2].partition("\n\n")[0].splitlines()
+    lines = said.partition("done to it\n")[2].partition("\n\n")[0].splitlines()
     assert [int(line.split()[0]) for line in lines] == [0, 0, 1, 2]
 
     config, batch = what_auto_came_to(run.folder, read_run_config(run.folder)), seen[6]
     split = load_dataset(scan_dataset(Path(config.data), tmp_path / "index", 0.2)).splits["train"]
     step = replay.step_of(config, split, 7, 3)
     assert step.views.indices.tolist() == batch.indices.tolist()
-    assert all(line.endswith(split.path(index)) for line, index in zip(lines, batch.indices.tolist(), strict=True))
-    mean, std = (np.asarray(each).reshape(1, 3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
-    given = ((batch.images.numpy() * std + mean) * 255).round().transpose(0, 2, 3, 1)
-    drawn = [pixels for *_, pixels in replay._described(split, step, set(), config.image_size)]
-    np.testing.assert_array_equal(np.stack(drawn), given)
+    assert all(split.path(index) in line for line, index in zip(lines, batch.indices.tolist(), strict=True))
+    images, are_seen = replay.images_of(config, split, PartialState(), step, ())
+    assert are_seen.all()
+    np.testing.assert_array_equal(images, batch.images.numpy())
+    assert ("hue" in said) == ("--hue" in more)
     with Image.open(run.figures / "step_7.png") as picture:
         assert picture.width > 200
     assert len(run_here(replay, run.folder, "--step", "5").stdout.splitlines()) == 2 + 3 + 2, "a short last batch"

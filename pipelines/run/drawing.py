@@ -56,22 +56,24 @@ STYLE: dict[str, Any] = {
 
 
 def save_train_batch(
-    path: Path, images: np.ndarray, titles: Sequence[str], *, mean: Sequence[float], std: Sequence[float]
+    path: Path,
+    images: np.ndarray,
+    titles: Sequence[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    most: int = MAX_PHOTOS,
 ) -> None:
-    """What the network really sees, augmentation included: the first 16 photos of a batch.
+    """What the network really sees, augmentation included: the first photos of a batch, `most` at most.
 
     images: float [N, 3, H, W], normalised; `mean` and `std` (3 values each, on the 0..1 scale) undo that, and what lies
-    outside 0..1 is clipped. titles: N class names.
+    outside 0..1 is clipped. titles: N, of one line each or more.
     """
-    photos = images[:MAX_PHOTOS].transpose(0, 2, 3, 1) * np.asarray(std) + np.asarray(mean)
+    photos = images[:most].transpose(0, 2, 3, 1) * np.asarray(std) + np.asarray(mean)
     photos = (np.nan_to_num(photos).clip(0, 1) * 255).round().astype(np.uint8)
-    save_views(path, photos, titles[:MAX_PHOTOS])
-
-
-def save_views(path: Path, photos: np.ndarray, titles: Sequence[str]) -> None:
-    """photos: uint8 [N, H, W, 3], all of them drawn; titles: N, of one line or more."""
-    with _photo_grid(path, photos, caption_lines=max([1, *(title.count("\n") + 1 for title in titles)])) as tiles:
-        for tile, title in zip(tiles, titles, strict=True):
+    lines = max([1, *(title.count("\n") + 1 for title in titles[:most])])
+    with _photo_grid(path, photos, caption_lines=lines) as tiles:
+        for tile, title in zip(tiles, titles[:most], strict=True):
             tile.set_title("\n".join(_shortened(line, CAPTION) for line in title.split("\n")))
 
 
