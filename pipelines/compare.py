@@ -39,7 +39,7 @@ from pipelines.training.evaluation import BEST_BY
 
 from PIL import Image
 
-_NOT_COMPARED = {"run", "runs", "overwrite", "prepare"}
+_NOT_COMPARED = {"run", "runs", "overwrite", "prepare", "compare_to"}
 _OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "weights", "dataset"}) - {"seed"}
 _WIDEST = 28  # characters of a cell
 _ABSENT = "-"

@@ -283,6 +283,9 @@ class Config:
     """have W&B send an alert when the run ends, fails or is stopped to be requeued"""
     log_model: Literal["never", "best", "end"] = "best"
     """when the best weights go to W&B: each time they improve, once at the end, or never"""
+    compare_to: Text | None = None
+    """folder of another run: in the end it is said, and put into the tracker's summary, which of the two is better, by
+    the photos that both have answered; null: none"""
 
     def without_effect(self) -> dict[str, str]:
         """The settings that play no part beside the others, each with the one that makes it so, as `key: value`."""
@@ -377,7 +380,7 @@ GROUPS = {
         "warmup_epochs",
     ],
     "Evaluation": ["best_by", "test_flips", "eval_batch_per_device"],
-    "Logging": ["log_every", "tracker", "project", "tags", "group", "alerts", "log_model"],
+    "Logging": ["log_every", "tracker", "project", "tags", "group", "alerts", "log_model", "compare_to"],
 }
 
 

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import train
 from pipelines import compare
 from pipelines.config import Config, dump_yaml
+from pipelines.run.predictions import read_predictions
 from pipelines.run.significance import difference_interval, mcnemar
+from pipelines.tracking.tracking import Tracking
 from tests.helpers.run_files import DESCRIPTION
+from tests.helpers.runs import SMALL, one_error_line, succeeded
 
 import pytest
 from PIL import Image
@@ -232,6 +236,23 @@ def test_a_page_shows_no_picture_from_beside_the_data(answered, run_here, tmp_pa
     assert run_here(compare, one, other, "--html", tmp_path / "page.html").returncode == 0, "its own page is replaced"
     (tmp_path / "page.html").write_text("<!doctype html><p>mine")
     assert run_here(compare, one, other, "--html", tmp_path / "page.html").returncode == 2
+
+
+def test_a_training_says_whether_it_is_better_than_another(photos, run_here, tmp_path, monkeypatch):
+    summaries: list[dict[str, Any]] = []
+    monkeypatch.setattr(Tracking, "finish", lambda _, summary: summaries.append(dict(summary)))
+    flags = [*SMALL, "--data", photos, "--runs", tmp_path, "--epochs", "1", "--batch-size", "8"]
+    succeeded(run_here(train, *flags, "--run", "one"))
+    said = succeeded(run_here(train, *flags, "--run", "two", "--compare-to", tmp_path / "one", "--seed", "1"))
+    assert "compare_to: no difference between two and one that 11 photos could show" in said
+    first, second = (read_predictions(tmp_path / name / "predictions.csv") for name in ("one", "two"))
+    assert "compare/to" not in summaries[0]
+    assert summaries[1]["compare/difference"] == pytest.approx(second.right.mean() - first.right.mean())
+    assert {"compare/p", "compare/low", "compare/high", "compare/verdict"} <= summaries[1].keys()
+    refused = run_here(train, *flags, "--run", "three", "--compare-to", tmp_path)
+    assert refused.returncode == 2
+    assert "compare_to: " in one_error_line(refused)
+    assert not (tmp_path / "three").exists()
 
 
 @pytest.mark.browser

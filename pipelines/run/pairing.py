@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from pipelines.run.predictions import Predictions
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.run.predictions import Predictions, read_predictions
 from pipelines.run.significance import (
     LEVEL,
     difference_interval,
@@ -13,6 +17,7 @@ from pipelines.run.significance import (
     photos_interval,
     photos_needed,
 )
+from pipelines.text import printable
 
 import numpy as np
 
@@ -115,6 +120,28 @@ def pair(first: Sequence[Predictions], second: Sequence[Predictions], level: flo
         shares=shares,
         rows=rows,
     )
+
+
+def check_compared(config: Config) -> None:
+    """UserError where `compare_to` names no run that can be compared with."""
+    if config.compare_to is not None:
+        try:
+            read_predictions(Path(config.compare_to) / "predictions.csv")
+        except UserError as error:
+            raise UserError(f"compare_to: {error}; it wants a run's folder") from None
+
+
+def compared_with(other: Path, run: Path) -> tuple[str, dict[str, Any]]:
+    """The verdict on a run beside another one, and the figures as a tracker's summary has them. UserError where either
+    has no predictions."""
+    there, here = (read_predictions(folder / "predictions.csv") for folder in (other, run))
+    found = pair([there], [here])
+    one, two = (printable(folder.resolve().name) for folder in (other, run))
+    verdict = found.verdict(one, two)
+    figures = {"to": one, "photos": found.photos, "difference": found.difference, "p": found.p, "verdict": verdict}
+    figures |= {"only_there": found.only_one[0], "only_here": found.only_one[1]}
+    figures |= dict(zip(("low", "high"), found.interval, strict=True))
+    return verdict, {f"compare/{key}": value for key, value in figures.items()}
 
 
 def points(difference: float) -> str:

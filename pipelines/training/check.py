@@ -19,6 +19,7 @@ from pipelines.errors import UserError
 from pipelines.model.weights import Weights, read_weights
 from pipelines.run.checkpoint import newest_checkpoint
 from pipelines.run.folder import RunFolder, new_run_name
+from pipelines.run.pairing import check_compared
 from pipelines.run_files import is_run_config
 from pipelines.text import printable
 from pipelines.tracking.settings import check_tracker
@@ -66,6 +67,7 @@ def check(arguments: list[str]) -> Checked | None:
     config, recipe = parse_config(arguments)
     state = start_processes()
     on_main_process(state, partial(check_tracker, config))
+    on_main_process(state, partial(check_compared, config))
     name = config.run or on_main_process(state, lambda: new_run_name(recipe, config.runs))
     config = replace(config, run=name)  # with which its config.yaml goes on with it
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process, not_named=not_named(arguments))

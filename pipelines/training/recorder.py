@@ -5,13 +5,16 @@ drawn before the row that it goes to the tracker with.
 import math
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipelines.data.loader import Batch, Loader
 from pipelines.distributed.exits import ExitStatus
-from pipelines.errors import Stopped
+from pipelines.errors import Stopped, UserError
 from pipelines.model.optimizer import learning_rates
 from pipelines.run import figures
+from pipelines.run.pairing import compared_with
+from pipelines.text import printable
 from pipelines.tracking.tracking import Tracking
 from pipelines.training.build import Components
 from pipelines.training.check import Checked
@@ -133,7 +136,18 @@ class Recorder:
         best = self._progress.best
         fitted = next((row for row in self._run.read_metrics() if "head/penalty" in row), {})
         of_the_head = {key: value for key, value in fitted.items() if key.startswith("head/")}
-        self._tracker.finish(best_scores(best) | {"best/epoch": best["epoch"]} | of_the_head)
+        self._tracker.finish(best_scores(best) | {"best/epoch": best["epoch"]} | of_the_head | self._compared())
+
+    def _compared(self) -> dict[str, Any]:
+        """The figures beside the run that `compare_to` names, whose verdict is said."""
+        if (other := self._config.compare_to) is None:
+            return {}
+        try:
+            verdict, found = compared_with(Path(other), self._run.folder)
+        except UserError as error:  # it was there at the start
+            verdict, found = str(error), {}
+        print(f"compare_to: {printable(verdict)}", flush=True)
+        return found
 
     @property
     def _tracker(self) -> Tracking:
