@@ -33,22 +33,14 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import parse_config
+from benchmarks.headroom import Training
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.engines.factory import make_engine
-from pipelines.data.loader import Loader, Step, train_loader
-from pipelines.data.open import open_dataset
+from pipelines.data.loader import Loader
 from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 from pipelines.data.preprocess import IMAGENET_STD
 from pipelines.distributed.hardware import cpu_cores
-from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.model.features import FrozenFeatures
-from pipelines.model.network import TrainedPart, build_model
-from pipelines.model.optimizer import make_optimizer
-from pipelines.model.weights import read_weights
 from pipelines.run.folder import versions
-from pipelines.training.progress import Interval, StepWatch
-from pipelines.training.step import update
 
 import numpy as np
 import torch
@@ -323,7 +315,7 @@ def loader_rates(setup: Setup) -> Finding:
     rows = setup.folder / "loader.jsonl"
     rows.unlink(missing_ok=True)
     words = ["--runs", str(setup.of(3, 1)), "--epochs", str(setup.of(4, 1)), "--batch-size", str(setup.of(256, 8))]
-    words += ["--out", str(rows), "--workers", "1" if setup.dry else "16"]
+    words += ["--out", str(rows), "--views", "train"]
     words += ["--threads", *(["1"] if setup.dry else ["4", "16"])]
     script = str(ROOT / "benchmarks" / "loader.py")
     said = _output([sys.executable, script, "--data", str(setup.folder / "photos"), *words])
@@ -354,56 +346,12 @@ def decoder_rates(setup: Setup) -> Finding:
     return Finding("photos/s: " + ", ".join(f"{name}: {rate:,.0f}" for name, rate in medians.items()), None, medians)
 
 
-class Training:
-    """train.py's own step and what belongs to it, in bf16: a ResNet-18 from random weights, configs/imagenet.yaml."""
-
-    def __init__(self, setup: Setup) -> None:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as the launcher would say it
-        words = ["--config", str(ROOT / "configs" / "imagenet.yaml"), "--data", str(setup.folder / "photos")]
-        words += ["--batch-size", str(setup.of(256, 8)), "--lr", "0.01", "--tracker", "none", *_small(setup)]
-        self.config, _ = parse_config(words)
-        self.state = start_processes()
-        self.split = open_dataset(self.state, self.config).splits["train"]
-        self.accelerator = start_accelerator(self.config, self.state, None, steps=450_000)
-        self.network = build_model(self.config, read_weights(self.config), self.split.classes).to(self.state.device)
-        optimizer = make_optimizer(self.network, self.config)
-        self.model, self.optimizer = self.accelerator.prepare(TrainedPart(self.network), optimizer)
-        self.network.train()
-        self._interval, self._watch = Interval(self.state.device), StepWatch()
-
-    def loader(self, engine: str) -> Loader:
-        """train.py's, of the photos."""
-        labels = self.split.labels.astype(np.int64)
-        return train_loader(self.config, self.split, labels, self.state, engine, self.config.batch_size)
-
-    def steps(self, loader: Loader) -> Iterator[Step]:
-        """Epoch after epoch, all of whole steps."""
-        return (step for epoch in count() for step in loader.epoch(epoch))
-
-    def resident(self, loader: Loader) -> Iterator[Step]:
-        """One batch again and again: what the loop could do if photos cost nothing."""
-        batch = next(next(loader.epoch(0)).batches)
-        while True:
-            yield Step(len(batch), 1, iter([batch]))
-
-    def train(self, loader: Loader, steps: Iterator[Step], number: int, watched: Any = nullcontext) -> float:
-        """Seconds for so many steps, all of the GPU's work included. watched: a context for the steps alone."""
-        features = FrozenFeatures(self.network, loader, self.accelerator, views_per_photo=None, epochs=1, micro_batch=1)
-        self._wait()
-        started = time.perf_counter()
-        with watched():
-            for step in islice(steps, number):
-                sums, _ = update(
-                    self.model, features, self.optimizer, step, (False, False), loader, self.accelerator, self.config
-                )
-                self._interval.add(sums)
-                self._watch.add(sums, str)
-        self._wait()
-        return time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.state.device.type == "cuda":
-            torch.cuda.synchronize()
+def _training(setup: Setup) -> Training:
+    """In bf16: a ResNet-18 from random weights, configs/imagenet.yaml."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # as the launcher would say it
+    words = ["--config", str(ROOT / "configs" / "imagenet.yaml"), "--data", str(setup.folder / "photos")]
+    words += ["--batch-size", str(setup.of(256, 8)), "--lr", "0.01", "--tracker", "none", *_small(setup)]
+    return Training(words)
 
 
 def _small(setup: Setup) -> list[str]:
@@ -421,7 +369,7 @@ def _cuda_says_where_it_waits() -> Iterator[None]:
 
 def synchronisation(setup: Setup) -> Finding:
     """20 steps under CUDA's own check, and where each warning comes from."""
-    training = Training(setup)
+    training = _training(setup)
     loader = training.loader(setup.engine)
     steps = training.steps(loader)
     training.train(loader, steps, setup.of(5, 1))
@@ -438,7 +386,7 @@ def synchronisation(setup: Setup) -> Finding:
 def training_rates(setup: Setup) -> Finding:
     """Photos a second of the loop, batch 256, in turn, median of 3: a batch that lies on the GPU, and each engine."""
     batch, number = setup.of(256, 8), setup.of(60, 2)
-    training = Training(setup)
+    training = _training(setup)
     loaders = {engine: training.loader(engine) for engine in dict.fromkeys(("pillow", setup.engine))}
     ways = {"resident": (loaders["pillow"], training.resident(loaders["pillow"]))}
     ways |= {engine: (loader, training.steps(loader)) for engine, loader in loaders.items() if engine == "dali"}
@@ -466,7 +414,7 @@ def training_rates(setup: Setup) -> Finding:
 def without_a_search(setup: Setup) -> Finding:
     """The resident batch again, without cuDNN's search for the fastest algorithms, which a short run does without."""
     batch, number = setup.of(256, 8), setup.of(60, 1)
-    training = Training(setup)
+    training = _training(setup)
     torch.backends.cudnn.benchmark = False
     loader = training.loader("pillow")
     steps = training.resident(loader)
@@ -480,7 +428,7 @@ def profile(setup: Setup) -> Finding:
     """The share of 20 steps in which the GPU works, and what of that work is DALI's and what is largest."""
     from torch.profiler import ProfilerActivity
 
-    training = Training(setup)
+    training = _training(setup)
     loader = training.loader(setup.engine)
     steps = training.steps(loader)
     training.train(loader, steps, setup.of(20, 1))

@@ -30,6 +30,7 @@ from torch.nn import functional
 _JPEG = FORMATS.index("JPEG")
 # Times the square that is kept: of a long strip all is resized here, and Pillow does that part alone.
 _LARGEST_RESIZED = 8
+_NOT_TAKEN = -1
 
 
 class NvImageCodecEngine(PillowEngine):
@@ -52,6 +53,7 @@ class NvImageCodecEngine(PillowEngine):
     ) -> None:
         super().__init__(split, image_size, micro_batch, device, threads, mean, std)
         self._of_thread = threading.local()
+        self._orientations = np.zeros(len(split), np.int8)  # 0 is not known yet
 
     def _pixels(self, views: Views, position: int) -> np.ndarray:
         index = int(views.indices[position])
@@ -71,18 +73,27 @@ class NvImageCodecEngine(PillowEngine):
 
     def _decoded(self, index: int, window: np.ndarray, rows: range, columns: range) -> np.ndarray | None:
         """uint8 [rows, columns, 3], upright, of a window; None where Pillow is to decode, or to say what is wrong."""
-        source = source_of(self._split, index)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as photo:  # reads the header
-            orientation = exif_orientation(photo)
-            size = photo.size if orientation >= 5 else photo.size[::-1]
-            if size != tuple(self._split.sizes[index].tolist()) or photo.mode not in ("RGB", "L"):
-                return None
-            if photo.info.get("adobe_transform") == 0 and photo.mode == "RGB":
-                return None
-            within = np.array([window[0] + rows.start, window[1] + columns.start, len(rows), len(columns)])
-            left, top, right, bottom = stored_box(within, orientation, photo.size)
-        pixels = self._decoder().window(source, top, left, bottom, right)
+        source, size = source_of(self._split, index), tuple(self._split.sizes[index].tolist())
+        orientation = self._orientation(index)
+        if orientation == _NOT_TAKEN:
+            return None
+        within = np.array([window[0] + rows.start, window[1] + columns.start, len(rows), len(columns)])
+        stored_size = size if orientation >= 5 else size[::-1]
+        left, top, right, bottom = stored_box(within, orientation, stored_size)
+        pixels = self._decoder().window(source, top, left, bottom, right, of=stored_size)
         return None if pixels is None else turned_upright(pixels, orientation)
+
+    def _orientation(self, index: int) -> int:
+        """EXIF's, from a photo's header, which is read again where its time has changed; _NOT_TAKEN where Pillow is to
+        decode it, or to say what is wrong. Copies are upright."""
+        if self._split.kinds[index] == SHRUNK:
+            return 1
+        path = self._split.path(index)
+        if not self._orientations[index] or os.stat(path).st_mtime_ns != self._split.mtimes[index]:
+            with Image.open(path) as photo:
+                is_plain = photo.mode == "L" or (photo.mode == "RGB" and photo.info.get("adobe_transform") != 0)
+                self._orientations[index] = exif_orientation(photo) if is_plain else _NOT_TAKEN
+        return int(self._orientations[index])
 
     def _decoder(self) -> "_Decoder":
         """This thread's own: it decodes in the thread that asks."""
@@ -106,11 +117,15 @@ class _Decoder:
             backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
         )
 
-    def window(self, source: str | bytes, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
+    def window(
+        self, source: str | bytes, top: int, left: int, bottom: int, right: int, of: tuple[int, int]
+    ) -> np.ndarray | None:
         """uint8 [bottom - top, right - left, 3] of a JPEG, a file or its content, as it is stored; None where it is not
-        decoded."""
-        region = self._library.Region(top, left, bottom, right)
-        part = self._library.CodeStream(source).get_sub_code_stream(region=region)
+        decoded, or not `of` this width and height."""
+        stream = self._library.CodeStream(source)
+        if (stream.width, stream.height) != of:
+            return None
+        part = stream.get_sub_code_stream(region=self._library.Region(top, left, bottom, right))
         decoded = self._decoder.decode(part, params=self._as_stored)
         pixels = None if decoded is None else np.asarray(decoded)
         return pixels if pixels is not None and pixels.shape == (bottom - top, right - left, 3) else None
@@ -125,7 +140,7 @@ def fault(device: torch.device) -> Fault | None:
     noise, file = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8), io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG", quality=90)
     try:
-        found = _Decoder().window(file.getvalue(), 9, 17, 40, 60)
+        found = _Decoder().window(file.getvalue(), 9, 17, 40, 60, of=(64, 48))
     except ModuleNotFoundError:
         return Fault("nvImageCodec is not installed here", "install nvidia-nvimgcodec-cu13")
     except Exception as error:  # of a library for another system, of many kinds

@@ -131,3 +131,21 @@ def test_many_threads_give_the_same_pixels(split):
         found.append(engine.fetch().images)
         engine.close()
     assert torch.equal(*found)
+
+
+def test_a_photo_that_was_turned_meanwhile_is_seen_so(tmp_path):
+    """An orientation is remembered; a file that has changed is asked again."""
+    for name in ("train/a/0.jpg", "train/b/1.jpg", "val/a/2.jpg", "val/b/3.jpg"):
+        write_photo(tmp_path / name, 64, 64, 0)
+    split = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.2)).splits["train"]
+    views = EvalPlan(split.sizes, image_size=64, resize=64).views(0, np.arange(1))
+    engine = make_engine("nvimgcodec", split, image_size=64, micro_batch=1, device=CPU, threads=1)
+    seen = []
+    for orientation in (1, 3):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        write_photo(tmp_path / "train/a/0.jpg", 64, 64, 0, exif=exif)
+        engine.submit(views)
+        seen.append(engine.fetch().images)
+    engine.close()
+    assert torch.equal(seen[1], seen[0].flip(2, 3))
