@@ -140,11 +140,13 @@ def save_curves(
         for panel, name in ((loss, "loss"), (top1, "top1")):
             _line(panel, x, _column(rows, f"train/{name}"), color=BLUE, label="train")
             _line(panel, x, _column(rows, f"val/{name}"), color=ORANGE, label="val")
-        scores = np.where(np.isfinite(x), _column(rows, best_by), np.nan)
+        averaged = _column(rows, best_by.replace("val/", "ema/"))
+        _line(top1, x, averaged, color=GREY, label="averaged")
+        scores = np.where(np.isfinite(x), np.fmax(_column(rows, best_by), averaged), np.nan)
         accuracy = "top-1 accuracy"
         if best_by != "val/top1":
             accuracy = "balanced accuracy"
-            _line(top1, x, scores, color=ORANGE, label="balanced", linestyle="--")
+            _line(top1, x, _column(rows, best_by), color=ORANGE, label="balanced", linestyle="--")
         if np.isfinite(scores).any():
             best = int(np.nanargmax(scores))
             top1.plot(x[best], scores[best], "*", color=VERMILION, markersize=11, label="best")
@@ -185,6 +187,20 @@ def save_penalties(
             panel.set_xlabel("penalty on the weights")
             panel.grid(True)
         figure.axes[0].legend(loc="lower left", bbox_to_anchor=(-0.03, 0.97), ncols=3).set_in_layout(False)
+
+
+def save_lr_search(path: Path, rates: np.ndarray, losses: np.ndarray, suggestion: float) -> None:
+    """Loss over a rate that has risen from step to step. rates, losses: float [steps]."""
+    with _picture(path, 6, 3.4) as figure:
+        panel = figure.subplots()
+        panel.plot(rates, losses, color=BLUE, lw=1.6, label="training loss, running mean")
+        panel.axvline(suggestion, color=VERMILION, lw=1.2, label=f"suggested: {suggestion:.2g}")
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.set_xlabel("learning rate of the head")
+        panel.set_title("loss", pad=20)
+        panel.grid(True)
+        panel.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.97), ncols=2).set_in_layout(False)
 
 
 def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
