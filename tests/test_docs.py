@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from pipelines.config import parse_config, settings_page
+from pipelines.config import SCHEMA, parse_config, settings_page
 from pipelines.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -180,6 +180,7 @@ def check_script(script: Path, arguments: list[str]) -> None:
     texts = {node.value for call in named for node in ast.walk(call) if isinstance(node, ast.Constant)}
     flags = {text for text in texts if isinstance(text, str) and text.startswith("--")} | {"--help"}
     flags |= {"--test-flips"} if "add_test_flips()" in source else set()
+    flags |= {"--config", *(f"--{key}" for key in SCHEMA)} if "parse_known_args" in source else set()
     for argument in arguments:
         assert not argument.startswith("--") or argument.partition("=")[0] in flags, f"{script} has no {argument}"
 
