@@ -67,6 +67,8 @@ class Run:
     @property
     def best(self) -> Mapping[str, Any]:
         """The evaluation row that the run takes for its best, the earlier one of a tie; {} where there is none."""
+        if self.description and self.description["scores"].get("averaged"):  # rows have those weights as ema/...
+            return self.description["scores"]
         rows = [row for row in self.rows if row.get(self.best_by) is not None]
         return max(rows, key=lambda row: row[self.best_by], default={})
 

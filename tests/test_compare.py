@@ -94,6 +94,13 @@ def test_a_run_is_shown_at_what_it_takes_for_its_best(runs, run_here):
     assert done.stdout.splitlines()[1].split()[:5] == ["fast", "0.4000", "0.5000", "2", "0.4000"]
 
 
+def test_a_run_whose_averaged_weights_are_its_best_is_shown_at_theirs(runs, run_here):
+    scores = {"epoch": 2, "global_step": 60, "val/loss": 0.2, "val/top1": 0.9, "averaged": 1}
+    (runs / "fast" / "model.json").write_text(json.dumps(DESCRIPTION | {"scores": scores}))
+    done = run_here(compare, runs / "fast")
+    assert done.stdout.splitlines()[1].split()[:2] == ["fast", "0.9000"]
+
+
 def test_a_run_that_has_only_begun_stands_in_the_table(runs, run_here):
     (runs / "slow" / "metrics.jsonl").unlink()
     (runs / "slow" / "status.json").unlink()
