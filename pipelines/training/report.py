@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from functools import partial
 
 from pipelines.config import SCHEMA, Config, dump_yaml
-from pipelines.data.loader import Batch, Loader
+from pipelines.data.loader import Batch, Loader, decoding_threads
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.shrink_pass import shrink_report
+from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import launcher_hints
+from pipelines.distributed.sync import local_world_size
 from pipelines.model.features import store_report
 from pipelines.model.optimizer import learning_rates, rate_jump
 from pipelines.model.weights import Weights
@@ -22,6 +24,8 @@ from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wi
 
 import numpy as np
 import torch
+
+_WAITED_SHARE, _WAITED_SECONDS = 0.05, 2.0  # of an epoch, from which on waiting for photos is worth a line
 
 
 def without_effect(config: Config) -> list[str]:
@@ -80,6 +84,27 @@ def _setup_report(checked: Checked, components: Components) -> list[str]:
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
         lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
     return lines
+
+
+def input_report(config: Config, components: Components, row: Mapping[str, float]) -> list[str]:
+    """On an epoch that has waited for photos: how much, and what may help; at most one line. row: the epoch's means."""
+    loader, waited, rate = components.training, row.get("perf/data_wait", 0.0), row.get("perf/images_per_s", 0.0)
+    if waited < _WAITED_SHARE or waited * loader.plan.length < _WAITED_SECONDS * rate:
+        return []
+    sound = loader.split.sizes[loader.split.faults == 0]
+    cores = cpu_cores() // local_world_size()
+    helpful = {
+        f"--loader_threads {cores}": decoding_threads(config) < cores,
+        "--loader auto": config.loader != "auto",
+        f"--shrink {2 * config.resize}": not config.shrink and np.median(sound.min(axis=1)) > 2 * config.resize,
+        "--views_per_photo 4": components.network.frozen_part_is_fixed and not components.features.are_kept,
+    }
+    advice = ", ".join(flag for flag, helps in helpful.items() if helps)
+    return [
+        f"input: {waited:.0%} of the epoch was spent waiting for photos: {rate:.0f} a second, "
+        f"{rate / max(0.01, 1 - waited):.0f} without it{f'; what may help: {advice}' if advice else ''}; what more "
+        "could be won, benchmarks/headroom.py measures"
+    ]
 
 
 def head_report(config: Config, unfitted: str, weights: Weights, has_own_head: bool) -> list[str]:

@@ -10,6 +10,7 @@ from pipelines.model.optimizer import Schedule
 from pipelines.run.checkpoint import Progress
 from pipelines.run.folder import RunFolder
 from pipelines.training import recorder as module
+from pipelines.training import report
 from pipelines.training.evaluation import _RECORD
 from pipelines.training.recorder import Recorder
 
@@ -104,3 +105,17 @@ def test_an_epoch_goes_on_where_it_was_left(recorder):
 def test_the_tracker_is_told_how_a_run_ends_early(recorder, said, code, told):
     recorder.end_early(ExitStatus("why", code))
     assert said[-1][0] == told
+
+
+def test_an_epoch_that_waits_for_photos_says_once_what_may_help(recorder, monkeypatch, capsys):
+    split = SimpleNamespace(sizes=np.full((1000, 2), 3000), faults=np.zeros(1000))
+    recorder._components.training = SimpleNamespace(split=split, plan=SimpleNamespace(length=1000), wait_seconds=0.0)
+    recorder._components.network = SimpleNamespace(frozen_part_is_fixed=True)
+    recorder._components.features = SimpleNamespace(are_kept=False)
+    monkeypatch.setattr(report, "cpu_cores", lambda: 1024)
+    row = {"lr/head": 0.5, "train/loss": 1.0, "perf/images_per_s": 120.0}
+    for waited in (0.04, 0.4, 0.5):
+        recorder.end_epoch(row | {"perf/data_wait": waited})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("input: ")]
+    assert line.startswith("input: 40% of the epoch was spent waiting for photos: 120 a second, 200 without it; ")
+    assert "what may help: --loader_threads 1024, --shrink 512, --views_per_photo 4; " in line
