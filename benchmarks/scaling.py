@@ -31,7 +31,9 @@ from pipelines.data.loader import Loader
 from pipelines.data.plan import TrainPlan, Views
 from pipelines.distributed.hardware import machine
 from pipelines.run.folder import versions
+from pipelines.run.predictions import read_predictions, write_predictions
 from pipelines.text import lasting_streams
+from pipelines.training.evaluation import _RECORD as RECORD
 
 import numpy as np
 import torch
@@ -145,8 +147,26 @@ def build_index(photos: int, index: Path, answers: "Queue[dict[str, float]]") ->
             "kept_bytes_per_photo": index.with_suffix(".npz").stat().st_size / photos,
             "peak_bytes_per_photo_of_the_scan": peak * 1024 / photos,
             "index_bytes_per_photo": index.stat().st_size / photos,
+            **predictions_costs(load_dataset(index).splits["val"], index.with_suffix(".csv")),
         }
     )
+
+
+def predictions_costs(split: Split, file: Path) -> dict[str, float]:
+    """CPU time and size of predictions.csv, with five answers a photo."""
+    records, rng = np.zeros(len(split), RECORD), np.random.default_rng(0)
+    records["index"], records["label"], records["loss"] = range(len(split)), split.labels, rng.random(len(split))
+    records["answers"] = rng.integers(0, CLASSES, records["answers"].shape)
+    records["probabilities"] = rng.random(records["probabilities"].shape)
+    started = time.process_time()
+    write_predictions(records, split, [f"n{number:08}" for number in range(CLASSES)], file)
+    written = time.process_time()
+    assert len(read_predictions(file)) == len(split)
+    return {
+        "predictions_bytes_per_photo": file.stat().st_size / len(split),
+        "write_predictions_cpu_us_a_photo": 1e6 * (written - started) / len(split),
+        "read_predictions_cpu_us_a_photo": 1e6 * (time.process_time() - written) / len(split),
+    }
 
 
 def use_indices(indices: list[Path], barrier: Barrier, answers: "Queue[dict[str, float]]") -> None:

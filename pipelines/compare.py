@@ -152,9 +152,9 @@ class Side:
 
 
 def read_sides(runs: Sequence[Run], split: str | None) -> tuple[list[Side], list[str]]:
-    """The recipes of `runs`, in order, and a line on the runs without predictions, which are in none."""
+    """The recipes of `runs`, in order, and a line on runs without predictions, which are in none, and on old ones."""
     sides: dict[tuple[str, ...], list[Side]] = {}
-    order, without = list[Side](), list[str]()
+    order, without, stale = list[Side](), list[str](), list[str]()
     name = f"figures/predictions_{split}.csv" if split else "predictions.csv"
     for run in runs:
         own = run.folder / name
@@ -181,9 +181,14 @@ def read_sides(runs: Sequence[Run], split: str | None) -> tuple[list[Side], list
             order.append(side)
         side.runs.append(run)
         side.predictions.append(found)
+        best = run.folder / "best.pt"
+        if own.parent != run.folder and best.exists() and best.stat().st_mtime > own.stat().st_mtime:
+            stale.append(run.name)
     flags = f" --split {split}" if split else ""
     advice = f"`accelerate launch evaluate.py RUN{flags}` makes one"
-    return order, [f"not by photo, as there is no {printable(name)}: {listed(without)} ({advice})"] if without else []
+    notes = [f"not by photo, as there is no {printable(name)}: {listed(without)} ({advice})"] if without else []
+    notes += [f"evaluated before best.pt was last written, maybe of other weights: {listed(stale)}"] if stale else []
+    return order, notes
 
 
 def sides_table(sides: Sequence[Side]) -> list[str]:
@@ -205,6 +210,8 @@ def notes_on(sides: Sequence[Side], pairings: Sequence[Pairing], split: str | No
         notes.append("the runs differ in nothing but the seed: no recipe is compared with another")
     if any(found.p is not None for found in pairings):
         notes.append("a verdict is on these trainings: with another seed each might have been better or worse")
+    if any(len(side.runs) > 1 for side in sides) and (alone := [side.name for side in sides if len(side.runs) == 1]):
+        notes.append(f"with one seed alone it is not known what another would change: {listed(alone)}")
     if len(pairings) > 1:
         told = f"{len(pairings)} comparisons: {100 * _level(sides):.3g} % each, so that all hold with 95 % (Dunn 1961)"
         notes.append(told)
@@ -334,7 +341,7 @@ def _picture(run: Run, path: str) -> str:
 def _write(path: Path, text: str) -> None:
     try:
         with atomic_write(path) as partial:
-            partial.write_text(text, "utf-8")
+            partial.write_bytes(text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): give another name") from None
 

@@ -209,6 +209,10 @@ def test_another_split_is_compared_by_what_evaluate_has_left(answered, run_here,
     said, found = compared(run_here, tmp_path / "found.json", one, other, "--split", "test")
     assert found["comparisons"][0]["photos"] == 60
     assert "have chosen each run's best epoch" not in said
+    assert "evaluated before" not in said
+    (one / "best.pt").touch()
+    said, _ = compared(run_here, tmp_path / "found.json", one, other, "--split", "test")
+    assert "evaluated before best.pt was last written, maybe of other weights: A" in said
 
 
 @pytest.mark.parametrize(

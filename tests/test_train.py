@@ -14,6 +14,7 @@ from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.data.loader import train_loader
 from pipelines.model.network import build_model
 from pipelines.model.weights import read_weights
+from pipelines.run.predictions import read_predictions
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import FROZEN, SMALL, run_script, succeeded, train_rows, val_rows
 
@@ -105,6 +106,9 @@ def test_two_and_four_processes_train_as_one(photos, photo_folder, random_weight
             for name in (*names, "epoch", "global_step"):
                 found, expected = ([row[name] for row in select(run)] for run in (tmp_path / f"p{count}", alone))
                 assert found == pytest.approx(expected, rel=1e-3), (count, name)
+        found, expected = (read_predictions(tmp_path / f"p{each}" / "predictions.csv") for each in (count, 1))
+        assert found.paths == expected.paths
+        assert len(found) == 11
 
     few = photo_folder({"val": {"ant": 1, "bee": 2}})  # fewer than processes
     for data, photo_count in ((photos, 11), (few, 3)):
