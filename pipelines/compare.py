@@ -13,8 +13,9 @@ import argparse
 import base64
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from statistics import fmean, stdev
 from typing import Any
@@ -44,7 +45,8 @@ _OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "weights", "dataset"}) - {"see
 _WIDEST = 28  # characters of a cell
 _ABSENT = "-"
 _PAGE = Path(__file__).with_name("compare.html")
-_PICTURES, _PICTURE = 24, 176  # photos of a comparison on the page; pixels of a side
+_PICTURES, _PICTURES_IN_ALL = 24, 240  # photos of a comparison on the page, and of all
+_PICTURE = 176  # pixels of a side
 _LISTED = 1000  # photos of a comparison in the JSON
 _CURVE = 400  # points
 
@@ -99,6 +101,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it there, for a browser")
     options = parser.parse_args(arguments)
     named = [read_run(folder) for folder in options.runs if (folder / "config.yaml").is_file()]
+    names = Counter(run.name for run in named)
+    named = [replace(run, name=str(run.folder)) if names[run.name] > 1 else run for run in named]
     if not named:
         raise UserError("compare: none of these is a run folder with a config.yaml (trained runs stand in runs/)")
     path = options.figure or options.runs[0].resolve().parent / "comparison.png"
@@ -120,7 +124,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         _write(options.json, to_json(content, indent=2) + "\n")
     if options.html:
-        _write(options.html, _page(content, runs, sides, pairings))
+        _write(options.html, _page(content, runs, named[0]))
         print(f"page: {printable(options.html)}")
     if figures.attempt(path.name, lambda: figures.save_comparison(path, {run.name: run.rows for run in runs})):
         print(f"\nplot: {printable(path)}", flush=True)
@@ -297,17 +301,19 @@ def _differing(first: Side, second: Side, pairing: Pairing, photo: int) -> dict[
     }
 
 
-def _page(content: dict[str, Any], runs: Sequence[Run], sides: Sequence[Side], pairings: Sequence[Pairing]) -> str:
-    """The page: the same, the table, the curves, and as many photos as it may have."""
+def _page(content: dict[str, Any], runs: Sequence[Run], first: Run) -> str:
+    """The page: the same, the table, the curves, and as many photos as it may have, where the first run has them."""
     of_the_page = {
         "table": _cells(runs),
         "curves": {printable(run.name): _curves(run) for run in runs},
     }
+    shown: dict[str, str] = {}
     for comparison in content["comparisons"]:
-        comparison["differing"] = [
-            {**photo, "picture": _picture(sides[0].runs[0], photo["path"])}
-            for photo in comparison["differing"][:_PICTURES]
-        ]
+        most = max(1, min(_PICTURES, _PICTURES_IN_ALL // len(content["comparisons"])))
+        comparison["differing"] = comparison["differing"][:most]
+        for photo in comparison["differing"]:
+            path = photo["path"]
+            shown[path] = photo["picture"] = shown[path] if path in shown else _picture(first, path)
     # Within a script, "<" might end it; JSON may spell it so.
     return _PAGE.read_text("utf-8").replace("DATA", to_json(content | of_the_page).replace("<", "\\u003c"))
 

@@ -201,6 +201,15 @@ def test_several_comparisons_hold_together(answered, run_here, tmp_path):
     assert "2 comparisons: 97.5 % each, so that all hold with 95 %" in said
 
 
+def test_two_runs_of_one_name_are_told_apart(answered, run_here, tmp_path):
+    one = answered("A", [1, 2])
+    other = tmp_path / "others" / "A"
+    shutil.copytree(one, other)
+    _, found = compared(run_here, tmp_path / "found.json", one, other)
+    assert [run["run"] for run in found["runs"]] == [str(one), str(other)]
+    assert found["comparisons"][0]["p"] == 1, "of one seed, so not two of a recipe"
+
+
 def test_another_split_is_compared_by_what_evaluate_has_left(answered, run_here, tmp_path):
     one, other = answered("A", [1]), answered("B", [3], lr=0.2)
     for run in (one, other):

@@ -160,7 +160,8 @@ class Tracking:
             self._send(tracker, self._take_held())
         tracker.finish(summary)
         if self._config.alerts:
-            scores = ", ".join(f"{key} {value:.4g}" for key, value in summary.items())
+            told = {key: value if isinstance(value, str) else f"{value:.4g}" for key, value in summary.items()}
+            scores = ", ".join(f"{key} {value}" for key, value in told.items())
             tracker.announce(f"{self._run.folder.name}: finished", scores or "finished", "INFO")
         self._end(tracker, exit_code=0)
 

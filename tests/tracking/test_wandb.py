@@ -576,7 +576,7 @@ def test_what_an_agent_of_the_sweep_starts_is_accepted(monkeypatch):
 def test_alerts_tell_how_a_run_ends(folder, dataset, server):
     for number, (end, level, words) in enumerate(
         [
-            (lambda tracking: tracking.finish({"best/val_top1": 0.75}), "INFO", "best/val_top1 0.75"),
+            (lambda tracking: tracking.finish({"best/val_top1": 0.75, "of": "A"}), "INFO", "best/val_top1 0.75, of A"),
             (lambda tracking: tracking.stopped("stopped at step 4 by SIGUSR1"), "WARN", "stopped at step 4 by SIGUSR1"),
             (lambda tracking: tracking.abandon(2, "the loss is not finite"), "ERROR", "the loss is not finite"),
         ]
