@@ -79,7 +79,9 @@ def _run(recipe: str, seed: int, data: str | None, settings: list[str], precisio
         else:
             config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
             flags += [f"--config={config}", f"--runs={runs}", "--run=run", "--tracker=none"]
-            flags += [f"--{pair}" for pair in ["cache_gb=0", *settings]]  # each run pays for its own features
+            # Each run pays for its own features, unless --set says otherwise, as shrink wants a cache.
+            chosen = {"cache_gb": "0"} | dict(pair.split("=", 1) for pair in settings)
+            flags += [f"--{key}={value}" for key, value in chosen.items()]
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
             command = [*launch, str(ROOT / "train.py"), *flags]
         started, worked = time.perf_counter(), _processor_seconds()

@@ -194,7 +194,7 @@ class Loader:
         for position, reason in failed.items():
             index = int(views.indices[position])
             if not self._skip_bad_files:
-                raise undecodable(self.split, index, reason)
+                raise bad_photo_error(self.split, index, reason)
             # Above a progress bar, not into it.
             tqdm.write(f"left out: {_cannot_be_decoded(self.split, index, reason)}", file=sys.stderr)
             self.bad.add(index)
@@ -203,7 +203,7 @@ class Loader:
         return views.select(kept)
 
 
-def undecodable(split: Split, index: int, reason: str) -> UserError:
+def bad_photo_error(split: Split, index: int, reason: str) -> UserError:
     """What a photo ends a run with that one process has met and could not decode."""
     advice = "repair or remove it, or leave such photos out with --skip-bad-files"
     line = f"{_cannot_be_decoded(split, index, reason)}: {advice}"

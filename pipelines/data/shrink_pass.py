@@ -13,7 +13,7 @@ from pipelines.config import Config
 from pipelines.data.dataset import Split, in_threads
 from pipelines.data.decode import central_views, decoding_error, keep_shrunk, shrunk_jpeg
 from pipelines.data.headers import SHRUNK
-from pipelines.data.loader import decoding_threads, undecodable
+from pipelines.data.loader import bad_photo_error, decoding_threads
 from pipelines.data.shrink import ShrunkCopies, copies_folder, likely_bytes
 from pipelines.distributed.sync import local_world_size, wait_for_all
 from pipelines.errors import MachineError, StopAgreed, UserError
@@ -119,7 +119,7 @@ def _make(split: Split, index: int, config: Config) -> None:
     except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
         if config.skip_bad_files:
             return
-        raise undecodable(split, index, decoding_error(error)) from None
+        raise bad_photo_error(split, index, decoding_error(error)) from None
     try:
         keep_shrunk(split, index, content)
     except OSError as error:

@@ -114,6 +114,7 @@ class DaliEngine:
         self._pipeline = self._build(micro_batch)
         self._pillow = PillowEngine(split, image_size, micro_batch, device, threads, mean, std)
         self._not_for_dali: set[int] = set()  # positions in the split
+        self._has_source = np.zeros(len(split), bool)  # looked for once, until something fails
         self._failures = 0  # in a row, of photos that Pillow reads
         self._submitted: deque[tuple[Views, np.ndarray]] = deque()  # and which of them are for Pillow
         self._held: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
@@ -179,9 +180,10 @@ class DaliEngine:
             backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]
 
     def _is_for_pillow(self, views: Views) -> np.ndarray:
-        has_source = np.array([self._split.has_source(int(index)) for index in views.indices], bool)
+        for index in views.indices[~self._has_source[views.indices]].tolist():
+            self._has_source[index] = self._split.has_source(index)
         unreadable = for_pillow(self._split.kinds[views.indices]) | np.isin(views.indices, list(self._not_for_dali))
-        return unreadable | ~has_source
+        return unreadable | ~self._has_source[views.indices]
 
     def _start(self, views: Views, by_pillow: np.ndarray) -> None:
         if not by_pillow.all():
@@ -245,11 +247,15 @@ class DaliEngine:
 
     def _recover(self, error: RuntimeError) -> None:
         """A pipeline is dead after an exception that does not name the photo: try the submitted ones one by one."""
-        known = len(self._not_for_dali)
+        known, is_lost = len(self._not_for_dali), False
+        self._has_source[:] = False
         probe = self._build(1)
         for views, by_pillow in self._submitted:
             for position in np.flatnonzero(~by_pillow):
                 view = views.select(np.array([position]))
+                if not self._split.has_source(int(views.indices[position])):  # a copy that somebody has removed
+                    is_lost = True
+                    continue
                 try:
                     self._schedule(probe, view)
                     probe.share_outputs()
@@ -266,7 +272,7 @@ class DaliEngine:
                         ) from failure
                     self._not_for_dali.add(int(views.indices[position]))
                     probe = self._build(1)
-        if len(self._not_for_dali) == known:
+        if len(self._not_for_dali) == known and not is_lost:
             line = f"DALI failed, not because of a photo: {_reason(error)}; try --loader pillow"
             raise MachineError(line, on_one_process=True) from error
         self._pillow.cancel()
