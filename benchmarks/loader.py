@@ -7,7 +7,8 @@ A run of a variant is some epochs over the split `train`, seen as training sees 
 the library itself) or as validation does. The variants take turns, so that a busy moment of the machine meets all of
 them. Each makes its loader anew in its turn, with its threads and processes, and that is measured too: nobody reads
 ahead while others have theirs. The table gives medians, per second on the clock and per second of a processor, and the
-ratio to the first, Pillow's; raw numbers go to --out as JSON lines.
+ratio to the first, Pillow's; raw numbers go to --out as JSON lines. With `--shrink 512` our engines read copies too,
+which are there, and "shrink" is the pass that makes them.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cache import cache_folder
+from pipelines.config import Config
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.decode import central_views
 from pipelines.data.engines.factory import ENGINES, choose_engine, engine_module, make_engine
 from pipelines.data.loader import Loader
 from pipelines.data.plan import EvalPlan, Plan, TrainPlan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.samples import locate
+from pipelines.data.shrink import ShrunkCopies
+from pipelines.data.shrink_pass import make_copies
 from pipelines.distributed.hardware import machine
 from pipelines.errors import MachineError, UserError
 from pipelines.run.folder import versions
@@ -36,6 +42,7 @@ from pipelines.text import lasting_streams
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision import transforms as v1
@@ -56,6 +63,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="epochs of a turn")
     parser.add_argument("--threads", type=int, nargs="+", default=[2], help="threads, and processes of others")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--shrink", type=int, help="copies of this shorter side, beside photos as they lie")
     parser.add_argument("--only", nargs="+", help="variants whose names begin with one of these")
     parser.add_argument("--out", type=Path, help="JSON lines, one a run")
     options = parser.parse_args()
@@ -104,6 +112,8 @@ def _compare(split: Split, folder: Path, view: str, options: argparse.Namespace)
             f"{of_a_processor:>11.1f}"
         )
     _print_verdict(medians, max(options.threads))
+    if options.shrink and view == "val":
+        _print_difference(split, options.shrink)
 
 
 def _print_verdict(medians: dict[str, float], threads: int) -> None:
@@ -131,7 +141,12 @@ def _variants(split: Split, folder: Path, view: str, options: argparse.Namespace
     for engine in here:
         for threads in options.threads:
             variants[f"{engine}, {threads} threads"] = partial(_planned, split, engine, threads, view, options)
+            if options.shrink:
+                copies = split.shrunk(ShrunkCopies(options.shrink, cache_folder() / "benchmark"))
+                variants[f"shrunk: {engine}, {threads}"] = partial(_planned, copies, engine, threads, view, options)
     for threads in options.threads:
+        if options.shrink:
+            variants[f"shrink, {threads} threads"] = partial(_first_pass, split, options.shrink, threads)
         if "dali" in here:
             variants[f"DALI's own reader, {threads} threads"] = partial(_dalis_own, folder, threads, view, options)
     for workers in (0, *options.threads):
@@ -169,6 +184,22 @@ def _planned(split: Split, engine: str, threads: int, view: str, options: argpar
     photos = sum(len(batch) for batch in epochs)
     loader.close()
     return photos
+
+
+def _first_pass(split: Split, shrink: int, threads: int, run: int) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config(shrink=shrink, resize=64, image_size=64, loader_threads=threads)
+        make_copies([split.shrunk(ShrunkCopies(shrink, Path(folder)))], config, PartialState())
+    return len(split)
+
+
+def _print_difference(split: Split, shrink: int) -> None:
+    """How far what validation sees of copies is from what it sees of the photos."""
+    few = np.flatnonzero(split.faults == 0)[:20]
+    sizes: dict[str, Any] = {"image_size": _SIZE, "resize": _RESIZE}
+    whole, copies = (central_views(each, few, **sizes) for each in (split, split.shrunk(ShrunkCopies(shrink))))
+    difference = np.mean([np.abs(one.astype(int) - other) for one, other in zip(whole, copies, strict=True)])
+    print(f"views of copies differ from those of photos by {difference:.2f} grey levels of 255 on average")
 
 
 def _dalis_own(folder: Path, threads: int, view: str, options: argparse.Namespace, run: int) -> int:

@@ -19,7 +19,7 @@ _FORMAT = 1  # another one where copies would have other pixels
 JPEG: dict[str, Any] = {"format": "JPEG", "quality": 95, "subsampling": 0}
 # A JPEG is decoded scaled, to so many times its copy's size at least: of phone photos 0.6 to 0.9 levels, on average,
 # from one that is decoded whole, in a third of the time. What is seen of them is no farther from what is seen of the
-# photos (docs/data.md).
+# photos (docs/benchmarks.md).
 SPARE = 1.4
 _BYTES_A_PIXEL = 0.6  # 0.5 of copies of 512 pixels, 0.7 of smaller ones
 
