@@ -5,8 +5,8 @@
     python benchmarks/kills.py --calls 1                   # before each call in turn that touches the run folder
 
 Half of the kills come after a random number of new rows, the others while a checkpoint is being written. After each,
-the same command is started again. Weights, optimizer and best weights must be equal in every bit, and metrics.jsonl
-must have the same rows, each once (but for the speeds in them).
+the same command is started again. Weights, optimizer, best weights and predictions.csv must be equal in every bit, and
+metrics.jsonl must have the same rows, each once (but for the speeds in them).
 
 With --calls N a short training is killed before each N-th call to the operating system that touches its folder: while
 the folder is made, or emptied of an earlier run, while all is saved in it, and while it ends. It is started again as
@@ -227,6 +227,8 @@ def kill_all(launcher: psutil.Popen) -> None:
 
 def _differences(one: Path, other: Path) -> list[str]:
     found = [] if _equal_files(one / "best.pt", other / "best.pt") else ["best.pt"]
+    if (one / "predictions.csv").read_bytes() != (other / "predictions.csv").read_bytes():
+        found.append("predictions.csv")
     last = [checkpoint_folders(run / "checkpoints")[-1] for run in (one, other)]
     if last[0].name != last[1].name or not _equal_files(*(checkpoint / "state.pt" for checkpoint in last)):
         found.append("the last checkpoint")
