@@ -26,7 +26,8 @@ from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.loader import eval_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.data.shrink_pass import check_room, make_copies
+from pipelines.data.shrink import ShrunkCopies
+from pipelines.data.shrink_pass import has_room, make_copies
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.sync import on_main_process
@@ -69,7 +70,8 @@ def main(arguments: list[str]) -> None:
     dataset, split_name = _choose_split(dataset, options)
     on_main_process(state, lambda: check_dataset(dataset, skip_bad_files=config.skip_bad_files, splits=(split_name,)))
     split = dataset.splits[split_name]
-    on_main_process(state, lambda: check_room([split], config))
+    if config.shrink and not has_room([split], config):
+        split = replace(split, copies=ShrunkCopies(config.shrink))  # made in memory: each photo is read once
     table = folder / f"predictions_{split_name}.csv"
     check_replaceable(table, begins_with("path,split,label,answer,"))
     weights, notes = _read_weights(options, config.arch, dataset, split)

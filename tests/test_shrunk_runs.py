@@ -76,6 +76,12 @@ def test_every_script_sees_the_copies_and_a_stopped_run_goes_on(
         )
     other = run_here(evaluate, run, "--shrink", "null", "--json", tmp_path / "scores.json")
     assert json.loads((tmp_path / "scores.json").read_text())["loss"] != rows(run)[-1]["val/loss"], succeeded(other)
+    settings = (run / "config.yaml").read_text()
+    shutil.rmtree(tmp_path / "cache/shrunk")
+    (run / "config.yaml").write_text(settings.replace("cache_gb: 4", "cache_gb: 0"))
+    assert answers_of_evaluate(run) == answers, "without a cache copies are made in memory"
+    assert not (tmp_path / "cache/shrunk").exists()
+    (run / "config.yaml").write_text(settings)
     full = run_here(train, *flags, "--run", "full", "--cache-gb", "1e-6")
     assert "copies of 96 pixels take about" in one_error_line(full)
     assert not (tmp_path / "runs/full").exists()

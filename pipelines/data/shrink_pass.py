@@ -29,23 +29,32 @@ _LEAST_GAIN = 1.5
 
 def check_room(splits: Sequence[Split], config: Config) -> None:
     """UserError where the copies that `splits` need are more than the cache may have."""
-    size = sum(likely_bytes(split.sizes[split.kinds & SHRUNK > 0]) for split in splits)
-    if size > config.cache_gb * 1e9:
+    if not has_room(splits, config):
+        size = _needed_bytes(splits)
         raise UserError(
             f"shrink: copies of {config.shrink} pixels take about {size / 1e9:.2g} GB, and --cache-gb is "
             f"{config.cache_gb:g}: give --cache-gb {1.2 * size / 1e9:.2g}, or a smaller --shrink"
         )
 
 
+def has_room(splits: Sequence[Split], config: Config) -> bool:
+    """Whether the cache may have all copies that `splits` need."""
+    return _needed_bytes(splits) <= config.cache_gb * 1e9
+
+
+def _needed_bytes(splits: Sequence[Split]) -> int:
+    return sum(likely_bytes(split.sizes[split.kinds & SHRUNK > 0]) for split in splits)
+
+
 def shrink_report(splits: Sequence[Split], config: Config) -> list[str]:
     """For the start of a run: what is read from copies, or what they would gain; at most one line."""
     if not config.shrink:
         return shrink_advice(splits[0], resize=config.resize, image_size=config.image_size)
-    large = [split.sizes[split.kinds & SHRUNK > 0] for split in splits]
-    count, total = sum(map(len, large)), counted(sum(map(len, splits)), "photo")
+    count = sum(np.count_nonzero(split.kinds & SHRUNK) for split in splits)
+    total = counted(sum(map(len, splits)), "photo")
     if not count:
         return [f"shrink: plays no part, as no photo has a shorter side of more than {config.shrink} pixels"]
-    size = f"about {sum(map(likely_bytes, large)) / 1e6:,.0f} MB in {copies_folder(cache_folder())}"
+    size = f"about {_needed_bytes(splits) / 1e6:,.0f} MB in {copies_folder(cache_folder())}"
     return [f"shrink: {count} of {total} are read from copies of {config.shrink} pixels, {size}"]
 
 
@@ -76,12 +85,13 @@ def shrink_advice(split: Split, *, resize: int, image_size: int) -> list[str]:
 def make_copies(
     splits: Sequence[Split], config: Config, state: PartialState, stop: Callable[[], bool] = lambda: False
 ) -> None:
-    """Makes the copies of large photos that are missing, each process its share of those of its node.
+    """Makes the copies of large photos that are missing, where they are kept, each process its share of its node's.
 
     stop: asked again and again. Where it says yes on any process, StopAgreed is raised on all. A photo that cannot be
     decoded is a UserError, or left to the loader, which leaves it out, with skip_bad_files.
     """
-    wanted = [(split, int(index)) for split in splits for index in np.flatnonzero(split.kinds & SHRUNK)]
+    kept = [split for split in splits if split.copies and split.copies.cache]
+    wanted = [(split, int(index)) for split in kept for index in np.flatnonzero(split.kinds & SHRUNK)]
     if not wanted:
         return
     if state.is_local_main_process:
