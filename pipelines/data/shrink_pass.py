@@ -32,8 +32,8 @@ def check_room(splits: Sequence[Split], config: Config) -> None:
     if not has_room(splits, config):
         size = _needed_bytes(splits)
         raise UserError(
-            f"shrink: copies of {config.shrink} pixels take about {size / 1e9:.2g} GB, and --cache-gb is "
-            f"{config.cache_gb:g}: give --cache-gb {1.2 * size / 1e9:.2g}, or a smaller --shrink"
+            f"shrink: copies of {config.shrink} pixels take about {size / 1e9:.3g} GB, and --cache-gb is "
+            f"{config.cache_gb:g}: give --cache-gb {1.2 * size / 1e9:.3g}, or a smaller --shrink"
         )
 
 
@@ -77,7 +77,7 @@ def shrink_advice(split: Split, *, resize: int, image_size: int) -> list[str]:
         if (gain := as_they_lie / again) >= _LEAST_GAIN:
             return [
                 f"shrink: with --shrink {2 * resize} these photos, whose shorter sides are {side} pixels (median), "
-                f"would be read {gain:.2g} times as fast from the second epoch on (timed on {len(few)} of them)"
+                f"would be read {gain:.1f} times as fast from the second epoch on (timed on {len(few)} of them)"
             ]
     return []
 
