@@ -7,18 +7,21 @@ A run of a variant is some epochs over the split `train`, seen as training sees 
 the library itself) or as validation does. The variants take turns, so that a busy moment of the machine meets all of
 them. Each makes its loader anew in its turn, with its threads and processes, and that is measured too: nobody reads
 ahead while others have theirs. The table gives medians, per second on the clock and per second of a processor, and the
-ratio to the first, Pillow's; raw numbers go to --out as JSON lines. With `--shrink 512` our engines read copies too,
-which are there, and "shrink" is the pass that makes them.
+ratio to the first, Pillow's. What is read "from memory" stays there decoded, as with --memory_gb, from the run before
+those that are measured. With `--shrink 512` our engines read copies too, which are there, and "shrink" is the pass that
+makes them. Raw numbers go to --out as JSON lines.
 """
 
 import argparse
 import importlib.util
 import json
+import mmap
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +53,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 _SIZE, _RESIZE, _SCALE = 224, 256, (0.08, 1.0)
+_MEMORY = 1 << 31  # bytes of decoded photos, for the variants that read from memory
 _BESIDE = ("pillow, {} threads", "torchvision, {} workers")  # what the last line compares with
 
 
@@ -72,6 +76,7 @@ def main() -> None:
     print(machine(), ", ".join(f"{name} {version}" for name, version in versions().items()), sep="\n")
     for data in options.data:
         dataset = load_dataset(scan_dataset(locate(data, cache), cache, 0.2))
+        dataset = dataset.remembered(_MEMORY, partial(mmap.mmap, -1))
         for view in options.views:
             _compare(dataset.splits["train"], dataset.root / "train", view, options)
 
@@ -101,14 +106,14 @@ def _compare(split: Split, folder: Path, view: str, options: argparse.Namespace)
                 with open(options.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row | {"images_per_s": photos / seconds, "processor_s": processor}) + "\n")
     print(f"\n{folder}, {len(split)} photos, as {view} sees them, n = {options.runs}")
-    print(f"{'variant':<28}{'images/s':>10}{'least':>9}{'most':>9}{'ratio':>8}{'per CPU s':>11}")
+    print(f"{'variant':<34}{'images/s':>10}{'least':>9}{'most':>9}{'ratio':>8}{'per CPU s':>11}")
     medians = {name: statistics.median(rate for rate, _ in values) for name, values in rates.items()}
     first = next(iter(medians.values()))
     for name, values in rates.items():
         clock = [rate for rate, _ in values]
         of_a_processor = statistics.median(rate for _, rate in values)
         print(
-            f"{name:<28}{medians[name]:>10.1f}{min(clock):>9.1f}{max(clock):>9.1f}{medians[name] / first:>8.2f}"
+            f"{name:<34}{medians[name]:>10.1f}{min(clock):>9.1f}{max(clock):>9.1f}{medians[name] / first:>8.2f}"
             f"{of_a_processor:>11.1f}"
         )
     _print_verdict(medians, max(options.threads))
@@ -137,16 +142,20 @@ def _print_verdict(medians: dict[str, float], threads: int) -> None:
 
 def _variants(split: Split, folder: Path, view: str, options: argparse.Namespace) -> dict[str, Callable[[int], int]]:
     variants: dict[str, Callable[[int], int]] = {}
+    plain = replace(split, memory=None)
     here = [engine for engine in reversed(ENGINES) if not engine_module(engine).fault(_device())]
     for engine in here:
         for threads in options.threads:
-            variants[f"{engine}, {threads} threads"] = partial(_planned, split, engine, threads, view, options)
+            planned = partial(_planned, engine=engine, threads=threads, view=view, options=options)
+            variants[f"{engine}, {threads} threads"] = partial(planned, plain)
+            if split.memory and split.memory.fits.all() and engine_module(engine).USES_MEMORY:
+                variants[f"{engine} from memory, {threads} threads"] = partial(planned, split)
             if options.shrink:
-                copies = split.shrunk(ShrunkCopies(options.shrink, cache_folder() / "benchmark"))
-                variants[f"shrunk: {engine}, {threads}"] = partial(_planned, copies, engine, threads, view, options)
+                copies = plain.shrunk(ShrunkCopies(options.shrink, cache_folder() / "benchmark"))
+                variants[f"shrunk: {engine}, {threads}"] = partial(planned, copies)
     for threads in options.threads:
         if options.shrink:
-            variants[f"shrink, {threads} threads"] = partial(_first_pass, split, options.shrink, threads)
+            variants[f"shrink, {threads} threads"] = partial(_first_pass, plain, options.shrink, threads)
         if "dali" in here:
             variants[f"DALI's own reader, {threads} threads"] = partial(_dalis_own, folder, threads, view, options)
     for workers in (0, *options.threads):
@@ -175,7 +184,7 @@ def _plan(split: Split, view: str, run: int) -> Plan:
     return TrainPlan(split.sizes, seed=run, image_size=_SIZE, crop_scale_min=_SCALE[0], flip_probability=0.5)
 
 
-def _planned(split: Split, engine: str, threads: int, view: str, options: argparse.Namespace, run: int) -> int:
+def _planned(split: Split, run: int, *, engine: str, threads: int, view: str, options: argparse.Namespace) -> int:
     plan, size = _plan(split, view, run), options.batch_size
     executor = make_engine(engine, split, image_size=_SIZE, micro_batch=size, device=_device(), threads=threads)
     labels = split.labels.astype(np.int64)

@@ -185,6 +185,8 @@ class Config:
     """the engine that decodes; auto: DALI on an NVIDIA GPU, else nvImageCodec, each where it works; else Pillow"""
     loader_threads: Annotated[int | None, Field(ge=1)] = None
     """decoding threads of a process; null: chosen from the cores"""
+    memory_gb: Annotated[float, Field(ge=0)] = 0
+    """most gigabytes of a node in which photos stay decoded, so that later epochs decode the others only; 0: none do"""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
     """micro-batches kept ready"""
 
@@ -352,7 +354,7 @@ GROUPS = {
         *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue"),
         *("erase_probability", "sampler", "views_per_photo"),
     ],
-    "Loader": ["loader", "loader_threads", "prefetch"],
+    "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
     "Training": [
         "epochs",

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipelines.data.headers import EDGE, FAULTS, SHRUNK, inspect_file
 from pipelines.data.layout import WANTED, Findings, Photo, list_csv, list_folder
+from pipelines.data.memory import PhotoMemory
 from pipelines.data.shrink import ShrunkCopies, is_whole, shrunk_sizes
 from pipelines.errors import MachineError, UserError
 from pipelines.files import atomic_write, file_digest
@@ -51,7 +52,7 @@ class Split:
     signatures: uint64 [N], of byte size and edges, 0 for a faulty file; mtimes: int64 [N], nanoseconds. The two tell
     whether a photo is the same as in an earlier run.
     kinds: uint8 [N], `headers.Inspection.kind`, or SHRUNK of a photo that is read from a shrunk copy. transparency:
-    what transparent pixels are composed on, "white" or "black", or "ignored". copies: None where none are.
+    what transparent pixels are composed on, "white" or "black", or "ignored". copies, memory: None where none are.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Split:
     kinds: np.ndarray
     transparency: str = "white"
     copies: ShrunkCopies | None = None
+    memory: PhotoMemory | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -156,6 +158,15 @@ class Dataset:
     def shrunk(self, copies: ShrunkCopies) -> "Dataset":
         """The same photos, the larger ones read from copies."""
         return replace(self, splits={name: split.shrunk(copies) for name, split in self.splits.items()})
+
+    def remembered(self, limit: int, area: Callable[[int], Any]) -> "Dataset":
+        """The same photos; of train and then of val as many as `limit` bytes allow stay in memory, once decoded."""
+        splits = dict(self.splits)
+        for name in ("train", "val"):
+            memory = PhotoMemory(splits[name].sizes, limit, area)
+            splits[name] = replace(splits[name], memory=memory)
+            limit -= memory.bytes
+        return replace(self, splits=splits)
 
     def report(self) -> list[str]:
         """What a person should know of the data before a run, in lines."""

@@ -83,9 +83,20 @@ def window_of(split: Split, views: Views, position: int) -> Image.Image:
 
     Raises ValueError where the photo is not of the size that was planned for, and whatever Pillow raises.
     """
-    index = int(views.indices[position])
+    index, window = int(views.indices[position]), views.windows[position]
+    if split.memory is None or not split.memory.fits[index]:
+        return _decoded_window(split, index, window)
+    photo = split.memory.get(index)
+    if photo is None:
+        whole = np.array([0, 0, *split.sizes[index]])
+        photo = split.memory.keep(index, np.asarray(_decoded_window(split, index, whole)))
+    top, left, height, width = window.tolist()
+    return Image.fromarray(np.ascontiguousarray(photo[top : top + height, left : left + width]))
+
+
+def _decoded_window(split: Split, index: int, place: np.ndarray) -> Image.Image:
     if split.kinds[index] & SHRUNK:
-        return _shrunk_photo(split, index).crop(stored_box(views.windows[position], 1, (0, 0)))
+        return _shrunk_photo(split, index).crop(stored_box(place, 1, (0, 0)))
     with Image.open(split.path(index)) as photo:
         _scale_key(photo)
         photo.load()  # Pillow turns a TIFF now, and reads what stands behind the pixels of a PNG
@@ -94,7 +105,7 @@ def window_of(split: Split, views: Views, position: int) -> Image.Image:
         if upright != tuple(split.sizes[index].tolist()):
             raise ValueError(SIZE_HAS_CHANGED)
         white = white_level(photo) if photo.mode[0] in "IF" else None
-        window = photo.crop(stored_box(views.windows[position], orientation, photo.size))
+        window = photo.crop(stored_box(place, orientation, photo.size))
         picture = _to_rgb(window, white, split.transparency)
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
 

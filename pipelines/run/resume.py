@@ -23,7 +23,17 @@ REPORTED = {  # whoever changes it wants what it changes: the length of the run,
 # The photos themselves decide, and the first weights' digest.
 CHECKED_ELSEWHERE = {"data", "val_fraction", "class_names", "weights"}
 IGNORED = {
-    *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "loader_threads", "prefetch", "cache_gb"),
+    *(
+        "run",
+        "runs",
+        "overwrite",
+        "prepare",
+        "checkpoint_minutes",
+        "loader_threads",
+        "memory_gb",
+        "prefetch",
+        "cache_gb",
+    ),
     *("tracker", "project", "tags", "group", "alerts", "log_model", "compare_to"),
 }
 # Any other decides the result: the training, or which of its weights are the best.

@@ -9,12 +9,12 @@ from typing import Any
 
 from pipelines.config import Config, not_named, parse_config, recipe_given
 from pipelines.data.dataset import Dataset, check_dataset
-from pipelines.data.engines.factory import agree_on_engine
+from pipelines.data.engines.factory import agree_on_engine, engine_module
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import choose_crop_mode
 from pipelines.data.shrink_pass import check_room
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.distributed.sync import main_then_others, on_main_process
+from pipelines.distributed.sync import main_then_others, node_memory, on_main_process
 from pipelines.errors import UserError
 from pipelines.model.weights import Weights, read_weights
 from pipelines.run.checkpoint import newest_checkpoint
@@ -108,6 +108,8 @@ def check(arguments: list[str]) -> Checked | None:
         raise UserError(f"batchnorm: sync needs NVIDIA GPUs, as PyTorch's SyncBatchNorm does: {advice}")
     kept = saved["engine"] if saved and saved["device"] == state.device.type else None
     engine, reason = agree_on_engine(config.loader, state, kept)
+    if config.memory_gb and engine_module(engine).USES_MEMORY:
+        dataset = dataset.remembered(int(config.memory_gb * 1e9), partial(node_memory, state))
     trackers = None if config.tracker == "none" else config.tracker
     likely_epochs = LONG if config.epochs == "auto" else config.epochs
     steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)

@@ -25,6 +25,7 @@ from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wi
 import numpy as np
 import torch
 
+_LIKELY_MEMORY_GB = 8  # of decoded photos, that a node has room for
 _WAITED_SHARE, _WAITED_SECONDS = 0.05, 2.0  # of an epoch, from which on waiting for photos is worth a line
 
 
@@ -64,9 +65,24 @@ def training_report(checked: Checked, components: Components) -> list[str]:
         *store_report(components.features, components.validation_features),
         f"loader: {checked.engine} ({checked.engine_reason}); {counted(schedule.steps_per_epoch, 'step')} an epoch, "
         f"{schedule.total_steps} in all, {counted(components.micro_batch, 'photo')} at a time on a process",
+        *memory_report(checked, components),
         *resume_report(checked, components),
         *jump,
     ]
+
+
+def memory_report(checked: Checked, components: Components) -> list[str]:
+    """How many decoded photos stay in memory, where some are to; at most one line."""
+    if not checked.config.memory_gb:
+        return []
+    splits = [checked.dataset.splits[name] for name in ("train", "val")]
+    memories = [split.memory for split in splits if split.memory]
+    if not memories:
+        return [f"memory_gb: plays no part, as {checked.engine} keeps no photos"]
+    if components.features.are_kept and components.validation_features.are_kept:
+        return ["memory_gb: plays nearly no part, as what frozen stages make of each view is kept"]
+    fit, total = sum(int(each.fits.sum()) for each in memories), counted(sum(map(len, splits)), "photo")
+    return [f"memory: {fit} of {total} stay decoded, {sum(each.bytes for each in memories) / 1e9:.2g} GB on a node"]
 
 
 def _setup_report(checked: Checked, components: Components) -> list[str]:
@@ -92,10 +108,11 @@ def input_report(config: Config, components: Components, row: Mapping[str, float
     if waited < _WAITED_SHARE or waited * loader.plan.length < _WAITED_SECONDS * rate:
         return []
     sound = loader.split.sizes[loader.split.faults == 0]
-    cores = cpu_cores() // local_world_size()
+    cores, photos_gb = cpu_cores() // local_world_size(), 3 * sound.prod(axis=1, dtype=np.int64).sum() / 1e9
     helpful = {
         f"--loader_threads {cores}": decoding_threads(config) < cores,
         "--loader auto": config.loader != "auto",
+        f"--memory_gb {photos_gb:.2g}": not config.memory_gb and photos_gb < _LIKELY_MEMORY_GB,
         f"--shrink {2 * config.resize}": not config.shrink and np.median(sound.min(axis=1)) > 2 * config.resize,
         "--views_per_photo 4": components.network.frozen_part_is_fixed and not components.features.are_kept,
     }

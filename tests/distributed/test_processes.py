@@ -19,6 +19,7 @@ from accelerate import PartialState
 TOGETHER = """
 import json, sys, time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from pipelines.model.network import TrainedPart, TransferModel, average_batchnor
 from pipelines.data.open import open_dataset
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.distributed.sync import on_main_process, share_file
+from pipelines.distributed.sync import node_memory, on_main_process, share_file
 from pipelines.run.folder import RunFolder
 from pipelines.tracking.tracking import Tracking
 
@@ -102,7 +103,7 @@ def main(arguments):
     tracking.log({"global_step": 1})
     tracking.finish({})
 
-    split = dataset.splits["val"]
+    split = dataset.remembered(10**9, partial(node_memory, state)).splits["val"]
     loader = eval_loader(config, split, split.labels.astype(np.int64), state, "pillow")
     model = TransferModel(resnet18(num_classes=3), frozen_stages=5, batchnorm="frozen", test_flips=True)
     model.network.load_state_dict(on_main_process(state, lambda: None) or network.network.state_dict())
@@ -115,6 +116,7 @@ def main(arguments):
         found["in_store"].append(cache.in_store())
         found["cached_is_same"] &= all((predict(model, loader, accelerator, cache) == records).all() for _ in range(2))
     np.save(folder / f"records{rank}.npy", records)
+    found["in_memory"] = [split.memory.get(index) is not None for index in range(len(split))]
     loader.close()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
@@ -182,6 +184,7 @@ def test_two_processes_agree_share_and_count_each_photo_once(tmp_path, photo_fol
         assert found["untouched"]
         assert found["averaged"]
         assert found["cached_is_same"]
+        assert found["in_memory"] == [True] * 7, "each of the two has what the other has decoded"
         assert (found["device"], found["threads"]) == ("cpu", max(1, cpu_cores() // 2))
     assert first["fingerprint"] == second["fingerprint"]
     assert first["gradient"] == second["gradient"]

@@ -71,10 +71,12 @@ class EngineModule(Protocol):
     """A module of this package whose name is a value of the setting `loader`. It loads its library where it is used.
 
     AUTO_WITH: of "a GPU" and "no GPU", with which of them `auto` takes the engine where it has no fault.
+    USES_MEMORY: whether it looks for photos in `Split.memory`, and keeps them there.
     """
 
     ENGINE: type[Engine]
     AUTO_WITH: tuple[str, ...]
+    USES_MEMORY: bool
 
     def fault(self, device: torch.device) -> Fault | None:
         """Why the engine cannot run on `device`; None where it can. May try it."""

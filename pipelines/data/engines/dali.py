@@ -299,6 +299,7 @@ def _reason(error: RuntimeError) -> str:
 
 ENGINE: type[Engine] = DaliEngine
 AUTO_WITH = ("a GPU",)
+USES_MEMORY = False
 
 
 def fault(device: torch.device) -> Fault | None:

@@ -73,11 +73,24 @@ class NvImageCodecEngine(PillowEngine):
 
     def _decoded(self, index: int, window: np.ndarray, rows: range, columns: range) -> np.ndarray | None:
         """uint8 [rows, columns, 3], upright, of a window; None where Pillow is to decode, or to say what is wrong."""
-        source, size = source_of(self._split, index), tuple(self._split.sizes[index].tolist())
-        orientation = self._orientation(index)
-        if orientation == _NOT_TAKEN:
+        if (orientation := self._orientation(index)) == _NOT_TAKEN:
             return None
-        within = np.array([window[0] + rows.start, window[1] + columns.start, len(rows), len(columns)])
+        top, left = int(window[0]) + rows.start, int(window[1]) + columns.start
+        memory, size = self._split.memory, tuple(self._split.sizes[index].tolist())
+        if memory is None or not memory.fits[index]:
+            return self._read(index, np.array([top, left, len(rows), len(columns)]), size, orientation)
+        photo = memory.get(index)
+        if photo is None:
+            whole = self._read(index, np.array([0, 0, *size]), size, orientation)
+            if whole is None:
+                self._orientations[index] = _NOT_TAKEN
+                return None
+            photo = memory.keep(index, whole)
+        return photo[top : top + len(rows), left : left + len(columns)]
+
+    def _read(self, index: int, within: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray | None:
+        """uint8, upright, the window `within` of a photo of this upright size."""
+        source = source_of(self._split, index)
         stored_size = size if orientation >= 5 else size[::-1]
         left, top, right, bottom = stored_box(within, orientation, stored_size)
         pixels = self._decoder().window(source, top, left, bottom, right, of=stored_size)
@@ -133,6 +146,7 @@ class _Decoder:
 
 ENGINE: type[Engine] = NvImageCodecEngine
 AUTO_WITH = ("a GPU", "no GPU")
+USES_MEMORY = True
 
 
 def fault(device: torch.device) -> Fault | None:

@@ -80,6 +80,7 @@ class PillowEngine:
 
 ENGINE: type[Engine] = PillowEngine
 AUTO_WITH = ("a GPU", "no GPU")
+USES_MEMORY = True
 
 
 def fault(device: torch.device) -> Fault | None:
