@@ -105,7 +105,7 @@ class Split:
     def shrunk(self, copies: ShrunkCopies) -> "Split":
         """The same photos, the larger ones read from copies."""
         kinds = np.where(self.sizes.min(axis=1) > copies.shrink, np.uint8(SHRUNK), self.kinds)
-        return replace(self, sizes=shrunk_sizes(self.sizes, copies.shrink), kinds=kinds, copies=copies)
+        return replace(self, sizes=shrunk_sizes(self.sizes, copies.shrink), kinds=kinds, copies=copies, memory=None)
 
     def class_counts(self) -> dict[str, int]:
         """How many sound photos each class has."""
