@@ -315,7 +315,7 @@ def loader_rates(setup: Setup) -> Finding:
     rows = setup.folder / "loader.jsonl"
     rows.unlink(missing_ok=True)
     words = ["--runs", str(setup.of(3, 1)), "--epochs", str(setup.of(4, 1)), "--batch-size", str(setup.of(256, 8))]
-    words += ["--out", str(rows), "--views", "train"]
+    words += ["--out", str(rows), "--views", "train", "--only", "pillow,", "dali,", "DALI's", "torchvision,"]
     words += ["--threads", *(["1"] if setup.dry else ["4", "16"])]
     script = str(ROOT / "benchmarks" / "loader.py")
     said = _output([sys.executable, script, "--data", str(setup.folder / "photos"), *words])
