@@ -135,20 +135,21 @@ def evaluate_and_keep_best(
     config, run, progress = checked.config, checked.run, session.progress
     best_by = BEST_BY[config.best_by]
     row: dict[str, Any] = {"epoch": epoch, "global_step": progress.global_step}
-    network, (records, found) = components.network, _evaluated(components.network, checked, components, session)
-    row |= found
+    records, scores = _evaluated(components.network, checked, components, session)
+    row |= scores
+    network, better = components.network, records
     if components.average and progress.global_step:
-        averaged = _evaluated(components.average, checked, components, session)
-        row |= {key.replace("val/", "ema/"): value for key, value in averaged[1].items()}
-        if averaged[1][best_by] > found[best_by]:
-            network, (records, found) = components.average, averaged
-        found = {**found, "averaged": int(network is components.average)}
-    _, _, correct = loss_and_top1(records)
-    is_best = progress.keep_best({**row, **found}, best_by, correct, len(records))
+        of_average, averaged = _evaluated(components.average, checked, components, session)
+        row |= {key.replace("val/", "ema/"): value for key, value in averaged.items()}
+        if averaged[best_by] > scores[best_by]:
+            network, better, scores = components.average, of_average, averaged
+        scores = {**scores, "averaged": int(network is components.average)}
+    _, _, correct = loss_and_top1(better)
+    is_best = progress.keep_best({**row, **scores}, best_by, correct, len(better))
     row |= best_scores(progress.best)  # a sweep stops by it
     recorder.evaluation(row, records)
     if is_best:
-        answers = partial(write_predictions, records, components.validation.split, checked.classes)
+        answers = partial(write_predictions, better, components.validation.split, checked.classes)
         run.save_best(network.network, describe_model(config, checked.dataset, progress.best), answers)
         recorder.best_weights()
     progress.epoch = epoch
@@ -161,8 +162,10 @@ def _evaluated(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """A network's records of the validation photos, and their row."""
     average_batchnorm_statistics(network, checked.accelerator.num_processes)
-    loader, features = components.validation, components.validation_features
-    records = predict(network, loader, checked.accelerator, features, session.stop_is_asked)
+    # Of the average only where frozen stages are the same in both, BatchNorm's statistics included.
+    is_shared = network is components.network or network.frozen_part_is_fixed
+    features = components.validation_features if is_shared else None
+    records = predict(network, components.validation, checked.accelerator, features, session.stop_is_asked)
     return records, validation_row(records, len(checked.classes))
 
 

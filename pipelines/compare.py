@@ -41,7 +41,7 @@ from pipelines.training.evaluation import BEST_BY
 from PIL import Image
 
 _NOT_COMPARED = {"run", "runs", "overwrite", "prepare", "compare_to"}
-_OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "weights", "dataset"}) - {"seed"}
+_OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "patience", "weights", "dataset"}) - {"seed"}
 _WIDEST = 28  # characters of a cell
 _ABSENT = "-"
 _PAGE = Path(__file__).with_name("compare.html")

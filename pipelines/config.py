@@ -179,7 +179,7 @@ class Config:
     views_per_photo: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
     computed once, so that more epochs cost little; null: new ones every epoch; auto: 4 where stages are frozen, else
-    null"""
+    null, and beside sampler balanced null, as what comes several times in an epoch would come as the same view"""
 
     loader: EngineName = "auto"
     """the engine that decodes; auto: DALI on an NVIDIA GPU, else nvImageCodec, each where it works; else Pillow"""
@@ -219,7 +219,8 @@ class Config:
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """end the run after this many steps, in the regular way"""
     patience: Annotated[int | None, Field(ge=1)] = None
-    """end the run, in the regular way, after so many epochs without a better evaluation (best_by); null: never"""
+    """end the run, in the regular way, after so many epochs without a better evaluation (best_by), that of a fitted
+    head before the first epoch included; null: never"""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """photos of a step, over all processes together"""
     max_batch_per_device: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
@@ -248,7 +249,8 @@ class Config:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """an L2 penalty with sgd, decoupled decay with adamw (Loshchilov & Hutter 2019)"""
     weight_decay_on: Literal["all", "matrices"] = "all"
-    """what decays; matrices: neither biases nor the weights of normalisation (He et al. 2019)"""
+    """what decays; matrices: what has two dimensions or more, and so neither biases nor the weights of normalisation
+    (He et al. 2019)"""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """course of the learning rate after the warm-up"""
     min_lr: Annotated[float, Field(ge=0)] = 0.0

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 from pipelines.config import Config, ScriptParser, dump_yaml, parse_config
 from pipelines.data.loader import Step
 from pipelines.distributed.exits import run_script
-from pipelines.errors import StopAgreed, UserError
+from pipelines.errors import StopAgreed, Stopped, UserError
 from pipelines.files import check_replaceable
 from pipelines.model.optimizer import set_learning_rates
 from pipelines.run import figures
@@ -68,7 +68,10 @@ def main(arguments: list[str]) -> None:
     if not (options.highest > 0 and options.steps >= _FEWEST):
         raise UserError(f"lr_finder: --highest must be above 0, and --steps at least {_FEWEST}")
     check_replaceable(options.picture, figures.is_own_picture)
-    curve = search(config, options.highest, options.steps)
+    try:
+        curve = search(config, options.highest, options.steps)
+    except Stopped:
+        raise Stopped("lr_finder: stopped; nothing is kept") from None
     lr = curve.suggestion
     body = "" if config.lr_body in (None, config.lr) else f" --lr_body {lr * config.lr_body / config.lr:.2g}"
     print(f"the loss is lowest, {curve.losses.min():.3f}, at a rate of {_BELOW_LOWEST * lr:.2g}; a tenth of that:")
@@ -83,7 +86,8 @@ def search(config: Config, highest: float, steps: int) -> Curve:
     rates, means, mean = list[float](), list[float](), 0.0
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder, "recipe.yaml")
-        recipe.write_text(dump_yaml(replace(config, runs=folder, run="search", tracker="none")), encoding="utf-8")
+        own = replace(config, runs=folder, run="search", tracker="none", prepare=False, compare_to=None)
+        recipe.write_text(dump_yaml(own), encoding="utf-8")
         checked = check(["--config", str(recipe)])
         assert checked is not None, "a new run has something to do"
         if checked.state.num_processes > 1:

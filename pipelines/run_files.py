@@ -62,8 +62,8 @@ def _check_scores(scores: dict[str, Any]) -> dict[str, Any]:
     whole = [scores.get(key, 0) for key in ("epoch", "correct", "count")]
     if not all(isinstance(each, int) and each >= 0 for each in whole) or whole[1] > whole[2]:
         raise ValueError("epoch, correct and count must be counts, and correct at most count")
-    if not all(isinstance(scores.get(key, 0.0), float) for key in ("val/loss", "val/top1")):
-        raise ValueError("val/loss and val/top1 must be numbers")
+    if not all(isinstance(scores.get(key, 0.0), float) for key in ("val/loss", "val/top1", "val/balanced_top1")):
+        raise ValueError("val/loss, val/top1 and val/balanced_top1 must be numbers")
     return scores
 
 

@@ -27,12 +27,21 @@ def printable(text: object) -> str:
 def spelled(name: str | bytes) -> str:
     r"""The same for a file that programs read: no two names have one spelling.
 
-    A letter that is not printable, and a backslash, is spelled as Python escapes it. bytes: of a path.
+    A letter that is not printable, and a backslash, is spelled as Python escapes it; a byte that is not UTF-8 as
+    `printable` does. bytes: of a path.
     """
     text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
     if text.isprintable() and "\\" not in text:
         return text
-    return "".join(_printable(letter, ascii(letter)[1:-1]) if letter != "\\" else r"\\" for letter in text)
+    return "".join(map(_spelled, text))
+
+
+def _spelled(letter: str) -> str:
+    if letter == "\\":
+        return r"\\"
+    if letter.isprintable() or letter in _JOINERS or "\udc80" <= letter <= "\udcff":
+        return _printable(letter)
+    return f"\\u{ord(letter):04x}" if "\x80" <= letter <= "\x9f" else ascii(letter)[1:-1]  # \x80 is a byte
 
 
 def name_of_folder(name: str) -> str:
@@ -49,12 +58,12 @@ def path_on_disk(text: str) -> str:
     return text
 
 
-def _printable(letter: str, otherwise: str = "?") -> str:
+def _printable(letter: str) -> str:
     if letter.isprintable() or letter in _JOINERS:
         return letter
     if "\udc80" <= letter <= "\udcff":  # how os.fsdecode carries such a byte
         return f"\\x{ord(letter) - 0xDC00:02x}"
-    return " " if unicodedata.category(letter) == "Zs" and otherwise == "?" else otherwise
+    return " " if unicodedata.category(letter) == "Zs" else "?"
 
 
 def composed(name: str) -> str:

@@ -4,10 +4,17 @@ import json
 import shutil
 
 import train
+from pipelines.config import Config
+from pipelines.data.dataset import load_dataset, scan_dataset
+from pipelines.data.loader import eval_loader
+from pipelines.model.network import restore_model
+from pipelines.model.weights import Weights
+from pipelines.training.evaluation import loss_and_top1, predict
 from tests.helpers.runs import SMALL, ask_at, newest, rows, run_script, same_bits, succeeded, val_rows
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 AVERAGE = ["--ema-decay", "0.9", "--epochs", "3", "--batch-size", "4", "--log-every", "2"]  # of 5 steps
 
@@ -50,3 +57,22 @@ def test_and_on_two_processes(photos, tmp_path):
     one, other = newest(tmp_path / "whole"), newest(tmp_path / "stopped")
     assert one.name == other.name
     assert same_bits(one / "state.pt", other / "state.pt")
+
+
+@pytest.mark.slow
+def test_the_average_is_evaluated_with_its_own_statistics(photos, random_weights, tmp_path, run_here):
+    """Also in frozen stages, where BatchNorm's are trained."""
+    command = ["--image-size", "64", "--resize", "72", "--weights", random_weights, "--freeze", "layer2", *AVERAGE]
+    command += ["--batchnorm", "train", "--loader", "pillow", "--tracker", "none", "--data", photos, "--runs", tmp_path]
+    succeeded(run_here(train, *command, "--run", "r", "--head-init", "zeros"))
+    average = torch.load(newest(tmp_path / "r") / "state.pt", weights_only=True)["average"]
+    split = load_dataset(scan_dataset(photos, tmp_path / "cache", 0.2)).splits["val"]
+    accelerator = Accelerator(cpu=True)
+    settings = Config(image_size=64, resize=72, loader="pillow")
+    loader = eval_loader(settings, split, split.labels, accelerator.state, "pillow")
+    weights = {name.removeprefix("network."): value for name, value in average.items()}
+    network = restore_model("resnet18", Weights(weights, "", split.classes))
+    loss, top1, _ = loss_and_top1(predict(network, loader, accelerator))
+    loader.close()
+    row = val_rows(tmp_path / "r")[-1]
+    assert (row["ema/loss"], row["ema/top1"]) == (pytest.approx(loss, rel=1e-5), top1)

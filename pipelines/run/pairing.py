@@ -122,19 +122,26 @@ def pair(first: Sequence[Predictions], second: Sequence[Predictions], level: flo
     )
 
 
+def _predictions_of(run: Path) -> Path:
+    """What a run says of its validation photos, or of one of an earlier version what evaluate.py has left."""
+    own, of_evaluate = run / "predictions.csv", run / "figures" / "predictions_val.csv"
+    return of_evaluate if of_evaluate.exists() and not own.exists() else own
+
+
 def check_compared(config: Config) -> None:
     """UserError where `compare_to` names no run that can be compared with."""
     if config.compare_to is not None:
         try:
-            read_predictions(Path(config.compare_to) / "predictions.csv")
+            read_predictions(_predictions_of(Path(config.compare_to)))
         except UserError as error:
-            raise UserError(f"compare_to: {error}; it wants a run's folder") from None
+            advice = "it wants a run's folder, of an earlier version after evaluate.py has been there"
+            raise UserError(f"compare_to: {error}; {advice}") from None
 
 
 def compared_with(other: Path, run: Path) -> tuple[str, dict[str, Any]]:
     """The verdict on a run beside another one, and the figures as a tracker's summary has them. UserError where either
     has no predictions."""
-    there, here = (read_predictions(folder / "predictions.csv") for folder in (other, run))
+    there, here = (read_predictions(_predictions_of(folder)) for folder in (other, run))
     found = pair([there], [here])
     one, two = (printable(folder.resolve().name) for folder in (other, run))
     verdict = found.verdict(one, two)

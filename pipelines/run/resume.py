@@ -65,7 +65,7 @@ def is_longer(before: Config, now: Config, epoch: int, global_step: int) -> bool
         return False
     was_cut = before.max_steps is not None and before.max_steps <= global_step
     if before.patience is not None and before.epochs != epoch:  # it may have ended the run
-        was_cut |= now.patience is None or now.patience > before.patience
+        was_cut |= now.patience is not None and now.patience > before.patience
     if now.epochs == "auto":  # as before: it is the same number for the same photos
         return was_cut
     return was_cut or now.epochs > (epoch if before.epochs == "auto" else before.epochs)

@@ -67,11 +67,12 @@ def check(arguments: list[str]) -> Checked | None:
     config, recipe = parse_config(arguments)
     state = start_processes()
     on_main_process(state, partial(check_tracker, config))
-    on_main_process(state, partial(check_compared, config))
     name = config.run or on_main_process(state, lambda: new_run_name(recipe, config.runs))
     config = replace(config, run=name)  # with which its config.yaml goes on with it
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process, not_named=not_named(arguments))
     beginning = "new" if config.prepare else on_main_process(state, partial(run.beginning, config))
+    if beginning == "new":
+        on_main_process(state, partial(check_compared, config))
     if not config.prepare:
         on_main_process(state, partial(_say_whose_recipe, recipe_given(arguments), run, is_new=beginning == "new"))
     nothing_to_do = f"{run.folder} is finished: nothing to do (--overwrite starts it anew)"

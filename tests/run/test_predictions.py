@@ -60,6 +60,7 @@ def test_of_many_classes_five_answers_are_kept_and_of_none_a_header(split, tmp_p
 
 def test_each_name_is_printable_and_has_a_spelling_of_its_own(split, tmp_path):
     names = ["a\nb", "a?b", r"a\nb", 'say "a", b', "Käfer", os.fsdecode(b"K\xe4fer"), r"K\xe4fer", "\x1b[2J", "\ufeffx"]
+    names += ["\x80", os.fsdecode(b"\x80"), r"\x80"]
     assert spelled("\u0645\u06cc\u200c\u062e\u0648") == "\u0645\u06cc\u200c\u062e\u0648"
     assert len(set(map(spelled, names))) == len(names)
     assert all(spelled(name).isprintable() for name in names)
