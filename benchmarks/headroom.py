@@ -15,17 +15,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
 from pipelines.config import parse_config
-from pipelines.data.engines.factory import agree_on_engine
+from pipelines.data.engines.factory import agree_on_engine, engine_module
 from pipelines.data.loader import Loader, Step, train_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import choose_crop_mode
+from pipelines.data.shrink_pass import make_copies
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.hardware import machine
 from pipelines.distributed.launch import start_accelerator, start_processes
+from pipelines.distributed.node_memory import node_memory
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TrainedPart, build_model, frozen_stages
 from pipelines.model.optimizer import make_optimizer
@@ -48,7 +51,8 @@ class Training:
         batch = config.max_batch_per_device if isinstance(config.max_batch_per_device, int) else config.batch_size
         self.config = replace(config, freeze=freeze, max_batch_per_device=min(batch, config.batch_size))
         self.state = start_processes()
-        self.split = open_dataset(self.state, self.config).splits["train"]
+        self._dataset = open_dataset(self.state, self.config)
+        self.split = self._dataset.splits["train"]
         if config.crop_mode == "auto":
             self.config = replace(self.config, crop_mode=choose_crop_mode(self.split.sizes)[0])
         self.accelerator = start_accelerator(self.config, self.state, None, steps=450_000)
@@ -58,12 +62,16 @@ class Training:
         self.model, self.optimizer = self.accelerator.prepare(TrainedPart(self.network), optimizer)
         self.network.train()
         self._interval, self._watch = Interval(self.state.device), StepWatch()
+        make_copies([self.split], self.config, self.state)
 
     def loader(self, engine: str) -> Loader:
         """train.py's, of the photos."""
         labels, micro_batch = self.split.labels.astype(np.int64), self.config.max_batch_per_device
         assert isinstance(micro_batch, int)
-        return train_loader(self.config, self.split, labels, self.state, engine, micro_batch)
+        split, memory = self.split, int(self.config.memory_gb * 1e9)
+        if memory and engine_module(engine).USES_MEMORY:
+            split = self._dataset.remembered(memory, partial(node_memory, self.state)).splits["train"]
+        return train_loader(self.config, split, labels, self.state, engine, micro_batch)
 
     def steps(self, loader: Loader) -> Iterator[Step]:
         """Epoch after epoch, all of whole steps."""

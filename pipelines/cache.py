@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from pipelines.errors import MachineError
 
 import platformdirs
+
+_BEING_WRITTEN = 3600  # seconds that a file may take; an older unfinished one is a killed run's
 
 
 def cache_folder() -> Path:
@@ -69,20 +72,23 @@ def make_room(folder: Path, size: int, limit: int, needed: Collection[Path] = ()
     `limit` bytes; those that a killed run was writing too. needed: files that stay."""
     files = [(state.st_mtime, state.st_size, file) for file, state in files_below(folder)]
     total = size + sum(freed for _, freed, _ in files)
-    for _, freed, file in sorted(files):
+    now = time.time()
+    for used, freed, file in sorted(files):
         if total <= limit:
             return
-        if file not in needed:
+        if file not in needed and not (file.suffix == ".tmp" and now - used < _BEING_WRITTEN):
             remove(file, folder)
             total -= freed
 
 
 def files_below(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Each file at any depth; not those that somebody removes meanwhile."""
-    for file in folder.rglob("*"):
-        with suppress(OSError):
-            if stat.S_ISREG((state := file.stat()).st_mode):
-                yield file, state
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            file = Path(inner, name)
+            with suppress(OSError):
+                if stat.S_ISREG((state := file.stat()).st_mode):
+                    yield file, state
 
 
 def remove(file: Path, folder: Path) -> None:

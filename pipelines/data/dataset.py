@@ -159,6 +159,10 @@ class Dataset:
         """The same photos, the larger ones read from copies."""
         return replace(self, splits={name: split.shrunk(copies) for name, split in self.splits.items()})
 
+    def decoded_bytes(self) -> int:
+        """What all photos of train and val would take decoded."""
+        return sum(int(3 * self.splits[name].sizes.prod(axis=1, dtype=np.int64).sum()) for name in ("train", "val"))
+
     def remembered(self, limit: int, area: Callable[[int], Any]) -> "Dataset":
         """The same photos; of train and then of val as many as `limit` bytes allow stay in memory, once decoded."""
         splits = dict(self.splits)

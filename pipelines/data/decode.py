@@ -138,10 +138,15 @@ def shrunk_jpeg(split: Split, index: int) -> bytes:
 
 
 def keep_shrunk(split: Split, index: int, content: bytes) -> None:
-    """Keeps what `shrunk_jpeg` has made, unless the file is not any more what the scan saw. OSError where it cannot."""
-    copy = split.copy_file(index)
-    if copy and os.stat(split.path_bytes(index)).st_mtime_ns == split.mtimes[index]:
-        keep_copy(copy, content)
+    """Keeps what `shrunk_jpeg` has made, unless the file is not any more what the scan saw, by its size and edges where
+    its time is another, as that of a copy on another node's disk. OSError where it cannot."""
+    copy, path = split.copy_file(index), split.path_bytes(index)
+    if not copy:
+        return
+    with suppress(FileNotFoundError):  # removed since it was read
+        is_same_time = os.stat(path).st_mtime_ns == split.mtimes[index]
+        if is_same_time or inspect_file(path).signature == split.signatures[index]:
+            keep_copy(copy, content)
 
 
 def source_of(split: Split, index: int) -> str | bytes:

@@ -77,10 +77,16 @@ def is_whole(copy: Path) -> bool:
 
 def keep_copy(copy: Path, content: bytes) -> None:
     """Writes a copy, which others may write or have opened at the same time. Raises OSError where it cannot be."""
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic_write(copy, shared=True) as partial:
-            partial.write_bytes(content)
-    except PermissionError:
-        if not is_whole(copy):  # Windows replaces no file that somebody reads
+    for attempt in (1, 2):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic_write(copy, shared=True) as partial:
+                partial.write_bytes(content)
+            return
+        except FileNotFoundError:  # another run has made room meanwhile, and removed an empty folder
+            if attempt == 2:
+                raise
+        except PermissionError:
+            if is_whole(copy):  # Windows replaces no file that somebody reads
+                return
             raise

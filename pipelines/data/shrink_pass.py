@@ -134,15 +134,21 @@ def _make(split: Split, index: int, config: Config) -> None:
         keep_shrunk(split, index, content)
     except OSError as error:
         raise MachineError(
-            f"{copies_folder(cache_folder())}: a shrunk photo cannot be kept there ({error.strerror}): make room, or "
+            f"{copies_folder(_cache_of(split))}: a shrunk photo cannot be kept there ({error.strerror}): make room, or "
             "set the variable DALITUNE_CACHE to a folder elsewhere",
             on_one_process=True,
         ) from None
 
 
+def _cache_of(split: Split) -> Path:
+    assert split.copies is not None
+    assert split.copies.cache is not None, "there, copies are kept"
+    return split.copies.cache
+
+
 def _make_room(wanted: Sequence[tuple[Split, int]], config: Config) -> None:
     """Removes what other runs have left, where there would be more than the cache may have."""
-    folder = copies_folder(cache_folder())
+    folder = copies_folder(_cache_of(wanted[0][0]))
     needed = {file: split.sizes[index] for split, index in wanted if (file := split.copy_file(index))}
     missing = needed.keys() - {file for file, _ in files_below(folder)}
     size = likely_bytes(np.array([needed[file] for file in missing], np.int64).reshape(-1, 2))

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from pipelines.files import atomic_write, file_digest
 
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.2
@@ -127,32 +125,3 @@ def share_file(state: PartialState, path: Path) -> None:
 def default_store() -> dist.Store:
     """The process group's store, which asks nobody to wait. RuntimeError where there is no group."""
     return dist.distributed_c10d._get_default_store()
-
-
-def node_memory(state: PartialState, size: int) -> mmap.mmap:
-    """Zeros, the same for all processes of a node: a file without a name, of which nothing is left after a kill. A page
-    takes memory once it is written. UserError where the machine has less, or several processes cannot share it."""
-    size = max(1, size)
-    if hasattr(os, "sysconf") and size > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        gigabytes = f"{size / 1e9:.0f} GB of decoded photos, and this machine has {there / 1e9:.0f} GB of memory"
-        raise UserError(f"memory_gb: {gigabytes}: give less than that")
-    if local_world_size() == 1:
-        return mmap.mmap(-1, size)
-    if not hasattr(os, "memfd_create"):
-        raise UserError("memory_gb: several processes share decoded photos on Linux only: leave it out")
-    path, file = "", -1
-    if state.is_local_main_process:
-        file = os.memfd_create("photos", os.MFD_CLOEXEC)
-        os.ftruncate(file, size)
-        path = f"/proc/{os.getpid()}/fd/{file}"
-    paths = gather_object([path])
-    if not state.is_local_main_process:
-        try:
-            file = os.open(paths[state.process_index - state.local_process_index], os.O_RDWR)
-        except OSError as error:
-            line = f"memory_gb: a process cannot share another's memory here ({error.strerror}): leave it out"
-            raise MachineError(line, on_one_process=True) from error
-    memory = mmap.mmap(file, size)
-    state.wait_for_everyone()
-    os.close(file)
-    return memory

@@ -14,7 +14,8 @@ from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import choose_crop_mode
 from pipelines.data.shrink_pass import check_room
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.distributed.sync import main_then_others, node_memory, on_main_process
+from pipelines.distributed.node_memory import check_node_memory, node_memory
+from pipelines.distributed.sync import main_then_others, on_main_process
 from pipelines.errors import UserError
 from pipelines.model.weights import Weights, read_weights
 from pipelines.run.checkpoint import newest_checkpoint
@@ -110,7 +111,9 @@ def check(arguments: list[str]) -> Checked | None:
     kept = saved["engine"] if saved and saved["device"] == state.device.type else None
     engine, reason = agree_on_engine(config.loader, state, kept)
     if config.memory_gb and engine_module(engine).USES_MEMORY:
-        dataset = dataset.remembered(int(config.memory_gb * 1e9), partial(node_memory, state))
+        limit = int(config.memory_gb * 1e9)
+        check_node_memory(state, min(limit, dataset.decoded_bytes()))
+        dataset = dataset.remembered(limit, partial(node_memory, state))
     trackers = None if config.tracker == "none" else config.tracker
     likely_epochs = LONG if config.epochs == "auto" else config.epochs
     steps_per_epoch = -(-len(dataset.splits["train"]) // config.batch_size)

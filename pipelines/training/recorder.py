@@ -38,7 +38,11 @@ class Recorder:
         self._dataset, self._is_main = checked.dataset, checked.state.is_main_process
         self._config, self._schedule, self._training = checked.config, components.schedule, components.training
         self._optimizer, self._progress, self._facts = components.optimizer, session.progress, components.facts
-        self._components, self._has_advised = components, False  # on what the training waits for
+        self._checked, self._components, self._has_advised = (
+            checked,
+            components,
+            False,
+        )  # on what the training waits for
         self._best_by = BEST_BY[checked.config.best_by]
         device = checked.accelerator.device
         self._interval, self._whole_epoch = Interval(device), Interval(device)
@@ -123,7 +127,7 @@ class Recorder:
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Prints the epoch that `progress` has just counted. row: its means, where it had updates, and evaluation."""
         self._table.end_epoch(self._progress.epoch, row, best=self._progress.best.get(self._best_by, math.nan))
-        if self._is_main and not self._has_advised and (lines := input_report(self._config, self._components, row)):
+        if self._is_main and not self._has_advised and (lines := input_report(self._checked, self._components, row)):
             self._has_advised = True
             print(*lines, sep="\n", flush=True)
 

@@ -1,14 +1,17 @@
 """What a training says of itself on the terminal, at its start and at its end, and the pictures that it leaves."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
 from pipelines.config import SCHEMA, Config, dump_yaml
+from pipelines.data.engines.factory import engine_module
 from pipelines.data.loader import Batch, Loader, decoding_threads
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.shrink_pass import shrink_report
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import launcher_hints
+from pipelines.distributed.node_memory import memory_bytes
 from pipelines.distributed.sync import local_world_size
 from pipelines.model.features import store_report
 from pipelines.model.optimizer import learning_rates, rate_jump
@@ -102,19 +105,24 @@ def _setup_report(checked: Checked, components: Components) -> list[str]:
     return lines
 
 
-def input_report(config: Config, components: Components, row: Mapping[str, float]) -> list[str]:
+def input_report(checked: Checked, components: Components, row: Mapping[str, float]) -> list[str]:
     """On an epoch that has waited for photos: how much, and what may help; at most one line. row: the epoch's means."""
-    loader, waited, rate = components.training, row.get("perf/data_wait", 0.0), row.get("perf/images_per_s", 0.0)
+    config, loader = checked.config, components.training
+    waited, rate = row.get("perf/data_wait", 0.0), row.get("perf/images_per_s", 0.0)
     if waited < _WAITED_SHARE or waited * loader.plan.length < _WAITED_SECONDS * rate:
         return []
     sound = loader.split.sizes[loader.split.faults == 0]
-    cores, photos_gb = cpu_cores() // local_world_size(), 3 * sound.prod(axis=1, dtype=np.int64).sum() / 1e9
+    photos_gb = math.ceil(checked.dataset.decoded_bytes() / 1e7) / 100
+    cores, features = cpu_cores() // local_world_size(), components.features
+    has_room = photos_gb < min(_LIKELY_MEMORY_GB, memory_bytes() / 2e9)
+    keeps_photos = engine_module(checked.engine).USES_MEMORY and not features.are_kept and has_room
+    few_views = components.resolved_config.views_per_photo is None and components.network.frozen_part_is_fixed
     helpful = {
         f"--loader_threads {cores}": decoding_threads(config) < cores,
         "--loader auto": config.loader != "auto",
-        f"--memory_gb {photos_gb:.2g}": not config.memory_gb and photos_gb < _LIKELY_MEMORY_GB,
+        f"--memory_gb {photos_gb:g}": keeps_photos and not config.memory_gb,
         f"--shrink {2 * config.resize}": not config.shrink and np.median(sound.min(axis=1)) > 2 * config.resize,
-        "--views_per_photo 4": components.network.frozen_part_is_fixed and not components.features.are_kept,
+        "--views_per_photo 4": few_views,
     }
     advice = ", ".join(flag for flag, helps in helpful.items() if helps)
     return [

@@ -1,11 +1,13 @@
 """Photos that stay decoded in memory: the same pixels, within the limit, and shared."""
 
 import mmap
+import os
 
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.engines.factory import engine_module
 from pipelines.data.memory import PhotoMemory
-from pipelines.distributed.sync import node_memory
+from pipelines.distributed import node_memory
+from pipelines.distributed.node_memory import check_node_memory, memory_bytes
 from pipelines.errors import UserError
 from tests.helpers.corpus import SOUND, write_zoo
 from tests.helpers.engines import HERE, make_loader
@@ -48,8 +50,29 @@ def test_pixels_are_the_same_with_and_without(engine, tmp_path):
 
 
 def test_more_than_the_machine_has_is_refused():
-    with pytest.raises(UserError, match=r"memory_gb: \d+ GB of decoded photos, and this machine has \d+ GB"):
-        node_memory(PartialState(cpu=True), 1 << 60)
+    with pytest.raises(UserError, match=r"memory_gb: \S+ GB of decoded photos, and a node may use \S+ GB of memory"):
+        check_node_memory(PartialState(cpu=True), 1 << 60)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/job/step", {"job/memory.max": "5000000", "job/step/memory.max": "max"}, 5_000_000),
+        ("0::/job", {"job/memory.max": "max"}, None),
+        ("4:cpu,memory:/job\n1:cpuset:/", {"memory/job/memory.limit_in_bytes": "6000000"}, 6_000_000),
+        ("", {}, None),
+    ],
+)
+def test_a_control_groups_limit_counts(own, files, limit, tmp_path, monkeypatch):
+    """Stand-ins for the files of Slurm's and a container's control groups."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(node_memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(node_memory, "_OWN_CGROUPS", tmp_path / "own")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory_bytes() == (limit or machine)
 
 
 def test_the_limit_is_shared_by_train_and_val_and_one_writes_for_all():

@@ -14,9 +14,10 @@ from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.decode import central_views, shrunk_jpeg, window_of
 from pipelines.data.headers import SHRUNK
 from pipelines.data.plan import EvalPlan
-from pipelines.data.shrink import JPEG, ShrunkCopies, shrunk_sizes
+from pipelines.data.shrink import JPEG, ShrunkCopies, keep_copy, shrunk_sizes
 from pipelines.data.shrink_pass import check_room, make_copies, shrink_advice, shrink_report
 from pipelines.errors import MachineError, StopAgreed, UserError
+from pipelines.files import atomic_write
 from tests.helpers.corpus import SOUND, ZOO, break_unseen, write_zoo
 from tests.helpers.engines import EDGE_LEVELS, ENGINES, MEAN_LEVELS, levels, make_loader, train_plan, write_photo
 from tests.helpers.paths import ROOT
@@ -169,13 +170,28 @@ def test_a_full_disk_ends_the_pass_and_no_training(large, config, monkeypatch):
 
 
 def test_what_has_changed_since_the_scan_is_kept_under_no_name(large):
-    os.utime(large.path(0))
+    """The same photo with another time is, as one that was copied to another node's disk."""
+    os.utime(large.path(0), (0, 0))
     Image.new("RGB", (500, 300)).save(large.path(1))
     views = EvalPlan(large.sizes, image_size=56, resize=64).views(0, np.arange(2))
     window_of(large, views, 0)
     with pytest.raises(ValueError, match="its size has changed since the scan"):
         window_of(large, views, 1)
-    assert not copies(large.copies.cache)
+    assert list(copies(large.copies.cache)) == [large.copy_file(0)]
+
+
+def test_a_folder_that_another_run_has_removed_is_made_again(tmp_path, monkeypatch):
+    copy, tried = tmp_path / "kind" / "copy.jpg", []
+
+    def removed(*arguments, **options):
+        tried.append(arguments)
+        if len(tried) == 1:
+            copy.parent.rmdir()
+        return atomic_write(*arguments, **options)
+
+    monkeypatch.setattr("pipelines.data.shrink.atomic_write", removed)
+    keep_copy(copy, b"content")
+    assert (copy.read_bytes(), len(tried)) == (b"content", 2)
 
 
 # The pass

@@ -33,7 +33,8 @@ from pipelines.model.network import TrainedPart, TransferModel, average_batchnor
 from pipelines.data.open import open_dataset
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.distributed.sync import node_memory, on_main_process, share_file
+from pipelines.distributed.node_memory import node_memory
+from pipelines.distributed.sync import on_main_process, share_file
 from pipelines.run.folder import RunFolder
 from pipelines.tracking.tracking import Tracking
 

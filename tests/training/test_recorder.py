@@ -113,9 +113,36 @@ def test_an_epoch_that_waits_for_photos_says_once_what_may_help(recorder, monkey
     recorder._components.network = SimpleNamespace(frozen_part_is_fixed=True)
     recorder._components.features = SimpleNamespace(are_kept=False)
     monkeypatch.setattr(report, "cpu_cores", lambda: 1024)
+    recorder._checked.dataset = SimpleNamespace(decoded_bytes=lambda: 27 * 10**9)
+    recorder._checked.engine = "pillow"
     row = {"lr/head": 0.5, "train/loss": 1.0, "perf/images_per_s": 120.0}
     for waited in (0.04, 0.4, 0.5):
         recorder.end_epoch(row | {"perf/data_wait": waited})
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("input: ")]
     assert line.startswith("input: 40% of the epoch was spent waiting for photos: 120 a second, 200 without it; ")
     assert "what may help: --loader_threads 1024, --shrink 512, --views_per_photo 4; " in line
+
+
+@pytest.mark.parametrize(
+    ("engine", "are_kept", "views", "advice"),
+    [
+        ("pillow", False, None, "--memory_gb 1.05, --views_per_photo 4"),
+        ("dali", False, None, "--views_per_photo 4"),  # keeps no photos
+        ("pillow", True, 4, ""),
+        ("pillow", False, 4, "--memory_gb 1.05"),  # four views are more than is kept
+    ],
+)
+def test_no_advice_is_one_that_cannot_help(engine, are_kept, views, advice, recorder, monkeypatch):
+    split = SimpleNamespace(sizes=np.full((1000, 2), 400), faults=np.zeros(1000))
+    components: Any = SimpleNamespace(
+        training=SimpleNamespace(split=split, plan=SimpleNamespace(length=1000)),
+        network=SimpleNamespace(frozen_part_is_fixed=True),
+        features=SimpleNamespace(are_kept=are_kept),
+        resolved_config=SimpleNamespace(views_per_photo=views),
+    )
+    dataset = SimpleNamespace(decoded_bytes=lambda: 1_044_300_000)
+    checked: Any = SimpleNamespace(config=CONFIG, engine=engine, dataset=dataset)
+    monkeypatch.setattr(report, "cpu_cores", lambda: 1)
+    monkeypatch.setattr(report, "memory_bytes", lambda: 10**10)
+    (line,) = report.input_report(checked, components, {"perf/data_wait": 0.5, "perf/images_per_s": 100.0})
+    assert (f"what may help: {advice};" in line) if advice else ("may help" not in line)
