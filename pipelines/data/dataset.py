@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from pipelines.data.headers import EDGE, FAULTS, SHRUNK, inspect_file
@@ -487,15 +488,25 @@ def in_threads(
     step = min(256, total // 256 + 1)  # few photos on a slow disk are to keep all threads busy, too
     chunks = [range(at, min(at + step, total)) for at in range(0, total, step)]
     pool = ThreadPoolExecutor(threads or min(32, 4 * (os.cpu_count() or 1)))
+    has_ended = Event()
+
+    def look_at(chunk: range) -> int:
+        for row in chunk:
+            if has_ended.is_set():  # after an error, or Ctrl-C
+                break
+            look(row)
+        return len(chunk)
+
     try:
         disable = None if is_shown else True
         with tqdm(total=total, desc=title, unit="photo", disable=disable, leave=False) as bar:
-            for done in pool.map(lambda chunk: sum(1 for _ in map(look, chunk)), chunks):
+            for done in pool.map(look_at, chunks):
                 bar.update(done)
                 if is_shown and bar.disable and not announced and time.monotonic() - start > 2:
                     announced = True
                     print(f"{title}: {counted(total, 'photo')} ...", file=sys.stderr, flush=True)
     finally:
+        has_ended.set()
         pool.shutdown(cancel_futures=True)
     if announced:
         print(f"{title}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

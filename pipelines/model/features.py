@@ -33,9 +33,9 @@ from tqdm import tqdm
 MEMORY_LIMIT = 2**29
 # What decodes, crops and computes: another version of one of these may give other numbers.
 _MAKERS = (
-    *("pipelines.data.augment", "pipelines.data.decode", "pipelines.data.engines.pillow", "pipelines.data.loader"),
-    *("pipelines.data.preprocess", "pipelines.data.shrink", "pipelines.model.features", "pipelines.model.folding"),
-    "pipelines.model.network",
+    *("pipelines.data.augment", "pipelines.data.decode", "pipelines.data.engines.pillow", "pipelines.data.headers"),
+    *("pipelines.data.loader", "pipelines.data.preprocess", "pipelines.data.shrink"),
+    *("pipelines.model.features", "pipelines.model.folding", "pipelines.model.network"),
 )
 _LIBRARIES = ("torch", "torchvision", "numpy")
 # Photos of a pass's batch on a CPU, where small batches run faster than large ones. The same on all machines, as the

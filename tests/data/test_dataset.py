@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -781,3 +782,17 @@ def test_an_index_that_was_damaged_is_made_again_in_silence(tmp_path: Path, phot
         assert load_dataset(index_file).fingerprint == fingerprint
         assert index_file.read_bytes()[start:] == good[start:]
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_in_one_of_many_rows_ends_the_others_at_once():
+    seen: list[int] = []
+
+    def look(row: int) -> None:
+        if row == 0:
+            raise UserError("bad")
+        seen.append(row)
+        time.sleep(0.01)
+
+    with pytest.raises(UserError, match="bad"):
+        dataset_module.in_threads(look, 1 << 16, "", threads=2)
+    assert len(seen) < 200, "a thread has 256 rows at a time"
