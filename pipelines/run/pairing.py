@@ -17,7 +17,7 @@ from pipelines.run.significance import (
     photos_interval,
     photos_needed,
 )
-from pipelines.text import printable
+from pipelines.text import counted, printable
 
 import numpy as np
 
@@ -78,9 +78,9 @@ class Pairing:
         # Laplace's rule: that no photo is answered otherwise does not mean that none ever would be.
         needed = photos_needed((squares + 1) / (self.photos + 2), _POINT, self.level)
         rounded = float(f"{needed:.2g}")
-        seeds = " and these seeds" if self.seeds_interval else ""
+        photos, seeds = counted(self.photos, "photo"), " and these seeds" if self.seeds_interval else ""
         return (
-            f"no difference between {second} and {first} that {self.photos:,} photos{seeds} could show ({told}); about "
+            f"no difference between {second} and {first} that {photos}{seeds} could show ({told}); about "
             f"{rounded:,.0f} photos would be needed for one point"
         )
 
