@@ -197,7 +197,7 @@ def test_no_space_for_a_checkpoint_leaves_the_one_before_whole(command, small_di
     kept = list((runs / "r" / "checkpoints").iterdir())
     assert [path.name for path in kept] == ["epoch-0001-step-00000005"]
     progress = json.loads((kept[0] / "progress.json").read_text())
-    assert set(progress["files"]) == {"state.pt", "best.pt", "model.json"}
+    assert set(progress["files"]) == {"state.pt", "best.pt", "model.json", "predictions.csv"}
     torch.load(kept[0] / "state.pt", weights_only=True)
     assert status(runs / "r")["state"] == "failed"
 

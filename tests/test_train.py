@@ -131,7 +131,16 @@ def test_two_and_four_processes_train_as_one(photos, photo_folder, random_weight
 def test_the_loop_is_the_tutorials_loop(photos, random_weights, tmp_path, run_here):
     """The same batches through nine plain lines of PyTorch: the same losses, step by step, and the same weights."""
     settings = ["--data", photos, "--weights", random_weights, "--image-size", "64", "--resize", "72", "--epochs", "1"]
-    settings += ["--config", ROOT / "configs/tutorial_finetune.yaml", "--tracker", "none", "--log-every", "1"]
+    settings += [
+        "--config",
+        ROOT / "configs/tutorial_finetune.yaml",
+        "--tracker",
+        "none",
+        "--log-every",
+        "1",
+        "--loader",
+        "pillow",
+    ]
     succeeded(run_here(train, *settings, "--runs", tmp_path, "--run", "r"))
     config, _ = parse_config([*map(str, settings)])
     split = load_dataset(scan_dataset(photos, tmp_path / "cache", 0.2)).splits["train"]

@@ -87,7 +87,7 @@ def test_the_tensors_are_those_of_best_pt(exported_run):
     assert json.loads(facts["classes"]) == description["classes"]
     preprocess = json.loads(facts["preprocess"])
     assert preprocess == {
-        key: description[key] for key in ("resize", "crop_mode", "image_size", "mean", "std", "transparency")
+        key: description[key] for key in ("resize", "crop_mode", "image_size", "mean", "std", "transparency", "shrink")
     }
 
 
@@ -298,7 +298,9 @@ def test_with_test_flips_each_way_gives_evaluates_answer(mirrored_run, trained_r
     assert not np.allclose([answer.logits for answer in answers], own, atol=0.01)
     rankings = [answer.ranking(page.classes)[0] for answer in answers]
     assert tuple(name for name, _ in rankings) == classes
-    assert [confidence for _, confidence in rankings] == pytest.approx(confidences, abs=2e-6)
+    assert [confidence for _, confidence in rankings] == pytest.approx(
+        confidences, abs=0.02
+    )  # Pillow reads for the page
 
     exported = mirrored_run.folder / "export"
     for graph in ("normalised", "pictures"):
