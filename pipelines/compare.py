@@ -31,7 +31,7 @@ from pipelines.inference import read_preprocess
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder
 from pipelines.run.pairing import Pairing, pair
-from pipelines.run.predictions import Predictions, read_predictions
+from pipelines.run.predictions import Predictions, predictions_of, read_predictions
 from pipelines.run.resume import REFUSED
 from pipelines.run.significance import LEVEL, mean_interval
 from pipelines.run_files import Description, read_description, read_run_config, read_status, to_json
@@ -161,9 +161,7 @@ def read_sides(runs: Sequence[Run], split: str | None) -> tuple[list[Side], list
     order, without, stale = list[Side](), list[str](), list[str]()
     name = f"figures/predictions_{split}.csv" if split else "predictions.csv"
     for run in runs:
-        own = run.folder / name
-        if not split and not own.exists():  # of a run of an earlier version
-            own = run.folder / "figures" / "predictions_val.csv"
+        own = predictions_of(run.folder, split)
         if not own.exists():
             without.append(run.name)
             continue

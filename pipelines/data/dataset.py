@@ -100,7 +100,7 @@ class Split:
         """Where the shrunk copy of a photo is kept; None where none is."""
         if not self.copies or not self.kinds[index] & SHRUNK:
             return None
-        name = _path_at(self.path_blob, self.path_offsets, index)
+        name = self.path_below_root(index)
         return self.copies.file(name, int(self.signatures[index]), int(self.mtimes[index]), self.transparency)
 
     def shrunk(self, copies: ShrunkCopies) -> "Split":

@@ -86,10 +86,9 @@ def window_of(split: Split, views: Views, position: int) -> Image.Image:
     index, window = int(views.indices[position]), views.windows[position]
     if split.memory is None or not split.memory.fits[index]:
         return _decoded_window(split, index, window)
-    photo = split.memory.get(index)
-    if photo is None:
-        whole = np.array([0, 0, *split.sizes[index]])
-        photo = split.memory.keep(index, np.asarray(_decoded_window(split, index, whole)))
+    whole = np.array([0, 0, *split.sizes[index]])
+    photo = split.memory.photo(index, lambda: np.asarray(_decoded_window(split, index, whole)))
+    assert photo is not None, "Pillow raises where it cannot decode"
     top, left, height, width = window.tolist()
     return Image.fromarray(np.ascontiguousarray(photo[top : top + height, left : left + width]))
 

@@ -22,6 +22,13 @@ class PhotoMemory:
         self._all = np.frombuffer(area(self.bytes + len(sizes)), np.uint8)
         self._is_there = self._all[self.bytes :]
 
+    def photo(self, index: int, decode: Callable[[], np.ndarray | None]) -> np.ndarray | None:
+        """A photo that fits: as it is there, or else what `decode` gives, uint8, kept from now on; None for None."""
+        if (there := self.get(index)) is not None:
+            return there
+        pixels = decode()
+        return None if pixels is None else self.keep(index, pixels)
+
     def get(self, index: int) -> np.ndarray | None:
         """A photo that is there."""
         return self._place(index) if self._is_there[index] else None

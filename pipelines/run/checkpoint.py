@@ -33,7 +33,7 @@ from pipelines.errors import UserError
 from pipelines.files import file_digest
 from pipelines.model.network import TransferModel
 from pipelines.model.tensors import load_tensors
-from pipelines.run.folder import RunFolder, cannot_save, versions
+from pipelines.run.folder import BEST_FILES, RunFolder, cannot_save, versions
 from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, checkpoint_folders, read_progress, to_json
 from pipelines.text import printable
 
@@ -241,7 +241,7 @@ class Checkpoints:
         # An attempt that was cut off may have found better ones after the checkpoint; they are found again.
         for path in self._run.best_files():
             path.unlink()
-        for name in ("best.pt", "model.json", "predictions.csv"):
+        for name in BEST_FILES:
             if (folder / name).exists():
                 _link(folder / name, self._run.folder / name)
 

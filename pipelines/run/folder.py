@@ -60,6 +60,7 @@ _OWN_FOLDERS = {
 _WRITTEN_INTO = (*_OWN_FOLDERS, "metrics.jsonl", "wandb_id", ".sync.lock")  # other files are replaced as a whole
 _UNBEGUN = ".unbegun"  # there as long as what else is there is not a run, or no longer one
 _NO_LOCKS = (ENOSYS, ENOTSUP, EOPNOTSUPP, ENOLCK)
+BEST_FILES = ("best.pt", "model.json", "predictions.csv")  # the best weights, and what is kept of them
 _LIBRARIES = ("dalitune", "torch", "torchvision", "accelerate", "numpy")
 
 
@@ -414,8 +415,8 @@ class RunFolder:
             os.truncate(self.metrics, length)
 
     def best_files(self) -> list[Path]:
-        """best.pt, and what is kept of it: model.json and predictions.csv; where they are."""
-        return [path for path in (self.best, self.folder / "model.json", self.predictions) if path.exists()]
+        """Those of BEST_FILES that are there."""
+        return [path for name in BEST_FILES if (path := self.folder / name).exists()]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.errors import UserError
-from pipelines.run.predictions import Predictions, read_predictions
+from pipelines.run.predictions import Predictions, predictions_of, read_predictions
 from pipelines.run.significance import (
     LEVEL,
     difference_interval,
@@ -122,17 +122,11 @@ def pair(first: Sequence[Predictions], second: Sequence[Predictions], level: flo
     )
 
 
-def _predictions_of(run: Path) -> Path:
-    """What a run says of its validation photos, or of one of an earlier version what evaluate.py has left."""
-    own, of_evaluate = run / "predictions.csv", run / "figures" / "predictions_val.csv"
-    return of_evaluate if of_evaluate.exists() and not own.exists() else own
-
-
 def check_compared(config: Config) -> None:
     """UserError where `compare_to` names no run that can be compared with."""
     if config.compare_to is not None:
         try:
-            read_predictions(_predictions_of(Path(config.compare_to)))
+            read_predictions(predictions_of(Path(config.compare_to)))
         except UserError as error:
             advice = "it wants a run's folder, of an earlier version after evaluate.py has been there"
             raise UserError(f"compare_to: {error}; {advice}") from None
@@ -141,7 +135,7 @@ def check_compared(config: Config) -> None:
 def compared_with(other: Path, run: Path) -> tuple[str, dict[str, Any]]:
     """The verdict on a run beside another one, and the figures as a tracker's summary has them. UserError where either
     has no predictions."""
-    there, here = (read_predictions(_predictions_of(folder)) for folder in (other, run))
+    there, here = (read_predictions(predictions_of(folder)) for folder in (other, run))
     found = pair([there], [here])
     one, two = (printable(folder.resolve().name) for folder in (other, run))
     verdict = found.verdict(one, two)

@@ -52,6 +52,13 @@ class Predictions:
         return self.answers[:, 0] == self.labels
 
 
+def predictions_of(run: Path, split: str | None = None) -> Path:
+    """The file that says what a run answers to a split, as evaluate.py has left it; None: to its validation photos,
+    which of a run of an earlier version evaluate.py has left, too."""
+    own, evaluated = run / "predictions.csv", run / "figures" / f"predictions_{split or 'val'}.csv"
+    return evaluated if split or (evaluated.exists() and not own.exists()) else own
+
+
 def write_predictions(records: np.ndarray, split: Split, classes: Sequence[str], path: Path) -> None:
     """records: of `training.evaluation.predict`, whose labels are positions in `classes`."""
     answers = min(MOST_ANSWERS, len(classes))

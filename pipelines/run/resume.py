@@ -9,31 +9,14 @@ from pipelines.config import SCHEMA, Config
 
 # What becomes of a run that goes on with another value of a setting.
 REPORTED = {  # whoever changes it wants what it changes: the length of the run, its memory and speed, what is left out
-    *(
-        "epochs",
-        "max_steps",
-        "patience",
-        "max_batch_per_device",
-        "eval_batch_per_device",
-        "log_every",
-        "skip_bad_files",
-    ),
-    *("loader", "deterministic", "channels_last", "compile"),
+    *("epochs", "max_steps", "patience", "max_batch_per_device", "eval_batch_per_device", "log_every"),
+    *("skip_bad_files", "loader", "deterministic", "channels_last", "compile"),
 }
 # The photos themselves decide, and the first weights' digest.
 CHECKED_ELSEWHERE = {"data", "val_fraction", "class_names", "weights"}
 IGNORED = {
-    *(
-        "run",
-        "runs",
-        "overwrite",
-        "prepare",
-        "checkpoint_minutes",
-        "loader_threads",
-        "memory_gb",
-        "prefetch",
-        "cache_gb",
-    ),
+    *("run", "runs", "overwrite", "prepare", "checkpoint_minutes"),
+    *("loader_threads", "memory_gb", "prefetch", "cache_gb"),
     *("tracker", "project", "tags", "group", "alerts", "log_model", "compare_to"),
 }
 # Any other decides the result: the training, or which of its weights are the best.

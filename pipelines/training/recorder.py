@@ -38,11 +38,8 @@ class Recorder:
         self._dataset, self._is_main = checked.dataset, checked.state.is_main_process
         self._config, self._schedule, self._training = checked.config, components.schedule, components.training
         self._optimizer, self._progress, self._facts = components.optimizer, session.progress, components.facts
-        self._checked, self._components, self._has_advised = (
-            checked,
-            components,
-            False,
-        )  # on what the training waits for
+        self._checked, self._components = checked, components
+        self._has_advised = False  # on what the training waits for
         self._best_by = BEST_BY[checked.config.best_by]
         device = checked.accelerator.device
         self._interval, self._whole_epoch = Interval(device), Interval(device)

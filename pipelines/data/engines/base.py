@@ -22,6 +22,21 @@ class Pixels:
     failed: dict[int, str]
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is made with. micro_batch: the most views of one `submit`. device: where its images are. threads:
+    on the CPU. mean, std: 3 values each, on the 0..1 scale.
+    """
+
+    split: Split
+    image_size: int
+    micro_batch: int
+    device: torch.device
+    threads: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
 class Engine(Protocol):
     """Decodes, crops, resizes, flips and normalises; first in, first out. It draws nothing and orders nothing.
 
@@ -30,18 +45,7 @@ class Engine(Protocol):
 
     LIBRARIES: ClassVar[tuple[str, ...]]
 
-    def __init__(
-        self,
-        split: Split,
-        image_size: int,
-        micro_batch: int,
-        device: torch.device,
-        threads: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        """micro_batch: the most views of one `submit`; threads: on the CPU."""
-        ...
+    def __init__(self, settings: EngineSettings) -> None: ...
 
     def submit(self, views: Views) -> None:
         """Starts work on `views` (1 to `micro_batch` of them) in the background."""

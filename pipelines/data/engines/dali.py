@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.data.dataset import Split
 from pipelines.data.decode import SIZE_HAS_CHANGED, window_of
-from pipelines.data.engines.base import Engine, Fault, Pixels
+from pipelines.data.engines.base import Engine, EngineSettings, Fault, Pixels
 from pipelines.data.engines.dali_check import fault_of_dali
 from pipelines.data.engines.pillow import PillowEngine
 from pipelines.data.headers import for_pillow
@@ -86,7 +86,7 @@ def image_pipeline(
 
 
 class DaliEngine:
-    """See `base.Engine`. micro_batch: the most views of one `submit`; threads: CPU threads.
+    """See `base.Engine`.
 
     A photo that DALI cannot read is read by Pillow from then on, in its place in the batch, and so is what the scan
     marks (`headers.for_pillow`): the choice of the engine never changes which photos are used.
@@ -94,25 +94,20 @@ class DaliEngine:
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow", "pillow-heif")
 
-    def __init__(
-        self,
-        split: Split,
-        image_size: int,
-        micro_batch: int,
-        device: torch.device,
-        threads: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        self._split = split
-        self._device = device
-        self._image_size = image_size
-        largest = tuple(split.sizes.max(axis=0, initial=0).tolist())
-        self._settings = {"image_size": image_size, "mean": tuple(mean), "std": tuple(std), "num_threads": threads}
-        self._settings |= {"largest": largest}
-        self._micro_batch = micro_batch
-        self._pipeline = self._build(micro_batch)
-        self._pillow = PillowEngine(split, image_size, micro_batch, device, threads, mean, std)
+    def __init__(self, settings: EngineSettings) -> None:
+        self._split = split = settings.split
+        self._device = settings.device
+        self._image_size = settings.image_size
+        self._of_pipeline = {
+            "image_size": settings.image_size,
+            "mean": tuple(settings.mean),
+            "std": tuple(settings.std),
+            "largest": tuple(split.sizes.max(axis=0, initial=0).tolist()),
+            "num_threads": settings.threads,
+        }
+        self._micro_batch = settings.micro_batch
+        self._pipeline = self._build(settings.micro_batch)
+        self._pillow = PillowEngine(settings)
         self._not_for_dali: set[int] = set()  # positions in the split
         self._has_source = np.zeros(len(split), bool)  # looked for once, until something fails
         self._failures = 0  # in a row, of photos that Pillow reads
@@ -196,7 +191,7 @@ class DaliEngine:
 
         gpu = self._device.type == "cuda"
         pipeline = pipeline_def(image_pipeline)(
-            **self._settings,
+            **self._of_pipeline,
             device="gpu" if gpu else "cpu",
             batch_size=batch_size,
             device_id=(self._device.index or 0) if gpu else None,

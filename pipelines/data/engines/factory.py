@@ -11,7 +11,7 @@ from typing import cast
 
 from pipelines.config import SCHEMA
 from pipelines.data.dataset import Split
-from pipelines.data.engines.base import Engine, EngineModule
+from pipelines.data.engines.base import Engine, EngineModule, EngineSettings
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import MachineError, UserError
 
@@ -96,7 +96,8 @@ def make_engine(
     std: Sequence[float] = IMAGENET_STD,
 ) -> Engine:
     """The engine `name` for the photos of a split, with `threads` threads on the CPU."""
-    return engine_module(name).ENGINE(split, image_size, micro_batch, device, threads, mean, std)
+    settings = EngineSettings(split, image_size, micro_batch, device, threads, mean, std)
+    return engine_module(name).ENGINE(settings)
 
 
 def libraries() -> list[str]:

@@ -10,14 +10,12 @@ import io
 import math
 import os
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, ClassVar
 
-from pipelines.data.dataset import Split
 from pipelines.data.decode import source_of, stored_box, turned_upright
-from pipelines.data.engines.base import Engine, Fault
+from pipelines.data.engines.base import Engine, EngineSettings, Fault
 from pipelines.data.engines.pillow import PillowEngine
 from pipelines.data.headers import FORMATS, SHRUNK, exif_orientation
 from pipelines.data.plan import Views
@@ -41,19 +39,10 @@ class NvImageCodecEngine(PillowEngine):
         *("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),  # one of them, with DALI
     )
 
-    def __init__(
-        self,
-        split: Split,
-        image_size: int,
-        micro_batch: int,
-        device: torch.device,
-        threads: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        super().__init__(split, image_size, micro_batch, device, threads, mean, std)
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
         self._of_thread = threading.local()
-        self._orientations = np.zeros(len(split), np.int8)  # 0 is not known yet
+        self._orientations = np.zeros(len(settings.split), np.int8)  # 0 is not known yet
 
     def _pixels(self, views: Views, position: int) -> np.ndarray:
         index = int(views.indices[position])
@@ -79,13 +68,10 @@ class NvImageCodecEngine(PillowEngine):
         memory, size = self._split.memory, tuple(self._split.sizes[index].tolist())
         if memory is None or not memory.fits[index]:
             return self._read(index, np.array([top, left, len(rows), len(columns)]), size, orientation)
-        photo = memory.get(index)
+        photo = memory.photo(index, lambda: self._read(index, np.array([0, 0, *size]), size, orientation))
         if photo is None:
-            whole = self._read(index, np.array([0, 0, *size]), size, orientation)
-            if whole is None:
-                self._orientations[index] = _NOT_TAKEN
-                return None
-            photo = memory.keep(index, whole)
+            self._orientations[index] = _NOT_TAKEN
+            return None
         return photo[top : top + len(rows), left : left + len(columns)]
 
     def _read(self, index: int, within: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray | None:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar
 
-from pipelines.data.dataset import Split
 from pipelines.data.decode import decoding_error, view_of
-from pipelines.data.engines.base import Engine, Fault, Pixels
+from pipelines.data.engines.base import Engine, EngineSettings, Fault, Pixels
 from pipelines.data.plan import Views
 
 import numpy as np
@@ -23,21 +22,12 @@ class PillowEngine:
 
     LIBRARIES: ClassVar[tuple[str, ...]] = ("pillow", "pillow-heif")
 
-    def __init__(
-        self,
-        split: Split,
-        image_size: int,
-        micro_batch: int,
-        device: torch.device,
-        threads: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        self._split = split
-        self._image_size = image_size
-        self._device = device
-        self._scale, self._shift = (part.to(device) for part in scale_and_shift(mean, std))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    def __init__(self, settings: EngineSettings) -> None:
+        self._split = settings.split
+        self._image_size = settings.image_size
+        self._device = settings.device
+        self._scale, self._shift = (part.to(self._device) for part in scale_and_shift(settings.mean, settings.std))
+        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
         self._submitted: deque[tuple[torch.Tensor, list[Future[str | None]]]] = deque()
 
     def submit(self, views: Views) -> None:
