@@ -5,7 +5,6 @@ import os
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,8 +12,6 @@ from pathlib import Path
 from pipelines.errors import MachineError
 
 import platformdirs
-
-_BEING_WRITTEN = 3600  # seconds that a file may take; an older unfinished one is a killed run's
 
 
 def cache_folder() -> Path:
@@ -72,11 +69,10 @@ def make_room(folder: Path, size: int, limit: int, needed: Collection[Path] = ()
     `limit` bytes; those that a killed run was writing too. needed: files that stay."""
     files = [(state.st_mtime, state.st_size, file) for file, state in files_below(folder)]
     total = size + sum(freed for _, freed, _ in files)
-    now = time.time()
-    for used, freed, file in sorted(files):
+    for _, freed, file in sorted(files):
         if total <= limit:
             return
-        if file not in needed and not (file.suffix == ".tmp" and now - used < _BEING_WRITTEN):
+        if file not in needed:
             remove(file, folder)
             total -= freed
 

@@ -83,7 +83,7 @@ def keep_copy(copy: Path, content: bytes) -> None:
             with atomic_write(copy, shared=True) as partial:
                 partial.write_bytes(content)
             return
-        except FileNotFoundError:  # another run has made room meanwhile, and removed an empty folder
+        except FileNotFoundError:  # another run has made room meanwhile, and removed what was being written
             if attempt == 2:
                 raise
         except PermissionError:
