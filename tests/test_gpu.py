@@ -13,15 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import train
+from pipelines.data.augment import altered
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.engines.factory import make_engine
 from pipelines.data.loader import Loader
-from pipelines.data.plan import EvalPlan, Plan, TrainPlan
+from pipelines.data.plan import Alterations, EvalPlan, Plan, TrainPlan
 from pipelines.distributed.exits import run_script
 from tests.helpers.corpus import encoded, exif, picture
 from tests.helpers.engines import HERE, levels
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import ask_at, newest, rows, same_bits, status
 
 import numpy as np
 import pytest
@@ -214,6 +217,61 @@ def no_step_waits_for_the_gpu(device: str, engine: str, root: str, runs: str, we
         patch.setattr(train, "update", watched)
         assert run_script(train.main, [*settings, "--tracker", "none", "--runs", runs, "--run", "waits"]) == 0
     assert len(steps) == 12
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("few_views", [False, True])
+def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(root, tmp_path, random_weights, engine, few_views):
+    run_case(a_stopped_run_ends_as_a_whole_one, "cuda", engine, root, tmp_path, random_weights, few_views)
+
+
+def a_stopped_run_ends_as_a_whole_one(
+    device: str, engine: str, root: str, runs: str, weights: str, few_views: bool
+) -> None:
+    """In bf16, with all that the plan draws, and the average of the weights: --deterministic, the same bits."""
+    settings = ["--data", root, "--weights", weights, "--head-init", "zeros", "--loader", engine, "--deterministic"]
+    settings += ["--epochs", "3", "--batch-size", "16", "--image-size", "64", "--resize", "72", "--log-every", "1"]
+    settings += ["--lr", "0.01", "--ema-decay", "0.9", "--sampler", "balanced", "--tracker", "none", "--runs", runs]
+    if few_views:
+        settings += ["--freeze", "layer3", "--views-per-photo", "2"]
+    else:
+        settings += ["--freeze", "none", "--views-per-photo", "null", "--quarter-turns", "--erase-probability", "0.5"]
+        settings += ["--brightness", "0.4", "--contrast", "0.4", "--saturation", "0.4", "--hue", "0.1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DALITUNE_CACHE", f"{runs}/cache")
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        assert run_script(train.main, [*settings, "--run", "whole"]) == 0
+        for call in (1, 6):
+            with pytest.MonkeyPatch.context() as stop:
+                ask_at(stop, "update", call)
+                assert run_script(train.main, [*settings, "--run", f"stopped-{call}"]) == 75
+            assert run_script(train.main, [*settings, "--run", f"stopped-{call}"]) == 0
+        scored = [f"{runs}/whole", "--loader", engine, "--json", f"{runs}/scores.json"]
+        assert run_script(evaluate.main, scored) == 0
+    whole = Path(runs) / "whole"
+    assert status(whole)["state"] == "finished"
+    for call in (1, 6):
+        stopped = Path(runs) / f"stopped-{call}"
+        assert rows(stopped) == rows(whole)
+        for file in ("best.pt", f"checkpoints/{newest(whole).name}/state.pt"):
+            assert same_bits(stopped / file, whole / file), file
+    best = json.loads((whole / "model.json").read_text())["scores"]
+    assert json.loads((Path(runs) / "scores.json").read_text())["top1"] == best["val/top1"]
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_photos_are_altered_as_on_a_cpu():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.random((64, 3, 32, 32), dtype=np.float32)) * 4 - 2
+    colours = rng.uniform((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1), (64, 4)).astype(np.float32)
+    erased = rng.integers(0, 16, (64, 4)).astype(np.int32)
+    drawn = Alterations(rng.random(64) < 0.5, rng.random(64) < 0.5, colours, erased)
+    there, here = (altered(images.to(device), drawn).cpu() for device in ("cuda", "cpu"))
+    assert there.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(there, here, rtol=0, atol=5e-3)
 
 
 LAUNCHES = {"one": [], "nccl, one": ["--multi_gpu"], "nccl, two": ["--multi_gpu"]}
