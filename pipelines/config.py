@@ -91,6 +91,7 @@ _OF_EPOCHS = (
     *("freeze", "lr", "lr_body", "optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
     *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
+    *("mixup_alpha", "cutmix_alpha"),
 )
 _OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
 
@@ -173,13 +174,20 @@ class Config:
     """largest turn of its hues, of the whole circle"""
     erase_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """chance that a box of a fiftieth to a third of a training photo is erased (Zhong et al. 2020)"""
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """blend each training photo, and its label, with another one (Zhang et al. 2018), in shares drawn from Beta(this,
+    this), as 0.2; 0: none; the training's top1 then counts an answer by the share of its class"""
+    cutmix_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """cover a box of each training photo with another one (Yun et al. 2019), in shares likewise, as 1; with mixup_alpha
+    each half of the photos"""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """which photos an epoch shows: shuffle, each once; balanced, as many of each class, so that those of small classes
     come several times and those of large ones in turn, over several epochs"""
     views_per_photo: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
     computed once, so that more epochs cost little; null: new ones every epoch; auto: 4 where stages are frozen, else
-    null, and beside sampler balanced null, as what comes several times in an epoch would come as the same view"""
+    null, and null beside sampler balanced, as what comes several times in an epoch would come as the same view, and
+    where photos are mixed"""
 
     loader: EngineName = "auto"
     """the engine that decodes; auto: DALI on an NVIDIA GPU, else nvImageCodec, each where it works; else Pillow"""
@@ -308,6 +316,11 @@ class Config:
         """Whether a head is fitted where nothing stands against it."""
         return self.head_init in ("fitted", "auto")
 
+    @property
+    def mixes_photos(self) -> bool:
+        """Whether training photos are mixed with others."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         if self.resize < self.image_size:
@@ -321,6 +334,11 @@ class Config:
             raise Contradiction(
                 "each makes all classes count the same, and both would favour small ones", "sampler", "class_weights"
             )
+        for key in ("mixup_alpha", "cutmix_alpha"):
+            if getattr(self, key) and self.views_per_photo not in (None, "auto"):
+                raise Contradiction(
+                    "what few views are for, features that are kept, mixed photos do not have", key, "views_per_photo"
+                )
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise Contradiction("Nesterov's momentum needs some", "nesterov", "momentum")
         if self.min_lr > self.lr:
@@ -354,7 +372,7 @@ GROUPS = {
     "Images": [
         *("image_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
         *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue"),
-        *("erase_probability", "sampler", "views_per_photo"),
+        *("erase_probability", "mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
     ],
     "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],

@@ -19,8 +19,9 @@ if __name__ == "__main__":
 from pipelines.config import Config
 from pipelines.data.dataset import Split
 from pipelines.data.loader import train_loader
+from pipelines.data.mixing import MixedViews, mixed_views
 from pipelines.data.open import open_dataset
-from pipelines.data.plan import Views, share, train_plan
+from pipelines.data.plan import share, train_plan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_crop_mode
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_processes
@@ -39,12 +40,12 @@ _DRAWN = 64  # photos
 
 @dataclass(frozen=True)
 class Step:
-    """One update, the one after `within` others of its epoch. epoch: 0 is the first. views: of its global batch, in
-    order. processes: int [n], who has each."""
+    """One update, the one after `within` others of its epoch. epoch: 0 is the first. views: of its global batch of n
+    photos, in order. processes: int [n], who has each."""
 
     epoch: int
     within: int
-    views: Views
+    views: MixedViews
     processes: np.ndarray
 
 
@@ -87,11 +88,11 @@ def main(arguments: list[str]) -> None:
     )
     if options.step > done:
         print(f"the run stands at step {done}: this is what that step would see")
-    images, seen = images_of(config, split, state, step, bad)
+    images, names, seen = images_of(config, split, state, step, bad)
     print("process  crop: left, top, width x height, of width x height    class, photo, what else is done to it")
-    print(*(line_of(split, step, at, is_seen=bool(seen[at])) for at in range(len(seen))), sep="\n")
-    labels = split.labels[step.views.indices]
-    names = [f"{split.classes[labels[at]]}\nprocess {step.processes[at]}" for at in np.flatnonzero(seen)]
+    print(*(line_of(split, step, at, seen) for at in range(len(step.views))), sep="\n")
+    processes_seen = step.processes[seen[: len(step.views)]]
+    names = [f"{name}\nprocess {process}" for name, process in zip(names, processes_seen, strict=True)]
 
     def draw() -> None:
         figures.save_train_batch(picture, images, names, mean=IMAGENET_MEAN, std=IMAGENET_STD, most=_DRAWN)
@@ -110,34 +111,37 @@ def step_of(config: Config, split: Split, step: int, processes: int) -> Step:
     size = min(config.batch_size, plan.length - first)
     shares = [share(size, rank, processes) for rank in range(processes)]
     owners = np.repeat(np.arange(processes), [stop - start for start, stop in shares])
-    return Step(epoch, within, plan.views(epoch, np.arange(first, first + size)), owners)
+    return Step(epoch, within, mixed_views(plan, epoch, np.arange(first, first + size)), owners)
 
 
 def images_of(
     config: Config, split: Split, state: PartialState, step: Step, bad: Collection[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first squares that the network saw, float32 [n, 3, S, S], normalised; and which of the photos it saw at all,
-    bool: those that can be read, and are not among `bad`."""
+) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """The first squares that the network saw, float32 [n, 3, S, S], normalised; what each of them all is; and which of
+    the views it saw at all, bool: those that can be read, and are not among `bad`."""
     micro_batch = min(config.batch_size, config.eval_batch_per_device)
     config = replace(config, skip_bad_files=True)
     loader = train_loader(config, split, split.labels, state, "pillow", micro_batch)
     loader.bad |= set(bad)
     images = np.empty((0, 3, config.image_size, config.image_size), np.float32)
+    names = list[str]()
     try:
         for batch in next(loader.epoch(step.epoch, step.within)).batches:
+            names += batch.names(split.classes)
             images = np.concatenate([images, batch.images.cpu().numpy()])[:_DRAWN]
     finally:
         loader.close()
-    indices = step.views.indices
-    return images, (split.faults[indices] == 0) & ~np.isin(indices, list(loader.bad))
+    indices = step.views.views.indices
+    return images, names, (split.faults[indices] == 0) & ~np.isin(indices, list(loader.bad))
 
 
-def line_of(split: Split, step: Step, at: int, *, is_seen: bool) -> str:
-    """What was done to the photo at a place of the step, and which process had it."""
-    index, views = int(step.views.indices[at]), step.views
+def line_of(split: Split, step: Step, at: int, seen: np.ndarray) -> str:
+    """What was done to the photo at a place of the step, and which process had it. seen: as `images_of` returns it."""
+    views, mixing = step.views.views, step.views.mixing
+    index = int(views.indices[at])
     (top, left, height, width), (whole_height, whole_width) = views.windows[at], split.sizes[index]
     crop = (
-        f"{left}, {top}, {width} x {height}, of {whole_width} x {whole_height}" if is_seen else "left out: unreadable"
+        f"{left}, {top}, {width} x {height}, of {whole_width} x {whole_height}" if seen[at] else "left out: unreadable"
     )
     done = ["flip"] if views.flips[at] else []
     if each := views.alterations:
@@ -149,6 +153,10 @@ def line_of(split: Split, step: Step, at: int, *, is_seen: bool) -> str:
             done[-1] += f" hue {hue:+.3f}"
         top, left, height, width = each.erased[at]
         done += [f"erased {left}, {top}, {width} x {height}"] if height else []
+    if mixing and mixing.shares[at] < 1 and seen[partner := mixing.partners[at]]:
+        done.append(f"{1 - mixing.shares[at]:.2f} of {printable(split.path(int(views.indices[partner])))} mixed in")
+        top, left, height, width = mixing.boxes[at]
+        done[-1] += f" at {left}, {top}, {width} x {height}" if height else ""
     name = printable(split.classes[split.labels[index]])
     return f"{step.processes[at]:7}  {crop:<52}  {', '.join([name, printable(split.path(index)), *done])}"
 

@@ -344,6 +344,11 @@ def test_a_recipe_that_is_not_there_or_no_file_or_no_text(tmp_path: Path) -> Non
         (["--epochs=0"], "do not go together: nothing would teach the head"),
         (["--weights=none", "--freeze=none", "--head_init=fitted"], "a head cannot be fitted to what a random network"),
         (["--weights=none", "--mode=feature_extract"], "a frozen random network learns nothing"),
+        (
+            ["--mixup_alpha=0.2", "--views_per_photo=4"],
+            "mixup_alpha 0.2 (--mixup_alpha) and views_per_photo 4 (--",
+        ),
+        (["--cutmix_alpha=1", "--views_per_photo=4"], "features that are kept, mixed photos do not have"),
         (["--arch=vit_b_16", "--freeze=layer1"], "only a ResNet's stages can be told: give freeze none, or mode"),
         (["--arch=vit_b_16", "--image_size=192"], "arch vit_b_16 (--arch) and image_size 192 (--image_size)"),
         (["--weights=none", "--freeze=stem"], "a frozen random network learns nothing"),
@@ -498,6 +503,7 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
         ({"mode": "feature_extract", "lr_body": 0.1}, "lr_body (mode: feature_extract)"),
         ({"crop_mode": "squash", "resize": 300}, "resize (crop_mode: squash)"),
         ({"epochs": 0, "head_init": "fitted", "lr": 0.5}, "lr (epochs: 0)"),
+        ({"epochs": 0, "head_init": "fitted", "mixup_alpha": 0.2}, "mixup_alpha (epochs: 0)"),
     ],
 )
 def test_what_plays_no_part_is_said(settings, line):

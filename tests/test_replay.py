@@ -22,7 +22,12 @@ def flags(photos, tmp_path) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "more", [["--views-per-photo", "2"], ["--quarter-turns", "true", "--hue", "0.1", "--erase-probability", "0.5"]]
+    "more",
+    [
+        ["--views-per-photo", "2"],
+        ["--quarter-turns", "true", "--hue", "0.1", "--erase-probability", "0.5"],
+        ["--mixup-alpha", "0.9", "--max-batch-per-device", "3"],
+    ],
 )
 def test_a_step_is_what_the_training_was_given(more, flags, run_here, tmp_path, monkeypatch):
     """Step 7 of 10, the second of the second epoch; and on three processes each has its share of it."""
@@ -45,11 +50,13 @@ def test_a_step_is_what_the_training_was_given(more, flags, run_here, tmp_path, 
     config, batch = what_auto_came_to(run.folder, read_run_config(run.folder)), seen[6]
     split = load_dataset(scan_dataset(Path(config.data), tmp_path / "index", 0.2)).splits["train"]
     step = replay.step_of(config, split, 7, 3)
-    assert step.views.indices.tolist() == batch.indices.tolist()
-    assert all(split.path(index) in line for line, index in zip(lines, batch.indices.tolist(), strict=True))
-    images, are_seen = replay.images_of(config, split, PartialState(), step, ())
+    assert step.views.indices[: len(batch)].tolist() == batch.indices.tolist()
+    assert all(split.path(index) in line for line, index in zip(lines, step.views.indices.tolist(), strict=True))
+    images, names, are_seen = replay.images_of(config, split, PartialState(), step, ())
     assert are_seen.all()
-    np.testing.assert_array_equal(images, batch.images.numpy())
+    np.testing.assert_array_equal(images[: len(batch)], batch.images.numpy())
+    assert names[: len(batch)] == batch.names(split.classes)
+    assert ("mixed in" in said) == ("--mixup-alpha" in more)
     assert ("hue" in said) == ("--hue" in more)
     with Image.open(run.figures / "step_7.png") as picture:
         assert picture.width > 200

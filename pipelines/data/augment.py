@@ -30,12 +30,20 @@ def altered(images: torch.Tensor, alterations: Alterations) -> torch.Tensor:
         )
         images = (_coloured(images * std + mean, each.colours) - mean) / std
     if each.erased.any():
-        top, left, height, width = (_of(column, images) for column in each.erased.T)
-        rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
-        rows, columns = rows.view(1, 1, -1, 1), columns.view(1, 1, 1, -1)
-        is_erased = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+        is_erased = in_boxes(to_device(torch.from_numpy(each.erased), images.device), images.shape[2])
         images = images.masked_fill(is_erased, 0)  # ImageNet's mean colour
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def in_boxes(boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """bool [n, 1, size, size], on the device of the boxes: which pixels of each square lie in its box.
+
+    boxes: int32 [n, 4], top, left, height, width.
+    """
+    top, left, height, width = (column.view(-1, 1, 1, 1) for column in boxes.unbind(1))
+    pixels = torch.arange(size, device=boxes.device)
+    rows, columns = pixels.view(1, 1, -1, 1), pixels.view(1, 1, 1, -1)
+    return (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
 
 
 def _of(values: np.ndarray, images: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipelines.config import Config
 from pipelines.data.augment import altered
 from pipelines.data.dataset import Split
 from pipelines.data.engines.base import Engine
 from pipelines.data.engines.factory import make_engine
-from pipelines.data.plan import EvalPlan, Plan, TrainPlan, Views, ViewsInOrder, share, train_plan
+from pipelines.data.mixing import MOST_OTHERS, MixedViews, mixed, mixed_views
+from pipelines.data.plan import EvalPlan, Plan, TrainPlan, ViewsInOrder, share, train_plan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.distributed.copies import to_device
 from pipelines.distributed.hardware import cpu_cores
@@ -30,6 +32,14 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 
+class Partners(NamedTuple):
+    """What the photos of a batch are mixed with. labels: int64 [n], the partners'. shares: float32 [n], what each
+    photo's own label counts; the rest is the partner's. Both on the device."""
+
+    labels: torch.Tensor
+    shares: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of this process.
@@ -38,14 +48,27 @@ class Batch:
     asked for without them.
     labels: int64 [n], on the device.
     indices: int64 [n], on the CPU: positions in the dataset's split.
+    partners: None where no photo is mixed with another.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    partners: Partners | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def names(self, classes: Sequence[str]) -> list[str]:
+        """What each photo is, for a picture: of mixed ones two lines with the shares."""
+        own = [classes[label] for label in self.labels.tolist()]
+        if self.partners is None:
+            return own
+        others, shares = (each.tolist() for each in self.partners)
+        return [
+            name if share >= 0.995 else f"{share:.2f} {name}\n{1 - share:.2f} {classes[other]}"
+            for name, other, share in zip(own, others, shares, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -105,7 +128,7 @@ class Loader:
         """
         self.engine.cancel()
         ahead = self._submitted(epoch, start_step) if images else self._views(epoch, start_step)
-        pending: list[Views] = []
+        pending: list[MixedViews] = []
         next_batch = self._next_batch if images else self._next_batch_without_images
         for step in range(start_step, self.steps_per_epoch):
             size, mine = self._my_share(step)
@@ -146,61 +169,71 @@ class Loader:
         start, stop = share(size, self._rank, self._world_size)
         return size, range(first + start, first + stop)
 
-    def _views(self, epoch: int, start_step: int) -> Iterator[Views]:
+    def _views(self, epoch: int, start_step: int) -> Iterator[MixedViews]:
         """This process's micro-batches, one after another, without the photos that cannot be read."""
         for step in range(start_step, self.steps_per_epoch):
             _, mine = self._my_share(step)
             for first in range(mine.start, mine.stop, self._micro_batch):
-                views = self.plan.views(epoch, np.arange(first, min(first + self._micro_batch, mine.stop)))
-                yield views.select(self._readable(views))
+                positions = np.arange(first, min(first + self._micro_batch, mine.stop))
+                asked = mixed_views(self.plan, epoch, positions)
+                yield asked.select(self._readable(asked.views.indices))
 
-    def _submitted(self, epoch: int, start_step: int) -> Iterator[Views]:
+    def _submitted(self, epoch: int, start_step: int) -> Iterator[MixedViews]:
         """Gives the engine one micro-batch after another; each is yielded as soon as it is in the making."""
-        for views in self._views(epoch, start_step):
-            if len(views):
-                self.engine.submit(views)
-            yield views
+        for asked in self._views(epoch, start_step):
+            if len(asked):
+                self.engine.submit(asked.views)
+            yield asked
 
-    def _readable(self, views: Views) -> np.ndarray:
-        sound = self.split.faults[views.indices] == 0
-        return sound & ~np.isin(views.indices, list(self.bad)) if self.bad else sound
+    def _readable(self, indices: np.ndarray) -> np.ndarray:
+        sound = self.split.faults[indices] == 0
+        return sound & ~np.isin(indices, list(self.bad)) if self.bad else sound
 
-    def _next_batch(self, ahead: Iterator[Views], pending: list[Views]) -> Batch:
-        while len(pending) <= self._prefetch and (views := next(ahead, None)) is not None:
-            pending.append(views)
-        views = pending.pop(0)
-        if not len(views):
+    def _next_batch(self, ahead: Iterator[MixedViews], pending: list[MixedViews]) -> Batch:
+        while len(pending) <= self._prefetch and (asked := next(ahead, None)) is not None:
+            pending.append(asked)
+        asked = pending.pop(0)
+        if not len(asked):
             return self.empty_batch()
         started = time.perf_counter()
         pixels = self.engine.fetch()
         self.wait_seconds += time.perf_counter() - started
         if pixels.failed:
-            views = self._without_failed(views, pixels.failed)
+            asked = self._without_failed(asked, pixels.failed)
+        views, mixing = asked.views, asked.mixing
         images = altered(pixels.images, views.alterations) if views.alterations else pixels.images
-        return self._batch(images, views.indices)
+        if mixing is None:
+            return self._batch(images, asked.indices)
+        shares = to_device(torch.from_numpy(mixing.shares), self._device)
+        partners = Partners(self._labels_of(views.indices[mixing.partners]), shares)
+        return self._batch(mixed(images, mixing), asked.indices, partners)
 
-    def _next_batch_without_images(self, ahead: Iterator[Views], _: list[Views]) -> Batch:
+    def _next_batch_without_images(self, ahead: Iterator[MixedViews], _: list[MixedViews]) -> Batch:
         return self._batch(self._no_images(), next(ahead).indices)
 
-    def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
-        labels = torch.from_numpy(self._labels[indices].astype(np.int64))
-        return Batch(images, to_device(labels, self._device), torch.from_numpy(indices))
+    def _batch(self, images: torch.Tensor, indices: np.ndarray, partners: Partners | None = None) -> Batch:
+        return Batch(images, self._labels_of(indices), torch.from_numpy(indices), partners)
+
+    def _labels_of(self, indices: np.ndarray) -> torch.Tensor:
+        return to_device(torch.from_numpy(self._labels[indices].astype(np.int64)), self._device)
 
     def _no_images(self) -> torch.Tensor:
         size = self.plan.image_size
         return torch.empty((0, 3, size, size), device=self._device, memory_format=torch.channels_last)
 
-    def _without_failed(self, views: Views, failed: dict[int, str]) -> Views:
+    def _without_failed(self, asked: MixedViews, failed: dict[int, str]) -> MixedViews:
         for position, reason in failed.items():
-            index = int(views.indices[position])
+            if position >= len(asked):  # a partner, which its own batch meets
+                continue
+            index = int(asked.indices[position])
             if not self._skip_bad_files:
                 raise bad_photo_error(self.split, index, reason)
             # Above a progress bar, not into it.
             tqdm.write(f"left out: {_cannot_be_decoded(self.split, index, reason)}", file=sys.stderr)
             self.bad.add(index)
-        kept = np.ones(len(views), bool)
+        kept = np.ones(len(asked.views), bool)
         kept[list(failed)] = False
-        return views.select(kept)
+        return asked.select(kept)
 
 
 def bad_photo_error(split: Split, index: int, reason: str) -> UserError:
@@ -233,7 +266,10 @@ def train_loader(
 
 
 def largest_training_batch(config: Config, micro_batch: int) -> int:
-    """Photos that a training's engine decodes at once: a pass over frozen features has evaluation's batches."""
+    """Photos that a training's engine decodes at once: a pass over frozen features has evaluation's batches, and mixed
+    photos may have partners in other batches."""
+    if config.mixes_photos:
+        return micro_batch + MOST_OTHERS
     return max(micro_batch, config.eval_batch_per_device) if config.views_per_photo else micro_batch
 
 

@@ -26,10 +26,12 @@ _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
 
 _LOG_ERASE_RATIO = 1.2039728043259361  # log(10/3)
+_LOG_2 = 0.6931471805599453
+_LARGEST_EXPONENT = 700.0  # e to minus that is still above 0
 
 # What a draw is for. Streams of different purpose never share a bit.
 _SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS, _CLASS_ORDER = 1, 2, 3, 4, 5, 6, 7
-_TURN, _COLOUR, _ERASE = 8, 9, 10
+_TURN, _COLOUR, _ERASE, _MIX = 8, 9, 10, 11
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,20 @@ class Alterations:
     def select(self, chosen: np.ndarray) -> "Alterations":
         """Those that `chosen` (bool [n] or positions) names, in the same order."""
         return Alterations(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """With what the squares of n photos are mixed, once they are altered (Zhang et al. 2018, Yun et al. 2019).
+
+    partners: int64 [n], the place of each one's partner; its own for none. shares: float32 [n], what is left of each,
+    and what its label counts; the rest is the partner's. boxes: int32 [n, 4], top, left, height, width of what the
+    partner covers; of no height where the two squares are blended.
+    """
+
+    partners: np.ndarray
+    shares: np.ndarray
+    boxes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ class TrainPlan:
     sizes: int32 [N, 2], height and width of each upright photo in pixels; (0, 0) for a photo that cannot be read,
     which keeps its place. augmentation: what else is drawn, the same for a photo's view as for a position.
     balanced_labels: int [N], the photos' classes, for epochs that show as many of each; None for each photo once.
+    mixup_alpha, cutmix_alpha: of the Beta distributions that the shares of mixed photos are drawn from; 0 for neither.
     """
 
     def __init__(
@@ -135,6 +152,8 @@ class TrainPlan:
         crop_mode: str = "center",
         balanced_labels: np.ndarray | None = None,
         augmentation: Augmentation = Augmentation(),
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
     ) -> None:
         self.length = len(sizes)
         self.image_size = image_size
@@ -145,6 +164,7 @@ class TrainPlan:
         self._flip_probability = flip_probability
         self._views_per_photo = views_per_photo
         self._augmentation = augmentation
+        self._mixup_alpha, self._cutmix_alpha = mixup_alpha, cutmix_alpha
         if balanced_labels is not None:
             self._by_class = np.argsort(balanced_labels, kind="stable").astype(np.int32)
             _, self._first, self._count = np.unique(
@@ -170,6 +190,27 @@ class TrainPlan:
     def views(self, epoch: int, positions: np.ndarray) -> Views:
         positions = np.asarray(positions, np.int64)
         return self._views_of(self.indices(epoch, positions), epoch, positions)
+
+    def mixing(self, epoch: int, positions: np.ndarray) -> Mixing | None:
+        """With what the photos at `positions` are mixed, where any are; partners are positions of the epoch.
+
+        Neighbours of the epoch's order are partners, 0 and 1, 2 and 3 and so on, each with a share of its own: they are
+        as random as any others, and nearly always in the same batch. The last one of an odd number stays as it is.
+        """
+        if not self._mixup_alpha and not self._cutmix_alpha:
+            return None
+        positions = np.asarray(positions, np.int64)
+        draws = uniform(random_bits(self._seed, _MIX, epoch, positions[:, None], np.arange(6)))
+        is_cut = draws[:, 0] < (0.5 if self._mixup_alpha else 1.0) * (self._cutmix_alpha > 0)
+        shares = symmetric_beta(np.where(is_cut, self._cutmix_alpha, self._mixup_alpha), draws[:, 1:4])
+        has_partner = (positions ^ 1) < self.length
+        boxes = cutmix_box(shares, draws[:, 4:], self.image_size) * (is_cut & has_partner)[:, None]
+        shares = np.where(is_cut, 1 - boxes[:, 2] * boxes[:, 3] / self.image_size**2, shares)
+        return Mixing(
+            partners=np.where(has_partner, positions ^ 1, positions),
+            shares=np.where(has_partner, shares, 1).astype(np.float32),
+            boxes=boxes.astype(np.int32),
+        )
 
     def views_in_order(self, epoch: int, indices: np.ndarray) -> Views:
         """What `epoch` shows of the photos `indices`, wherever it shows them. Only with `views_per_photo`."""
@@ -236,6 +277,8 @@ def train_plan(config: Config, sizes: np.ndarray, labels: np.ndarray) -> TrainPl
         crop_mode=config.crop_mode,
         balanced_labels=labels if config.sampler == "balanced" else None,
         augmentation=Augmentation(**{field.name: getattr(config, field.name) for field in fields(Augmentation)}),
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
     )
 
 
@@ -373,6 +416,31 @@ def random_box(draws: np.ndarray, size: int) -> np.ndarray:
     return np.stack([top, left, height, width], axis=1).astype(np.int64)
 
 
+def symmetric_beta(alpha: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """float64 [n] in [0, 1], distributed as Beta(alpha, alpha) (Devroye 1996, of Student's t in polar coordinates).
+
+    alpha: float64 [n], above 0. draws: float64 [n, 3] in [0, 1).
+    """
+    # exp(log(u) / alpha), of a number small enough for the series.
+    powers = _exp(-np.clip(-_log(1 - draws[:, 0]) / alpha, 0, _LARGEST_EXPONENT) / 2**12)
+    for _ in range(12):
+        powers = powers * powers
+    spread = (1 - powers) * _cos(draws[:, 1] * (np.pi / 2)) ** 2
+    return 0.5 + np.where(draws[:, 2] < 0.5, -0.5, 0.5) * np.sqrt(spread / (powers + spread))
+
+
+def cutmix_box(shares: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
+    """int64 [n, 4]: top, left, height, width of a box in a square, as in CutMix (Yun et al. 2019): of 1 - share of its
+    area, around any of its pixels, cut to the square.
+
+    shares: float64 [n] in [0, 1]. draws: float64 [n, 2] in [0, 1), for the middle's row and column.
+    """
+    half = (np.floor(size * np.sqrt(1 - shares)).astype(np.int64) // 2)[:, None]
+    middle = np.floor(draws * size).astype(np.int64)
+    first, last = np.maximum(middle - half, 0), np.minimum(middle + half, size)
+    return np.concatenate([first, last - first], axis=1)
+
+
 def _mix(state: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -384,4 +452,22 @@ def _exp(x: np.ndarray) -> np.ndarray:
     result = np.ones_like(x)
     for k in range(14, 0, -1):
         result = 1 + result * x / k
+    return result
+
+
+def _log(x: np.ndarray) -> np.ndarray:
+    """The natural logarithm of x > 0, likewise, by the series of artanh."""
+    mantissa, exponent = np.frexp(x)
+    z = (mantissa - 1) / (mantissa + 1)
+    result = np.zeros_like(z)
+    for k in range(35, 0, -2):
+        result = 1 / k + result * z * z
+    return 2 * z * result + exponent * _LOG_2
+
+
+def _cos(x: np.ndarray) -> np.ndarray:
+    """The cosine of |x| <= pi / 2, likewise, by Taylor's series."""
+    result = np.ones_like(x)
+    for k in range(26, 0, -2):
+        result = 1 - result * x * x / (k * (k - 1))
     return result

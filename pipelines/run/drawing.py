@@ -125,20 +125,25 @@ def save_contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], *, ti
 
 
 def save_curves(
-    path: Path, rows: Sequence[Mapping[str, float | None]], *, title: str, best_by: str = "val/top1"
+    path: Path,
+    rows: Sequence[Mapping[str, float | None]],
+    *,
+    title: str,
+    best_by: str = "val/top1",
+    of_training: str = "train",
 ) -> None:
     """Loss, top-1 accuracy and learning rate over epochs, or over `global_step` where epochs do not tell rows apart.
 
     rows: those of `metrics.jsonl`, in order. Training rows have `train/loss`, `train/top1`, `lr/head`, `lr/body`,
     evaluation rows `val/loss`, `val/top1`, `val/balanced_top1`; any value may be missing, None or NaN. best_by: the
-    one of the last two whose best is marked, the earlier one of a tie.
+    one of the last two whose best is marked, the earlier one of a tie. of_training: what `train/*` is called.
     """
     unit, x = _x_axis(rows)
     with _picture(path, 10, 3.2) as figure:
         figure.suptitle(_shortened(title, 600), x=0.01, ha="left")
         loss, top1, rate = figure.subplots(1, 3)
         for panel, name in ((loss, "loss"), (top1, "top1")):
-            _line(panel, x, _column(rows, f"train/{name}"), color=BLUE, label="train")
+            _line(panel, x, _column(rows, f"train/{name}"), color=BLUE, label=of_training)
             _line(panel, x, _column(rows, f"val/{name}"), color=ORANGE, label="val")
         averaged = _column(rows, best_by.replace("val/", "ema/"))
         _line(top1, x, averaged, color=GREY, label="averaged")

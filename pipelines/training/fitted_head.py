@@ -138,8 +138,9 @@ def resolved(
             config = replace(config, **{key: saved[key]})
     views = config.views_per_photo
     if views == "auto":
-        # Balanced, a photo that comes several times in an epoch would come as the same view.
-        views = _VIEWS if network.frozen_part_is_fixed and config.sampler != "balanced" else None
+        # Balanced, a photo that comes several times in an epoch would come as the same view; a mixed one has none.
+        has_views = config.sampler != "balanced" and not config.mixes_photos
+        views = _VIEWS if network.frozen_part_is_fixed and has_views else None
     epochs = config.epochs
     if epochs == "auto":
         epochs = SHORT if network.frozen_part_is_fixed else LONG

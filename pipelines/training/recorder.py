@@ -132,7 +132,9 @@ class Recorder:
         """The run is done: the last pictures, and its scores for the tracker."""
         if not self._is_main:
             return
-        save_last_figures(self._run, self._records, self._classes, self._best_by)
+        save_last_figures(
+            self._run, self._records, self._classes, self._best_by, mixes_photos=self._config.mixes_photos
+        )
         if not self._schedule.epochs:
             views = self._training.central(self._config.resize)
             self._draw_train_batch(views.empty_batch(), views)

@@ -100,6 +100,8 @@ def _setup_report(checked: Checked, components: Components) -> list[str]:
     ]
     if network.dropout_is_left_out:
         lines.append(f"dropout: what {config.arch} has of it is left out, as nothing here depends on how it is drawn")
+    if config.mixes_photos and config.epochs:
+        lines.append("train top1: photos are mixed, and an answer counts by the share that its class has in one")
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
         lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
     return lines
@@ -117,6 +119,7 @@ def input_report(checked: Checked, components: Components, row: Mapping[str, flo
     has_room = photos_gb < min(_LIKELY_MEMORY_GB, memory_bytes() / 2e9)
     keeps_photos = engine_module(checked.engine).USES_MEMORY and not features.are_kept and has_room
     few_views = components.resolved_config.views_per_photo is None and components.network.frozen_part_is_fixed
+    few_views &= not config.mixes_photos
     helpful = {
         f"--loader_threads {cores}": decoding_threads(config) < cores,
         "--loader auto": config.loader != "auto",
@@ -209,17 +212,25 @@ def where(global_step: int, rates: Mapping[str, float], indices: torch.Tensor, l
 def save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tuple[str, ...]) -> None:
     if not len(batch.images):  # its features were known; what they are of is worth a look
         batch = next(next(training.epoch(0)).batches)
-    titles = [classes[label] for label in batch.labels[:16].tolist()]
-    images = batch.images[:16].float().cpu().numpy()
-    figures.save_train_batch(run.figures / "train_batch.png", images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    images, path = batch.images[: figures.MAX_PHOTOS].float().cpu().numpy(), run.figures / "train_batch.png"
+    titles = batch.names(classes)[: figures.MAX_PHOTOS]
+    figures.save_train_batch(path, images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def save_last_figures(run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...], best_by: str) -> None:
+def save_last_figures(
+    run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...], best_by: str, *, mixes_photos: bool
+) -> None:
     """The curves, and what the last evaluation says of each class."""
     paths = {name: run.figures / f"{name}.png" for name in ("curves", "confusion_matrix", "per_class")}
     title = run.folder.name
     draw = figures.attempt
-    draw("curves.png", lambda: figures.save_curves(paths["curves"], run.read_metrics(), title=title, best_by=best_by))
+    of_training = "train, mixed" if mixes_photos else "train"
+    draw(
+        "curves.png",
+        lambda: figures.save_curves(
+            paths["curves"], run.read_metrics(), title=title, best_by=best_by, of_training=of_training
+        ),
+    )
     # A run that was killed between its last evaluation and its end has them already.
     if records is not None and answers_are_finite(records):
         scores = score(records, len(classes))

@@ -1,6 +1,7 @@
 """One optimizer update, and the sums that the processes make of it."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 from pipelines.config import Config
@@ -16,8 +17,8 @@ from torch.nn.utils import get_total_norm
 class StepSums(NamedTuple):
     """What is summed over all processes in a step: float32 [7] on the device, in this order.
 
-    loss: of the photos. grad_norm: before it is clipped, 0 where it is not finite. finite_steps: 1 where it is finite.
-    stop_votes, save_votes: how many processes want to stop, to save.
+    loss: of the photos. correct: as `number_correct` counts. grad_norm: before it is clipped, 0 where it is not finite.
+    finite_steps: 1 where it is finite. stop_votes, save_votes: how many processes want to stop, to save.
     """
 
     loss: float
@@ -65,15 +66,9 @@ def update(
         with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
                 logits = model(features.of(batch)).float()
-            losses = functional.cross_entropy(
-                logits,
-                batch.labels,
-                weight=class_weights,
-                label_smoothing=config.label_smoothing,
-                reduction="sum",
-            )
+            losses = sum_of_losses(logits, batch, class_weights, config.label_smoothing)
             accelerator.backward(losses * (accelerator.num_processes / step.size))
-        correct = (logits.argmax(dim=1) == batch.labels).sum()
+        correct = number_correct(logits, batch)
         learned[:3] += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])
     if config.clip_grad_norm is not None:
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
@@ -84,3 +79,27 @@ def update(
         learned[3:] = torch.stack([norm.nan_to_num(0, 0, 0), norm.isfinite()])
     optimizer.step()
     return accelerator.reduce(sums, "sum"), first_batch
+
+
+def sum_of_losses(
+    logits: torch.Tensor, batch: Batch, class_weights: torch.Tensor | None = None, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """The cross-entropy of the photos, summed. Of a mixed photo it is that of a target shared between the two labels,
+    which is the mean of both labels' by their shares (Zhang et al. 2018).
+
+    logits: float32 [n, C].
+    """
+    loss_of = partial(functional.cross_entropy, logits, weight=class_weights, label_smoothing=label_smoothing)
+    if batch.partners is None:
+        return loss_of(batch.labels, reduction="sum")
+    own, other = (loss_of(labels, reduction="none") for labels in (batch.labels, batch.partners.labels))
+    return torch.lerp(other, own, batch.partners.shares).sum()
+
+
+def number_correct(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """How many answers are right; an answer to a mixed photo counts by the share that the answered class has in it."""
+    answers = logits.argmax(dim=1)
+    is_right = answers == batch.labels
+    if batch.partners is None:
+        return is_right.sum()
+    return torch.lerp((answers == batch.partners.labels).float(), is_right.float(), batch.partners.shares).sum()

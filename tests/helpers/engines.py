@@ -6,6 +6,7 @@ from pipelines.data.dataset import Split
 from pipelines.data.engines import factory
 from pipelines.data.engines.factory import engine_module, make_engine
 from pipelines.data.loader import Loader
+from pipelines.data.mixing import MOST_OTHERS
 from pipelines.data.plan import Plan, TrainPlan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
@@ -43,9 +44,9 @@ def train_plan(split: Split, image_size: int = 64) -> TrainPlan:
 def make_loader(split: Split, engine: str, plan: Plan | None = None, **options) -> Loader:
     plan = plan or train_plan(split)
     settings = {"batch_size": 8, "micro_batch": 8, "prefetch": 2, "device": CPU, **options}
-    executor = make_engine(
-        engine, split, image_size=plan.image_size, micro_batch=settings["micro_batch"], device=CPU, threads=2
-    )
+    mixes = isinstance(plan, TrainPlan) and plan.mixing(0, np.arange(1)) is not None
+    most = settings["micro_batch"] + MOST_OTHERS * mixes
+    executor = make_engine(engine, split, image_size=plan.image_size, micro_batch=most, device=CPU, threads=2)
     return Loader(plan, split, split.labels.astype(np.int64), executor, **settings)
 
 

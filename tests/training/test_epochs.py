@@ -1,6 +1,7 @@
 """How long a training is, where the settings leave that open."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import train
@@ -39,6 +40,8 @@ def test_what_auto_came_to_stays():
     chosen = resolved(Config(epochs=7, views_per_photo=2), Start("layer3"), network, 244, saved)
     assert (chosen.epochs, chosen.views_per_photo) == (7, 2)
     assert resolved(config, Start("layer3"), network, 244, {}).views_per_photo == 4
+    mixed = replace(config, cutmix_alpha=1.0)  # whose features cannot be kept
+    assert resolved(mixed, Start("layer3"), network, 244, {}).views_per_photo is None
 
 
 def test_a_warm_up_fits_into_what_auto_comes_to():

@@ -5,7 +5,8 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.data.augment import altered
-from pipelines.data.loader import Batch, Step
+from pipelines.data.loader import Batch, Partners, Step
+from pipelines.data.mixing import mixed
 from pipelines.data.plan import Augmentation, TrainPlan
 from pipelines.distributed.copies import to_device
 from pipelines.model.average import average_of, follow
@@ -14,7 +15,7 @@ from pipelines.model.network import TrainedPart, TransferModel
 from pipelines.model.optimizer import make_optimizer
 from pipelines.training.evaluation import _outcomes
 from pipelines.training.progress import Interval
-from pipelines.training.step import update
+from pipelines.training.step import number_correct, sum_of_losses, update
 
 import numpy as np
 import pytest
@@ -119,8 +120,18 @@ def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, f
                 assert len(first) == 4
 
 
-def batch(images: torch.Tensor) -> Batch:
-    return Batch(images, to_device(torch.zeros(4, dtype=torch.int64), STAND_IN), torch.arange(4))
+def batch(images: torch.Tensor, *, is_mixed: bool = False) -> Batch:
+    labels = to_device(torch.zeros(4, dtype=torch.int64), STAND_IN)
+    partners = Partners(labels, to_device(torch.ones(4), STAND_IN)) if is_mixed else None
+    return Batch(images, labels, torch.arange(4), partners)
+
+
+def test_the_loss_of_mixed_photos_waits_for_nothing(no_waiting):
+    with STAND_IN:
+        logits, images = torch.zeros(4, 3), torch.zeros(4, 3, 64, 64)
+    with no_waiting:
+        of_mixed = batch(images, is_mixed=True)
+        assert sum_of_losses(logits, of_mixed, None, 0.1).device == number_correct(logits, of_mixed).device == STAND_IN
 
 
 def test_what_comes_behind_a_step_and_behind_the_engine_waits_for_nothing(no_waiting):
@@ -135,12 +146,16 @@ def test_what_comes_behind_a_step_and_behind_the_engine_waits_for_nothing(no_wai
         crop_scale_min=0.5,
         flip_probability=0.5,
         augmentation=Augmentation(0.5, True, 0.4, 0.4, 0.4, 0.1, 0.9),
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
     )
-    alterations = plan.views(0, np.arange(4)).alterations
+    alterations, mixing = plan.views(0, np.arange(4)).alterations, plan.mixing(0, np.arange(4))
     assert alterations
+    assert mixing
+    assert mixing.boxes.any()
     with no_waiting:
         follow(average, network, 0.9, 3)
-        assert altered(images, alterations).device == STAND_IN
+        assert mixed(altered(images, alterations), mixing).device == STAND_IN
 
 
 def test_an_evaluation_waits_for_nothing_within_it(no_waiting):
