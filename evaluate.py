@@ -3,6 +3,7 @@
     accelerate launch evaluate.py runs/NAME                              # the run's own data, split val
     accelerate launch evaluate.py runs/NAME --data photos/ --split test  # other photos, labels matched by class name
     accelerate launch evaluate.py weights.pth --data photos/             # a bare state_dict, classes as in the folder
+    accelerate launch evaluate.py runs/NAME --explain                    # and where in a photo it finds its answers
 
 A folder CLASS/* or a CSV without splits is scored as a whole; of the run's own what was set aside from training. Every
 photo counts once, on any number of processes. `--json FILE` is for programs, the table for people.
@@ -11,7 +12,7 @@ photo counts once, on any number of processes. `--json FILE` is for programs, th
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipelines.config import Config, ScriptParser, parse_config
 from pipelines.data.dataset import Dataset, Split, check_dataset, map_labels, spelling_notes
 from pipelines.data.decode import central_views
 from pipelines.data.engines.factory import agree_on_engine
+from pipelines.data.engines.pillow import normalised, scale_and_shift
 from pipelines.data.loader import eval_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -33,10 +35,12 @@ from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.sync import on_main_process
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, begins_with, check_replaceable
+from pipelines.model.gradcam import GradCam
 from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, count_classes, read_run_weights, read_weights_file
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
+from pipelines.run.heat import laid_over
 from pipelines.run.predictions import write_predictions
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.text import check_printed, counted, listed, printable
@@ -44,6 +48,7 @@ from pipelines.tracking.wandb import add_to_summary, check_tracked
 from pipelines.training.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
 
 import numpy as np
+import torch
 
 _SHOWN_PREDICTIONS = 16
 _SHOWN_CLASSES = 40  # rows of the table; --json has all
@@ -94,6 +99,7 @@ def main(arguments: list[str]) -> None:
     loader = eval_loader(config, split, labels, state, engine, mean=mean, std=std)
     try:
         model = restore_model(config.arch, weights, test_flips=config.test_flips).to(accelerator.device)
+        cam = GradCam(model.network, config.image_size, test_flips=config.test_flips) if options.explain else None
         records = predict(model, loader, accelerator)
     finally:
         loader.close()
@@ -126,6 +132,16 @@ def main(arguments: list[str]) -> None:
         print(f"confusion matrix: {printable(matrix)}")
     if figures.attempt(grid.name, lambda: _save_predictions(grid, records, split, names, config)):
         print(f"predictions:      {printable(grid)}", flush=True)
+    if cam:
+        sheet = folder / f"explanations_{split_name}.png"
+
+        def heat_of(image: np.ndarray, label: int) -> np.ndarray:
+            scale, shift = (each.to(accelerator.device) for each in scale_and_shift(mean, std))
+            square = normalised(torch.from_numpy(image[None].copy()).to(accelerator.device), scale, shift)
+            return cam(square, torch.tensor([label], device=accelerator.device))[0]
+
+        if figures.attempt(sheet.name, lambda: _save_explanations(sheet, records, split, names, config, heat_of)):
+            print(f"where it looks:   {printable(sheet)}", flush=True)
     check_printed()
 
 
@@ -137,6 +153,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores there")
     parser.add_argument(
         "--tracker", choices=("wandb", "none"), default="none", help="wandb: add test/* to the run's summary"
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="a picture of where it looked in its worst and its best photos (Grad-CAM)",
     )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="where pictures go (default: the run's figures/)")
     parser.add_argument("--class-names", help="top or path (default: the run's, or top)")
@@ -258,6 +279,30 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list
     images = central_views(split, shown["index"], **sizes)
     predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))
     figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
+
+
+def _save_explanations(
+    path: Path,
+    records: np.ndarray,
+    split: Split,
+    names: list[str],
+    config: Config,
+    heat_of: Callable[[np.ndarray, int], np.ndarray],
+) -> None:
+    """Heat maps of the answers to the photos of the highest loss, and to those of the lowest."""
+    order = np.argsort(-records["loss"], kind="stable")
+    worst = order[: min(_SHOWN_PREDICTIONS // 2, -(-len(order) // 2))]
+    best = order[len(worst) :][::-1][: _SHOWN_PREDICTIONS // 2]
+    ranks = [
+        f"{kind} {rank}" for kind, found in (("worst", worst), ("best", best)) for rank in range(1, len(found) + 1)
+    ]
+    shown = records[[*worst, *best]]
+    sizes: Any = {"image_size": config.image_size, "resize": config.resize, "crop_mode": config.crop_mode}
+    images = central_views(split, shown["index"], **sizes)
+    heated = [laid_over(image, heat_of(image, label)) for image, label in zip(images, shown["predicted"], strict=True)]
+    predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))
+    remarks = [f"confidence {each:.2f} ({rank})" for each, rank in zip(shown["confidence"], ranks, strict=True)]
+    figures.save_explanations(path, np.stack(images), np.stack(heated), predicted, true, remarks)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

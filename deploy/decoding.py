@@ -49,6 +49,7 @@ class _Job:
     path: str
     address: str
     number: int
+    finish: Callable[[str, np.ndarray | str], Any]
     future: Future = field(default_factory=Future)
     pixels: int = 0  # 0: not judged yet
     is_heavy: bool = False
@@ -85,12 +86,15 @@ class Decoders:
         for worker in self._workers:
             threading.Thread(target=self._work, args=[worker], name="decoding").start()
 
-    def submit(self, path: str, address: str) -> Future:
-        """A photo's turn comes after those of addresses that have had less work done. Raises Busy."""
+    def submit(self, path: str, address: str, finish: Callable[[str, np.ndarray | str], Any] | None = None) -> Future:
+        """A photo's turn comes after those of addresses that have had less work done. Raises Busy.
+
+        finish: for this photo, in place of the one that all others have.
+        """
         with self._turn:
             if self.is_full(address):
                 raise Busy
-            job = _Job(path, address, next(self._numbers))
+            job = _Job(path, address, next(self._numbers), finish or self._finish)
             self._waiting.append(job)
             self._turn.notify_all()
         return job.future
@@ -132,8 +136,8 @@ class Decoders:
             job.pixels = height * width
             if job.pixels > MAX_PIXELS:
                 error = "too many pixels"
-            return self._finish(job.path, error) if error else None
-        return self._finish(job.path, worker.ask(job.path, decode=True))
+            return job.finish(job.path, error) if error else None
+        return job.finish(job.path, worker.ask(job.path, decode=True))
 
     def _take(self) -> _Job | None:
         """The next photo that may be worked at; None at the end."""

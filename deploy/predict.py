@@ -4,6 +4,7 @@
     python deploy/predict.py runs/NAME photos/ --csv answers.csv    # path,class,confidence,runner_up,error
     python deploy/predict.py runs/NAME photos/ --json - | jq .class  # one object a line, as the answers come
     python deploy/predict.py runs/NAME photos/ --grid picture.png   # the 16 photos that it is least sure of
+    python deploy/predict.py runs/NAME photos/ --explain seen/      # where in each photo it finds its answer (Grad-CAM)
 
 A file that is no readable photo is named and the rest goes on; the exit code is 2 then. Nothing is kept in memory but
 the list of paths: a million photos stream through.
@@ -14,12 +15,14 @@ import csv
 import heapq
 import json
 import os
+import re
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +33,7 @@ if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.config import SCHEMA, ScriptParser, engine_name
-from pipelines.data.decode import view_of_file
+from pipelines.data.decode import photo_of_file, view_of_file
 from pipelines.data.engines.factory import choose_engine
 from pipelines.data.preprocess import Preprocess
 from pipelines.distributed.exits import run_script
@@ -38,8 +41,9 @@ from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import start_processes
 from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
-from pipelines.inference import Answer, find_photos, open_run
+from pipelines.inference import Answer, explainer, find_photos, open_run
 from pipelines.run import figures
+from pipelines.run.heat import laid_over
 from pipelines.text import check_printed, counted, printable
 
 import numpy as np
@@ -47,6 +51,7 @@ import torch
 from tqdm import tqdm
 
 _WIDEST = 60  # characters of a path in the table
+_LARGEST_SHOWN = 640  # pixels of a photo's longer side in a picture of its own
 _COLUMNS = ("path", "class", "confidence", "runner_up", "error")
 
 
@@ -62,6 +67,7 @@ def main(arguments: list[str]) -> None:
     settings = {"batch_size": options.eval_batch_per_device, "test_flips": options.test_flips}
     run = open_run(options.run, device, engine=engine, threads=cpu_cores(), **settings)
     mirrored = ", each with its mirror image" if run.test_flips else ""
+    explain = explainer(run) if options.explain else None
     files = f"{counted(len(paths), 'file')}{mirrored}"
     _say(f"{printable(options.run)} on {files}, {device.type}; loader: {engine} ({reason})")
 
@@ -76,6 +82,10 @@ def main(arguments: list[str]) -> None:
         bar = stack.enter_context(tqdm(total=len(paths), unit="photo", leave=False, disable=hidden))
         for number, answer in enumerate(run.classify(paths)):
             row = _row(answer, run.classes)
+            if explain and not answer.error:
+                picture = options.explain / f"{number + 1:0{len(str(len(paths)))}}_{_stem(answer.path)}.png"
+                heat = partial(_save_explanation, picture, answer, row, explain, run.preprocess)
+                row["picture"] = str(picture) if figures.attempt(picture.name, heat) else ""
             for write in writers:
                 write(row)
             check_printed()
@@ -107,6 +117,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER")
     parser.add_argument("--csv", metavar="FILE", help="write the answers there instead of a table; - is stdout")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, one object a line")
+    parser.add_argument(
+        "--explain", type=Path, metavar="DIR", help="a picture of each photo there: where in it its class is found"
+    )
     parser.add_argument("--grid", type=Path, metavar="PNG", help="a picture of the 16 least sure answers")
     engines, engine_help = SCHEMA["loader"]["enum"], "the engine (default: auto)"
     parser.add_argument("--loader", type=engine_name, choices=engines, default="auto", help=engine_help)
@@ -120,6 +133,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--eval-batch-per-device must be at least 1")
     if options.grid and not options.grid.parent.is_dir():
         parser.error(f"--grid: there is no folder {options.grid.parent}")
+    if options.explain:
+        _prepare_folder(options.explain, options.photos)
     # `--csv photos/*.jpg`, the name forgotten, names the first photo.
     for output, is_own in (
         (options.csv, begins_with(",".join(_COLUMNS))),
@@ -129,6 +144,21 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if output and output != "-":
             check_replaceable(Path(output), is_own)
     return options
+
+
+def _prepare_folder(folder: Path, photos: list[str]) -> None:
+    """Makes it. UserError where it cannot, or where pictures would lie among the photos: next time they were some."""
+    wanted = folder.resolve()
+    for photo in map(Path, photos):
+        place = photo if photo.is_dir() else photo.parent
+        if wanted == place.resolve() or (photo.is_dir() and place.resolve() in wanted.parents):
+            raise UserError(f"--explain {folder}: it lies among the photos: give a folder beside {place}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--explain {folder}: cannot be made ({error.strerror}): give another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--explain {folder}: cannot be written to: give another folder")
 
 
 def _say(line: str) -> None:
@@ -151,9 +181,10 @@ def _writers(
     if options.csv:
         # A name that is not UTF-8 keeps its own bytes.
         file = _open(options.csv, stack, "surrogateescape")
-        plain = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        columns = (*_COLUMNS, "picture") if options.explain else _COLUMNS
+        plain = csv.DictWriter(file, columns, lineterminator="\n")
         # Before Python 3.13 a \r is quoted only where lines end with one, and read as a line's end where it is not.
-        quoted = csv.DictWriter(file, _COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        quoted = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
         plain.writeheader()
         writers.append(lambda row: (quoted if "\r" in "".join(map(str, row.values())) else plain).writerow(row))
     if options.json:
@@ -187,6 +218,31 @@ def _table(paths: list[str], classes: tuple[str, ...]) -> Callable[[dict[str, An
             print(f"{path:<{widest}}  {best:<{names}}  {row['confidence']:10.4f}  {runner_up}", flush=True)
 
     return write
+
+
+def _stem(path: str) -> str:
+    """Of a file's name what any file system takes."""
+    return re.sub(r"[^\w.-]", "_", Path(path).stem)[:60]
+
+
+def _save_explanation(
+    picture: Path,
+    answer: Answer,
+    row: dict[str, Any],
+    explain: Callable[[np.ndarray, Answer], np.ndarray],
+    preprocess: Preprocess,
+) -> None:
+    """The whole photo, and beside it the same with the heat map over what the network sees of it."""
+    check_replaceable(picture, figures.is_own_picture)
+    heat = explain(view_of_file(answer.path, preprocess), answer)
+    photo, box = photo_of_file(answer.path, preprocess)
+    width, height = photo.size
+    photo.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN))
+    scale_x, scale_y = photo.width / width, photo.height / height
+    seen = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
+    pixels = np.asarray(photo)
+    told = f"{row['class']}, confidence {row['confidence']:.2f}"
+    figures.save_explanation(picture, pixels, laid_over(pixels, heat, seen), Path(answer.path).name, told)
 
 
 def _save_grid(path: Path, paths: list[str], doubtful: list[tuple[float, int, str]], preprocess: Preprocess) -> None:

@@ -7,6 +7,9 @@
     curl --data-binary @photo.jpg http://127.0.0.1:8000/classify
     {"class": "bees", "confidence": 0.98, "runner_up": "ants", "classes": [{"class": "bees", "confidence": 0.98}, ...]}
 
+    curl --data-binary @photo.jpg 'http://127.0.0.1:8000/classify?explain=1'
+    {..., "explanation": "data:image/jpeg;base64,..."}: a picture of where in the photo it finds its class (Grad-CAM)
+
 A body is one photo's bytes. What is no photo is answered by `error`, one or two words, and `message`, a sentence, with
 a status of 400 or above. `GET /model` tells classes, scores and limits, `GET /health` whether it is ok or busy. The
 page loads nothing from elsewhere and the server asks nobody; a photo lies in a temporary folder until it is answered,
@@ -15,6 +18,8 @@ under a name of the server's own.
 
 import argparse
 import asyncio
+import base64
+import io
 import ipaddress
 import os
 import secrets
@@ -23,7 +28,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -39,13 +44,18 @@ from pipelines.config import ScriptParser
 from pipelines.distributed.exits import Terminated, run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.errors import UserError
-from pipelines.inference import Answer, Classifier, answer_of, import_extra, open_onnx, open_run
+from pipelines.inference import Answer, Classifier, answer_of, explainer, import_extra, open_onnx, open_run
+from pipelines.run.heat import laid_over
 from pipelines.run.resume import spelled
 from pipelines.run_files import read_description
 from pipelines.text import printable
 from pipelines.training.evaluation import wilson_interval
 
+import numpy as np
 import torch
+from PIL import Image
+
+Explain = Callable[[np.ndarray, Answer], np.ndarray]  # as `explainer` gives it
 
 MAX_BYTES = 32 * 2**20  # of a photo
 _STORED = 2 * 2**30  # bytes of all uploads, and at most half of what the disk has free
@@ -231,6 +241,10 @@ def make_server(
     def finish(path: str, pixels: Any) -> Answer:
         return answer_of(classifier, path, pixels)
 
+    explain: Explain | None = None
+    with suppress(UserError):  # a network that shows nothing is served without it
+        explain = explainer(classifier)
+
     class Server(uvicorn.Server):
         decoders = Decoders(classifier.preprocess, finish, whole=classifier.takes_whole, workers=cpu_cores() + 1)
 
@@ -245,7 +259,7 @@ def make_server(
             self.decoders.close()  # what waits is answered now
             await super().shutdown(sockets)
 
-    app = _make_app(classifier, facts, folder, Server.decoders, names, origins, prefix)
+    app = _make_app(classifier, facts, folder, Server.decoders, explain, names, origins, prefix)
     settings: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off", "ws": "none"}
     settings |= {"http": Connection, "timeout_keep_alive": 5, "timeout_graceful_shutdown": 1}
     return Server(uvicorn.Config(app, server_header=False, **settings))
@@ -256,6 +270,7 @@ def _make_app(
     facts: Mapping[str, Any],
     folder: Path,
     decoders: Decoders,
+    explain: Explain | None,
     names: frozenset[str] | None,
     origins: Sequence[str],
     prefix: str,
@@ -309,7 +324,21 @@ def _make_app(
             file.write(buffer)
         return length
 
+    def finish_explained(path: str, pixels: np.ndarray | str) -> tuple[Answer, str]:
+        """The answer, and the square that it is of with a heat map, as an address that holds a JPEG."""
+        found = answer_of(classifier, path, pixels)
+        if explain is None or isinstance(pixels, str) or found.error:
+            return found, ""
+        picture = _jpeg(laid_over(pixels, explain(pixels, found)))
+        return found, f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+
     async def classify(request: Request) -> JSONResponse:
+        wanted = request.query_params.get("explain", "0")
+        if wanted not in ("0", "1"):
+            return refusal(400, "no such value", "explain is 0 or 1.")
+        is_explained = wanted == "1"
+        if is_explained and explain is None:
+            return refusal(400, "no explanation", "What is served here cannot show where it finds a class.")
         if request.headers.get("content-type", "").startswith("multipart/"):
             return refusal(415, "a form", "Send the photo's bytes as they are: curl --data-binary @photo.jpg URL")
         path, address = folder / secrets.token_hex(16), _client(request)
@@ -319,7 +348,9 @@ def _make_app(
             length = await store(request, path, address)
             if length > MAX_BYTES:
                 return refusal(413, "too large", f"{MAX_BYTES >> 20} MB is the most.")
-            found = await asyncio.wrap_future(decoders.submit(str(path), address))
+            finish = finish_explained if is_explained else None
+            result = await asyncio.wrap_future(decoders.submit(str(path), address, finish))
+            found, picture = result if is_explained else (result, "")
         except Busy:
             return refusal(503, "busy", "The server has much to do. Try again in a moment.")
         except TimeoutError:
@@ -338,13 +369,14 @@ def _make_app(
             fault = found.error.partition(" (")[0]
             return refusal(400, fault, _MESSAGES.get(fault, f"The photo {found.error}."))
         ranking = [{"class": name, "confidence": round(share, 6)} for name, share in found.ranking(classifier.classes)]
-        return JSONResponse({**ranking[0], "runner_up": ranking[1]["class"], "classes": ranking[:_SHOWN]})
+        shown = {"explanation": picture} if picture else {}
+        return JSONResponse({**ranking[0], "runner_up": ranking[1]["class"], "classes": ranking[:_SHOWN], **shown})
 
     async def show_page(_: Request) -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
 
     async def show_model(_: Request) -> JSONResponse:
-        return JSONResponse({**facts, "test_flips": classifier.test_flips})
+        return JSONResponse({**facts, "test_flips": classifier.test_flips, "explain": explain is not None})
 
     async def show_health(_: Request) -> JSONResponse:
         return JSONResponse({"state": "busy"}, 503) if decoders.is_full() else JSONResponse({"state": "ok"})
@@ -391,6 +423,12 @@ def _make_app(
     return Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: refuse, Exception: refuse}
     )
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "JPEG", quality=85)
+    return written.getvalue()
 
 
 def _client(request: Any) -> str:

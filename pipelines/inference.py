@@ -27,7 +27,8 @@ from pipelines.data.preprocess import Preprocess
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.errors import UserError
 from pipelines.files import file_digest
-from pipelines.model.network import restore_model
+from pipelines.model.gradcam import GradCam
+from pipelines.model.network import TransferModel, restore_model
 from pipelines.model.weights import read_run_weights
 from pipelines.run_files import check_preprocessing, read_description
 from pipelines.text import printable
@@ -88,6 +89,7 @@ class ViewClassifier:
     """A network behind an engine: a million files stream through, `batch_size` at a time.
 
     network: float32 [n, 3, image_size, image_size], normalised, on `device` -> logits, float32 [n, classes].
+    model: PyTorch's, where `network` asks it.
     """
 
     classes: tuple[str, ...]
@@ -98,6 +100,7 @@ class ViewClassifier:
     batch_size: int
     threads: int
     test_flips: bool = False
+    model: TransferModel | None = None
 
     def classify(self, paths: Sequence[str]) -> Iterator[Answer]:
         """See `Classifier`."""
@@ -139,9 +142,12 @@ class ViewClassifier:
 
     def logits_of(self, pixels: np.ndarray) -> np.ndarray:
         """See `Classifier`."""
-        square = torch.from_numpy(pixels.copy())[None].to(self.device)
-        scale, shift = scale_and_shift(self.preprocess.mean, self.preprocess.std)
-        return self.network(normalised(square, scale.to(self.device), shift.to(self.device)))[0]
+        return self.network(self.images_of(pixels[None]))[0]
+
+    def images_of(self, squares: np.ndarray) -> torch.Tensor:
+        """uint8 [n, image_size, image_size, 3] -> what the network takes."""
+        scale, shift = (each.to(self.device) for each in scale_and_shift(self.preprocess.mean, self.preprocess.std))
+        return normalised(torch.from_numpy(squares.copy()).to(self.device), scale, shift)
 
     def _submitted(self, split: Split, engine: Engine) -> Iterator[tuple[range, Views]]:
         with ThreadPoolExecutor(min(32, 4 * cpu_cores(), self.batch_size)) as pool:
@@ -204,7 +210,24 @@ def open_run(
 
     preprocess = read_preprocess(description, str(run / "model.json"))
     classes = tuple(map(printable, description["classes"]))
-    return ViewClassifier(classes, preprocess, network, device, engine, batch_size, threads, flips)
+    return ViewClassifier(classes, preprocess, network, device, engine, batch_size, threads, flips, model)
+
+
+def explainer(classifier: Classifier) -> Callable[[np.ndarray, Answer], np.ndarray]:
+    """What says where an answer comes from: the square that the network sees of a photo, uint8 [image_size, image_size,
+    3], and the answer to it -> the heat map of its class, float32 [h, w], as `GradCam` gives it. Threads may ask at the
+    same time. UserError where the network has no map to show, or is none of PyTorch's.
+    """
+    if not isinstance(classifier, ViewClassifier) or classifier.model is None:
+        raise UserError("--explain: an ONNX graph has no gradients: it takes PyTorch's weights")
+    cam = GradCam(classifier.model.network, classifier.preprocess.image_size, test_flips=classifier.test_flips)
+
+    def explain(square: np.ndarray, answer: Answer) -> np.ndarray:
+        assert answer.logits is not None, "there is no picture in this file"
+        label = torch.tensor([answer.logits.argmax()], device=classifier.device)
+        return cam(classifier.images_of(square[None]), label)[0]
+
+    return explain
 
 
 def open_onnx(file: Path, *, threads: int = 1, made_of: Path | None = None) -> Classifier:

@@ -254,3 +254,27 @@ def test_a_run_with_test_flips_is_evaluated_with_them(photos, random_weights, ru
     refused = run_here(evaluate, run, "--test-flips", "perhaps")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "cannot be 'perhaps'; possible: true or false" in refused.stderr
+
+
+def test_it_shows_where_it_looks_in_the_worst_and_the_best_photos(
+    make_run, flat, run_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, shown = make_run(flat({"ant": 10, "bee": 10})), []
+    save = figures.save_explanations
+    monkeypatch.setattr(figures, "save_explanations", lambda *given: (shown.append(given), save(*given)), raising=False)
+    done = run_here(evaluate, run, "--split=all", "--explain")
+    assert done.returncode == 0, done.stderr
+    path, images, heated, predicted, true, remarks = shown[0]
+    assert f"where it looks:   {path}" in done.stdout
+    assert path == run / "figures" / "explanations_all.png"
+    assert path.exists()
+    assert images.shape == heated.shape == (16, 64, 64, 3)
+    assert (images != heated).any(axis=(1, 2, 3)).all()
+    answers = read_predictions(run / "figures" / "predictions_all.csv")
+    losses = np.sort(answers.losses)[::-1]
+    sureness = [float(remark.split()[1]) for remark in remarks]
+    right = [guess == truth for guess, truth in zip(predicted, true, strict=True)]
+    for at, loss in [*enumerate(losses[:8]), *((8 + at, loss) for at, loss in enumerate(losses[:-9:-1]))]:
+        probability = sureness[at] if right[at] else 1 - sureness[at]  # of the label, there being two
+        assert np.exp(-loss) == pytest.approx(probability, abs=0.006)
+    assert [remark.split("(")[1] for remark in remarks[::8]] == ["worst 1)", "best 1)"]

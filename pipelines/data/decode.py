@@ -62,19 +62,32 @@ def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
     return np.asarray(view_of(split, views_of_sound(split, preprocess, range(1)), 0, preprocess.image_size))
 
 
+def photo_of_file(path: str, preprocess: Preprocess) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """A sound photo, upright and RGB, or its shrunk copy, and left, top, right, bottom of what a network sees of it.
+    Raises whatever Pillow raises."""
+    split = split_of([path], preprocess)
+    inspect_at(split, 0)
+    views = views_of_sound(split, preprocess, range(1))
+    return window_of(split, views, 0), kept_box(views, 0, preprocess.image_size)
+
+
 def view_of(split: Split, views: Views, position: int, image_size: int) -> Image.Image:
     """The RGB picture, image_size x image_size, of one view.
 
     Of a larger resized window only the square that is kept is computed. Raises as `window_of` does.
     """
-    picture = window_of(split, views, position)
     # resize(box=...) computes the pixels that resizing the whole window and cutting out would give, but for roundings:
     # by the sizes Pillow chooses which axis comes first, and rounds to 8 bits in between.
-    (top, left), resized = views.anchors[position], views.resized[position]
-    scale_y, scale_x = picture.height / resized[0], picture.width / resized[1]
-    box = (left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y)
-    picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+    box = kept_box(views, position, image_size)
+    picture = window_of(split, views, position).resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
     return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if views.flips[position] else picture
+
+
+def kept_box(views: Views, position: int, image_size: int) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the square that is kept of a view, in the pixels of its window."""
+    (top, left), (height, width) = views.anchors[position].tolist(), views.windows[position, 2:].tolist()
+    scale_y, scale_x = height / views.resized[position, 0], width / views.resized[position, 1]
+    return left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y
 
 
 def window_of(split: Split, views: Views, position: int) -> Image.Image:

@@ -15,7 +15,7 @@ Pair = tuple[str, str]  # names of a convolution and of the BatchNorm that alone
 
 def foldable(network: nn.Module) -> list[Pair]:
     """What can be folded in a network that torch.fx can trace, as torchvision's can."""
-    network = _twin(network)
+    network = twin_of(network)
     modules = dict(network.named_modules())
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules.values()):
         return []
@@ -40,7 +40,7 @@ def folded(network: nn.Module, pairs: Iterable[Pair]) -> nn.Module:
     All other parameters and buffers are the network's own, not copies: only the new weights take memory.
     """
     with torch.inference_mode(False), torch.no_grad():
-        twin = _twin(network)
+        twin = twin_of(network)
         for convolution, batchnorm in pairs:
             before: Any = twin.get_submodule(convolution)
             after: Any = twin.get_submodule(batchnorm)
@@ -50,6 +50,6 @@ def folded(network: nn.Module, pairs: Iterable[Pair]) -> nn.Module:
     return twin
 
 
-def _twin(network: nn.Module) -> nn.Module:
+def twin_of(network: nn.Module) -> nn.Module:
     """The modules anew, in eval mode; their parameters and buffers are the same ones."""
     return copy.deepcopy(network, {id(value): value for value in chain(network.parameters(), network.buffers())}).eval()

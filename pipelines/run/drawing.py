@@ -84,17 +84,33 @@ def save_predictions(
 
     images: uint8 [N, H, W, 3]; predicted, true: N class names; confidence: N probabilities of the predicted class.
     """
-    pairs = list(zip(predicted[:MAX_PHOTOS], true[:MAX_PHOTOS], strict=True))
-    lines = [f"pred: {_clean(guess)} | true: {_clean(truth)}" for guess, truth in pairs]
-    two_lines = any(_width(line) > CAPTION for line in lines)
-    if two_lines:
-        room = CAPTION - _width("pred: ")
-        lines = [f"pred: {_shortened(guess, room)}\ntrue: {_shortened(truth, room)}" for guess, truth in pairs]
-    with _photo_grid(path, images[:MAX_PHOTOS], caption_lines=3 if two_lines else 2) as tiles:
-        for tile, (guess, truth), line, sureness in zip(tiles, pairs, lines, confidence[:MAX_PHOTOS], strict=True):
-            mark, color, width = ("✓ right", GREY, 0.8) if guess == truth else ("✗ wrong", VERMILION, 3)
-            tile.set_title(f"{line}\n{mark}, confidence {sureness:.2f}", color=INK if guess == truth else color)
-            tile.spines[:].set(color=color, linewidth=width)
+    remarks = [f"confidence {sureness:.2f}" for sureness in confidence]
+    _save_judged(path, images[:MAX_PHOTOS], predicted[:MAX_PHOTOS], true[:MAX_PHOTOS], remarks[:MAX_PHOTOS])
+
+
+def save_explanations(
+    path: Path,
+    images: np.ndarray,
+    heated: np.ndarray,
+    predicted: Sequence[str],
+    true: Sequence[str],
+    remarks: Sequence[str],
+) -> None:
+    """Photos, each beside itself with a heat map, as `save_predictions` has them.
+
+    images, heated: uint8 [N, H, W, 3]; predicted, true: N class names; remarks: N, a few words each.
+    """
+    between = np.full_like(images[:, :, : max(1, images.shape[2] // 32)], 255)
+    pairs = np.concatenate([images, between, heated], axis=2)
+    _save_judged(path, pairs, predicted, true, remarks, tile_width=2 * TILE)
+
+
+def save_explanation(path: Path, photo: np.ndarray, heated: np.ndarray, name: str, answer: str) -> None:
+    """One photo beside itself with a heat map, under its file's name and its answer. photo, heated: uint8 [H, W, 3]."""
+    tile_width = max(TILE, min(3 * TILE, 4 * TILE * photo.shape[1] / photo.shape[0]))
+    with _photo_grid(path, np.stack([photo, heated]), caption_lines=1, tile_width=tile_width) as tiles:
+        for tile, text in zip(tiles, (name, answer), strict=True):
+            tile.set_title(_shortened(text, tile_width - 4))
 
 
 def save_answers(
@@ -312,13 +328,35 @@ def _picture(path: Path, width: float, height: float) -> Iterator[Figure]:
         raise MachineError(f"{path}: cannot write this picture ({reason}); make room or mend the folder") from error
 
 
+def _save_judged(
+    path: Path,
+    photos: np.ndarray,
+    predicted: Sequence[str],
+    true: Sequence[str],
+    remarks: Sequence[str],
+    tile_width: float = TILE,
+) -> None:
+    """Each photo, uint8 [N, H, W, 3], with both names and a remark; a wrong one has a cross and a thick frame."""
+    pairs, room = list(zip(predicted, true, strict=True)), tile_width - (TILE - CAPTION)
+    lines = [f"pred: {_clean(guess)} | true: {_clean(truth)}" for guess, truth in pairs]
+    two_lines = any(_width(line) > room for line in lines)
+    if two_lines:
+        room -= _width("pred: ")
+        lines = [f"pred: {_shortened(guess, room)}\ntrue: {_shortened(truth, room)}" for guess, truth in pairs]
+    with _photo_grid(path, photos, caption_lines=3 if two_lines else 2, tile_width=tile_width) as tiles:
+        for tile, (guess, truth), line, remark in zip(tiles, pairs, lines, remarks, strict=True):
+            mark, color, width = ("✓ right", GREY, 0.8) if guess == truth else ("✗ wrong", VERMILION, 3)
+            tile.set_title(f"{line}\n{mark}, {remark}", color=INK if guess == truth else color)
+            tile.spines[:].set(color=color, linewidth=width)
+
+
 @contextmanager
-def _photo_grid(path: Path, photos: np.ndarray, caption_lines: int) -> Iterator[list[Axes]]:
+def _photo_grid(path: Path, photos: np.ndarray, caption_lines: int, tile_width: float = TILE) -> Iterator[list[Axes]]:
     """The axes of a near-square grid, one for each photo (uint8 [N, H, W, 3]), with room for captions above."""
     columns = max(math.ceil(math.sqrt(len(photos))), 1)
     rows = max(math.ceil(len(photos) / columns), 1)
-    height = TILE * photos.shape[1] / photos.shape[2] + 11 * caption_lines + 12
-    with _picture(path, columns * (TILE + 8) / 72, rows * height / 72) as figure:
+    height = tile_width * photos.shape[1] / photos.shape[2] + 11 * caption_lines + 12
+    with _picture(path, columns * (tile_width + 8) / 72, rows * height / 72) as figure:
         tiles = list(figure.subplots(rows, columns, squeeze=False).flat)
         for tile in tiles[len(photos) :]:
             tile.set_axis_off()

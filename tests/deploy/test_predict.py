@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from deploy import predict
+from pipelines.data.decode import photo_of_file, view_of_file
 from pipelines.inference import find_photos, open_run
 from tests.helpers.corpus import BROKEN_INSIDE, FAULTY, SOUND, ZOO, write_zoo
 from tests.helpers.engines import ENGINES
@@ -191,3 +192,44 @@ def test_a_mistake_is_one_line(trained_run, run_here, tmp_path):
         assert done.returncode == 2
         assert "model.json is damaged: " in done.stderr
         assert key in done.stderr
+
+
+def test_a_picture_of_each_photo_shows_where_its_class_is_found(trained_run, run_here, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "others").mkdir(parents=True)
+    shutil.copy(next(iter(trained_run.evaluated)), photos / "a <b>.jpg")
+    shutil.copy(next(iter(trained_run.evaluated)), photos / "others" / "a <b>.jpg")
+    (photos / "none.jpg").write_text("no photo")
+    seen, answers = tmp_path / "seen", tmp_path / "answers.csv"
+    for _ in range(2):  # its own pictures are replaced
+        done = run_here(predict, trained_run.folder, photos, "--explain", seen, "--csv", answers, "--cpu")
+        assert done.returncode == 2
+        assert "warning" not in done.stderr
+    assert sorted(path.name for path in seen.iterdir()) == ["1_a__b_.png", "3_a__b_.png"]
+    with open(answers, newline="") as file:
+        assert [row["picture"] for row in csv.DictReader(file)] == [
+            str(seen / "1_a__b_.png"),
+            "",
+            str(seen / "3_a__b_.png"),
+        ]
+    with Image.open(seen / "1_a__b_.png") as picture:
+        assert min(picture.size) > 100
+    before = sorted(photos.rglob("*"))
+    for folder in (photos, photos / "others", photos / "new"):
+        done = run_here(predict, trained_run.folder, photos, "--explain", folder, "--cpu")
+        assert done.returncode == 2
+        assert f"error: --explain {folder}: it lies among the photos" in done.stderr
+    done = run_here(predict, trained_run.folder, photos / "a <b>.jpg", "--explain", photos, "--cpu")
+    assert "it lies among the photos" in done.stderr
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_what_the_network_sees_is_this_part_of_the_photo(trained_run):
+    preprocess = open_run(trained_run.folder, CPU).preprocess
+    for path in list(trained_run.evaluated)[:3]:
+        photo, box = photo_of_file(path, preprocess)
+        square = photo.resize((preprocess.image_size,) * 2, Image.Resampling.BILINEAR, box=box)
+        np.testing.assert_array_equal(square, view_of_file(path, preprocess))
+        share = preprocess.image_size / preprocess.resize
+        assert (box[3] - box[1], box[2] - box[0]) == pytest.approx((share * min(photo.size),) * 2, rel=0.02)
+        assert (box[0] + box[2], box[1] + box[3]) == pytest.approx(photo.size, abs=4)  # in its middle

@@ -1,7 +1,9 @@
 """The page and its endpoint: evaluate.py's answers, whatever is sent, and nothing from or to elsewhere."""
 
+import base64
 import functools
 import http.client
+import io
 import json
 import os
 import re
@@ -542,6 +544,31 @@ def test_a_mistake_is_one_line(exported_run, run_here, tmp_path):
     taken.close()
 
 
+def test_an_answer_is_explained_where_that_is_asked_for(server, exported_run):
+    photo = next(iter(exported_run.evaluated))
+    body = Path(photo).read_bytes()
+    model = json.loads(server.ask("GET", "/model")[1])
+    status, plain = server.classify(body)
+    assert "explanation" not in plain
+    status, told = server.ask("POST", "/classify?explain=1", body)
+    answer = json.loads(told)
+    if not model["explain"]:  # the ONNX graph
+        assert (status, answer["error"]) == (400, "no explanation")
+    else:
+        kind, _, content = answer.pop("explanation").partition(",")
+        assert (status, answer, kind) == (200, plain, "data:image/jpeg;base64")
+        preprocess = open_run(exported_run.folder, torch.device("cpu")).preprocess
+        with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+            assert picture.size == (preprocess.image_size,) * 2
+        assert (
+            json.loads(server.ask("POST", "/classify?explain=1", b"no photo")[1])["error"]
+            == "not an image of a known format"
+        )
+    status, told = server.ask("POST", "/classify?explain=yes", body)
+    assert (status, json.loads(told)["error"]) == (400, "no such value")
+    assert not list(server.folder.iterdir())
+
+
 # The page in a browser
 
 
@@ -583,6 +610,16 @@ def test_a_person_gives_photos_and_reads_their_classes(exported_run, one_server,
         page.wait_for_timeout(300)  # the pictures appear
         folder = Path(os.environ.get("DALITUNE_SCREENSHOTS") or tmp_path.parent)
         page.screenshot(path=folder / f"{shape}.jpg", quality=80)  # photos: a PNG would be four times as large
+        page.get_by_text("Show where in a photo it finds its answer").click()
+        page.wait_for_function("document.querySelectorAll('.has-heat').length === 3")
+        assert page.locator(".heat:visible").count() == 3
+        assert page.locator(".photo:visible").count() == 0
+        assert page.evaluate("[...document.querySelectorAll('.heat')].every(each => each.naturalWidth > 0)")
+        assert cards.first.locator(".bar").count() == len(set(dict(exported_run.evaluated.values())))
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.screenshot(path=tmp_path.parent / f"{shape}-explained.jpg", quality=80)
+        page.get_by_text("Show where in a photo it finds its answer").click()
+        assert page.locator(".photo:visible").count() == 3
         page.get_by_text("Clear").click()
         assert cards.count() == 0
         drop = page.evaluate_handle(
