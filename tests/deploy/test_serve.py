@@ -610,12 +610,14 @@ def test_a_person_gives_photos_and_reads_their_classes(exported_run, one_server,
         page.wait_for_timeout(300)  # the pictures appear
         folder = Path(os.environ.get("DALITUNE_SCREENSHOTS") or tmp_path.parent)
         page.screenshot(path=folder / f"{shape}.jpg", quality=80)  # photos: a PNG would be four times as large
+        bars = page.locator(".bar").count()
         page.get_by_text("Show where in a photo it finds its answer").click()
-        page.wait_for_function("document.querySelectorAll('.has-heat').length === 3")
+        page.locator(".has-heat").nth(2).wait_for()
+        page.wait_for_timeout(300)
         assert page.locator(".heat:visible").count() == 3
         assert page.locator(".photo:visible").count() == 0
         assert page.evaluate("[...document.querySelectorAll('.heat')].every(each => each.naturalWidth > 0)")
-        assert cards.first.locator(".bar").count() == len(set(dict(exported_run.evaluated.values())))
+        assert page.locator(".bar").count() == bars, "an answer that is asked for again stands once"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.screenshot(path=tmp_path.parent / f"{shape}-explained.jpg", quality=80)
         page.get_by_text("Show where in a photo it finds its answer").click()

@@ -182,7 +182,8 @@ def test_overwrite_removes_only_what_a_run_has_written(run, capsys):
     run.create(Config())
     ours = ["best.pt", ".best.pt.tmp", "model.json", "metrics.jsonl", "wandb_id", "wandb/offline-run-1/x"]
     ours += ["checkpoints/epoch-0001-step-00000005/state.pt", "checkpoints/.unfinished/x", "tensorboard/events"]
-    ours += ["figures/curves.png", "figures/predictions_test.png", "export/model.onnx", "export/README.md"]
+    ours += ["figures/curves.png", "figures/predictions_test.png", "figures/explanations_val.png"]
+    ours += ["export/model.onnx", "export/README.md"]
     ours += [".export-abc/model.onnx"]
     theirs = ["thesis.tex", "figures/mine.png", "export/notes.txt", "checkpoints/epoch-old/x", "notes/best.pt"]
     for name in ours + theirs:
