@@ -91,7 +91,7 @@ _OF_EPOCHS = (
     *("freeze", "lr", "lr_body", "optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
     *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
-    *("mixup_alpha", "cutmix_alpha"),
+    *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
 )
 _OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
 
@@ -164,6 +164,12 @@ class Config:
     """chance that a training photo is mirrored top to bottom, for photos without an up, as a microscope's"""
     quarter_turns: bool = False
     """turn training photos by 0, 90, 180 or 270 degrees, each as likely"""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """largest turn of a training photo to either side, in degrees; what comes in from outside is the mean colour"""
+    shear: Annotated[float, Field(ge=0, le=60)] = 0.0
+    """largest slant of its columns to either side, in degrees"""
+    translation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """largest shift of it to each side, as a share of the square"""
     brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
     """largest change of a training photo's brightness: a factor of 1 - this to 1 + this"""
     contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -172,6 +178,11 @@ class Config:
     """of its saturation, likewise"""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """largest turn of its hues, of the whole circle"""
+    grey_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """chance that a training photo loses its colours"""
+    blur_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """chance that a training photo is blurred, by a Gaussian of 0.1 to 2 pixels where the square has 224 (Chen et al.
+    2020)"""
     erase_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """chance that a box of a fiftieth to a third of a training photo is erased (Zhong et al. 2020)"""
     mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
@@ -371,8 +382,9 @@ GROUPS = {
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
         *("image_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
-        *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue"),
-        *("erase_probability", "mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
+        *("vertical_flip_probability", "quarter_turns", "rotation", "shear", "translation", "brightness", "contrast"),
+        *("saturation", "hue", "grey_probability", "blur_probability", "erase_probability"),
+        *("mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
     ],
     "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],

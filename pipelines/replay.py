@@ -147,10 +147,14 @@ def line_of(split: Split, step: Step, at: int, seen: np.ndarray) -> str:
     if each := views.alterations:
         done += ["up and down"] if each.vertical_flips[at] else []
         done += ["transposed"] if each.transposed[at] else []
+        shear, turn, right, down = each.geometry[at].tolist()
+        if each.geometry[at].any():
+            done.append(f"turned by {turn:.1f} degrees, sheared by {shear:.1f}, moved by {right:+.2f}, {down:+.2f}")
         brightness, contrast, saturation, hue = each.colours[at].tolist()
         if each.colours[at].tolist() != [1, 1, 1, 0]:
             done.append(f"brightness x{brightness:.2f} contrast x{contrast:.2f} saturation x{saturation:.2f}")
             done[-1] += f" hue {hue:+.3f}"
+        done += [f"blurred by {each.blurs[at]:.2f}"] if each.blurs[at] else []
         top, left, height, width = each.erased[at]
         done += [f"erased {left}, {top}, {width} x {height}"] if height else []
     if mixing and mixing.shares[at] < 1 and seen[partner := mixing.partners[at]]:

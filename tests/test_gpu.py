@@ -268,7 +268,9 @@ def test_photos_are_altered_as_on_a_cpu():
     images = torch.from_numpy(rng.random((64, 3, 32, 32), dtype=np.float32)) * 4 - 2
     colours = rng.uniform((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1), (64, 4)).astype(np.float32)
     erased = rng.integers(0, 16, (64, 4)).astype(np.int32)
-    drawn = Alterations(rng.random(64) < 0.5, rng.random(64) < 0.5, colours, erased)
+    geometry = rng.uniform((-20, -180, -0.3, -0.3), (20, 180, 0.3, 0.3), (64, 4)).astype(np.float32)
+    blurs = rng.choice(np.float32([0, 0.1, 0.25]), 64)
+    drawn = Alterations(rng.random(64) < 0.5, rng.random(64) < 0.5, geometry, colours, blurs, erased)
     there, here = (altered(images.to(device), drawn).cpu() for device in ("cuda", "cpu"))
     assert there.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(there, here, rtol=0, atol=5e-3)

@@ -72,5 +72,5 @@ def mixed(images: torch.Tensor, mixing: Mixing) -> torch.Tensor:
         boxes = to_device(torch.from_numpy(mixing.boxes), images.device)
         is_own = ~in_boxes(boxes, images.shape[2])
         shares = torch.where(boxes[:, 2].view(-1, 1, 1, 1) > 0, is_own.to(shares.dtype), shares)
-    result = torch.lerp(partners, images[: len(mixing.shares)], shares)
+    result = images[: len(mixing.shares)] * shares + partners * (1 - shares)
     return result.contiguous(memory_format=torch.channels_last)

@@ -26,12 +26,13 @@ _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
 
 _LOG_ERASE_RATIO = 1.2039728043259361  # log(10/3)
+BLUR_LEAST, BLUR_MOST = 0.1 / 224, 2 / 224  # of a square's side: SimCLR's 0.1 to 2 pixels of 224
 _LOG_2 = 0.6931471805599453
 _LARGEST_EXPONENT = 700.0  # e to minus that is still above 0
 
 # What a draw is for. Streams of different purpose never share a bit.
 _SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS, _CLASS_ORDER = 1, 2, 3, 4, 5, 6, 7
-_TURN, _COLOUR, _ERASE, _MIX = 8, 9, 10, 11
+_TURN, _COLOUR, _ERASE, _MIX, _GEOMETRY, _GREY, _BLUR = 8, 9, 10, 11, 12, 13, 14
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Augmentation:
     saturation: float = 0.0
     hue: float = 0.0
     erase_probability: float = 0.0
+    rotation: float = 0.0
+    shear: float = 0.0
+    translation: float = 0.0
+    grey_probability: float = 0.0
+    blur_probability: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,18 @@ class Alterations:
     """What is done to the squares of n photos behind the engine, in this order.
 
     vertical_flips: bool [n], mirrored top to bottom. transposed: bool [n], rows become columns.
+    geometry: float32 [n, 4], degrees of a shear of the rows and of a turn clockwise about the middle, and a shift to
+    the right and down in sides of the square; together one affine map.
     colours: float32 [n, 4], what brightness, contrast and saturation are multiplied by, 1 for as they are, and what is
-    added to the hue, of a circle of 1. erased: int32 [n, 4], top, left, height, width of a box in the square.
+    added to the hue, of a circle of 1. blurs: float32 [n], a Gaussian's standard deviation in pixels, 0 for none.
+    erased: int32 [n, 4], top, left, height, width of a box in the square.
     """
 
     vertical_flips: np.ndarray
     transposed: np.ndarray
+    geometry: np.ndarray
     colours: np.ndarray
+    blurs: np.ndarray
     erased: np.ndarray
 
     def select(self, chosen: np.ndarray) -> "Alterations":
@@ -242,10 +253,11 @@ class TrainPlan:
     def _altered(self, flips: np.ndarray, epoch: int, owner: np.ndarray) -> tuple[np.ndarray, Alterations]:
         """What is drawn besides crop and flip, and the flips that it leaves to the engine."""
         asked = self._augmentation
-        turn, colour, erase = (
+        turn, geometry, colour, blur, erase = (
             uniform(random_bits(self._seed, purpose, epoch, owner[:, None], np.arange(count)))
-            for purpose, count in ((_TURN, 2), (_COLOUR, 4), (_ERASE, 5))
+            for purpose, count in ((_TURN, 2), (_GEOMETRY, 4), (_COLOUR, 4), (_BLUR, 2), (_ERASE, 5))
         )
+        grey = uniform(random_bits(self._seed, _GREY, epoch, owner))
         vertical = turn[:, 0] < asked.vertical_flip_probability
         quarters = np.floor(4 * turn[:, 1]).astype(np.int64) if asked.quarter_turns else np.zeros(len(owner), np.int64)
         # A quarter turn is a flip left to right and then a transposition, which swaps the two flips if moved past them.
@@ -253,7 +265,18 @@ class TrainPlan:
         strengths = np.array([asked.brightness, asked.contrast, asked.saturation, asked.hue])
         colours = (np.array([1, 1, 1, 0]) + (2 * colour - 1) * strengths).astype(np.float32)
         erased = random_box(erase[:, 1:], self.image_size) * (erase[:, :1] < asked.erase_probability)
-        return flips, Alterations(vertical, quarters % 2 == 1, colours, erased.astype(np.int32))
+        geometry = (2 * geometry - 1) * np.array([asked.shear, asked.rotation, asked.translation, asked.translation])
+        colours[grey < asked.grey_probability, 2] = 0
+        sigmas = (BLUR_LEAST + (BLUR_MOST - BLUR_LEAST) * blur[:, 1]) * self.image_size
+        blurs = np.where(blur[:, 0] < asked.blur_probability, sigmas, 0)
+        return flips, Alterations(
+            vertical_flips=vertical,
+            transposed=quarters % 2 == 1,
+            geometry=geometry.astype(np.float32),
+            colours=colours,
+            blurs=blurs.astype(np.float32),
+            erased=erased.astype(np.int32),
+        )
 
     def _parts(self, indices: np.ndarray, turn: int) -> np.ndarray:
         """int64 [n, 5]: from which K-th part of its range a photo draws each value in its view `turn` of K."""

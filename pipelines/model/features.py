@@ -199,7 +199,8 @@ class FrozenFeatures:
         others = [views.windows.T, views.resized.T, views.anchors.T]
         if altered := views.alterations:
             colours = altered.colours.view(np.uint32)
-            others += [altered.vertical_flips, altered.transposed, colours.T, altered.erased.T]
+            others += [altered.vertical_flips, altered.transposed, altered.geometry.view(np.uint32).T, colours.T]
+            others += [altered.blurs.view(np.uint32), altered.erased.T]
         columns = [
             split.signatures,
             split.mtimes,

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as F
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-ALL = Augmentation(0.5, True, 0.4, 0.3, 0.9, 0.2, 0.5)
+ALL = Augmentation(
+    vertical_flip_probability=0.5,
+    quarter_turns=True,
+    brightness=0.4,
+    contrast=0.3,
+    saturation=0.9,
+    hue=0.2,
+    erase_probability=0.5,
+)
+MORE = replace(ALL, rotation=30, shear=10, translation=0.2, grey_probability=0.3, blur_probability=0.4)
 
 
 def plan_of(augmentation: Augmentation, photos: int = 400, **settings) -> TrainPlan:
@@ -25,9 +34,10 @@ def plan_of(augmentation: Augmentation, photos: int = 400, **settings) -> TrainP
 
 def of(count: int, **changed) -> Alterations:
     """No alteration but the ones given."""
-    none = np.zeros(count, bool)
+    none, geometry = np.zeros(count, bool), np.zeros((count, 4), np.float32)
     colours = np.tile(np.float32([1, 1, 1, 0]), (count, 1))
-    return replace(Alterations(none, none, colours, np.zeros((count, 4), np.int32)), **changed)
+    blurs, erased = np.zeros(count, np.float32), np.zeros((count, 4), np.int32)
+    return replace(Alterations(none, none, geometry, colours, blurs, erased), **changed)
 
 
 @pytest.fixture
@@ -46,6 +56,59 @@ def test_colours_are_torchvisions(photos):
         expected.append(F.adjust_hue(F.adjust_saturation(photo, saturation), hue))
     found = altered((photos - MEAN) / STD, of(5, colours=colours)) * STD + MEAN
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=2e-3)
+
+
+def test_geometry_is_torchvisions():
+    """Its affine map, of one photo at a time; the turn is clockwise, and what comes in is 0."""
+    photos = torch.randn(6, 3, 17, 17, generator=torch.Generator().manual_seed(0))
+    geometry = np.float32(
+        [
+            [0, 0, 0, 0],
+            [0, 30, 0, 0],
+            [20, 0, 0, 0],
+            [0, 0, 3 / 17, -2 / 17],
+            [-15, -140, 1 / 17, 4 / 17],
+            [0, 90, 0, 0],
+        ]
+    )
+    expected = [
+        F.affine(
+            photo[None],
+            angle=turn,
+            translate=[round(17 * right), round(17 * down)],
+            scale=1,
+            shear=[shear, 0],
+            interpolation=F.InterpolationMode.BILINEAR,
+        )[0]
+        for photo, (shear, turn, right, down) in zip(photos, geometry.tolist(), strict=True)
+    ]
+    found = altered(photos, of(6, geometry=geometry))
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-4)
+    assert torch.equal(found[0], photos[0])
+    torch.testing.assert_close(found[5], photos[5].rot90(-1, (1, 2)), rtol=0, atol=1e-4)
+
+
+def test_blur_is_torchvisions():
+    photos = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    found = altered(photos, of(3, blurs=np.float32([0.4, 0, 1.9])))
+    assert torch.equal(found[1], photos[1])
+    for place, sigma in ((0, 0.4), (2, 1.9)):
+        expected = F.gaussian_blur(photos[place], [13, 13], [sigma, sigma])
+        torch.testing.assert_close(found[place], expected, rtol=0, atol=1e-4)
+
+
+def test_what_becomes_of_a_photo_depends_on_no_other():
+    """So that the bits are the same in any micro-batch."""
+    photos = torch.randn(7, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    plan = TrainPlan(
+        np.tile([60, 80], (7, 1)), seed=3, image_size=33, crop_scale_min=0.5, flip_probability=0.5, augmentation=MORE
+    )
+    alterations = plan.views(0, np.arange(7)).alterations
+    assert alterations
+    whole = altered(photos, alterations)
+    for first, last in ((0, 1), (1, 4), (4, 7)):
+        some = altered(photos[first:last], alterations.select(np.arange(first, last)))
+        assert torch.equal(some, whole[first:last])
 
 
 def test_boxes_are_filled_with_the_mean_and_nothing_else_is(photos):
@@ -82,6 +145,17 @@ def test_what_is_drawn_is_within_its_range_and_fills_it():
     for column, middle, strength in zip(colours.T, (1, 1, 1, 0), (0.4, 0.3, 0.9, 0.2), strict=True):
         assert np.abs(column - middle).max() == pytest.approx(strength, rel=0.01)
         assert column.mean() == pytest.approx(middle, abs=0.05 * strength)
+    more = plan_of(MORE, 4000).views(0, np.arange(4000)).alterations
+    assert more
+    for column, strength in zip(more.geometry.T, (10, 30, 0.2, 0.2), strict=True):
+        assert np.abs(column).max() == pytest.approx(strength, rel=0.01)
+        assert column.mean() == pytest.approx(0, abs=0.05 * strength)
+    is_grey, is_blurred = more.colours[:, 2] == 0, more.blurs > 0
+    assert is_grey.mean() == pytest.approx(0.3, abs=0.03)
+    assert is_blurred.mean() == pytest.approx(0.4, abs=0.03)
+    np.testing.assert_array_equal(more.colours[~is_grey], colours[~is_grey])
+    assert more.blurs[is_blurred].min() == pytest.approx(0.1 * 32 / 224, rel=0.1)
+    assert more.blurs.max() == pytest.approx(2 * 32 / 224, rel=0.1)
     boxes = erased[erased.any(axis=1)]
     assert len(boxes) == pytest.approx(2000, rel=0.1)
     top, left, height, width = boxes.T
@@ -96,8 +170,8 @@ def test_what_is_drawn_is_within_its_range_and_fills_it():
 @given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.sampled_from([None, 3]))
 def test_it_depends_on_seed_epoch_and_position_alone_and_changes_no_crop(seed, epoch, views_per_photo):
     settings = {"seed": seed, "views_per_photo": views_per_photo}
-    whole = plan_of(ALL, 40, **settings).views(epoch, np.arange(40))
-    some = plan_of(ALL, 40, **settings).views(epoch, np.array([31, 7]))
+    whole = plan_of(MORE, 40, **settings).views(epoch, np.arange(40))
+    some = plan_of(MORE, 40, **settings).views(epoch, np.array([31, 7]))
     plain = plan_of(Augmentation(), 40, **settings).views(epoch, np.arange(40))
     assert plain.alterations is None
     np.testing.assert_array_equal(whole.windows, plain.windows)
@@ -107,7 +181,7 @@ def test_it_depends_on_seed_epoch_and_position_alone_and_changes_no_crop(seed, e
     for name in Alterations.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(chosen, name), getattr(some.alterations, name))
     if views_per_photo:
-        in_order = ViewsInOrder(plan_of(ALL, 40, **settings)).views(epoch, whole.indices).alterations
+        in_order = ViewsInOrder(plan_of(MORE, 40, **settings)).views(epoch, whole.indices).alterations
         assert in_order
         np.testing.assert_array_equal(in_order.colours, whole.alterations.colours)
 
@@ -124,6 +198,15 @@ def test_golden_alterations():
         [1.1296454668045044, 1.2632396221160889, 0.5344452261924744, -0.07224519550800323],
     ]
     assert alterations.erased.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [16, 14, 4, 8]]
+    more = plan_of(MORE, 3, seed=7).views(2, np.arange(3)).alterations
+    assert more
+    assert more.geometry.tolist() == [
+        [-9.416296005249023, -19.787534713745117, -0.12693166732788086, 0.18016117811203003],
+        [4.078553199768066, -3.0078251361846924, -0.14259929955005646, -0.08011450618505478],
+        [-8.932478904724121, 5.9374165534973145, 0.0298891831189394, -0.01833779737353325],
+    ]
+    assert more.blurs.tolist() == [0.04993228614330292, 0.0, 0.02004721574485302]
+    assert (more.colours[:, 2] == 0).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

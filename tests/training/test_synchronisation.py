@@ -145,7 +145,7 @@ def test_what_comes_behind_a_step_and_behind_the_engine_waits_for_nothing(no_wai
         image_size=64,
         crop_scale_min=0.5,
         flip_probability=0.5,
-        augmentation=Augmentation(0.5, True, 0.4, 0.4, 0.4, 0.1, 0.9),
+        augmentation=Augmentation(0.5, True, 0.4, 0.4, 0.4, 0.1, 0.9, 30, 10, 0.2, 0.5, 0.9),
         mixup_alpha=0.2,
         cutmix_alpha=1.0,
     )
