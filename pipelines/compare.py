@@ -24,6 +24,7 @@ if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.data.decode import pixels_of_file
+from pipelines.data.layout import folder_of_csv
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, begins_with, check_replaceable
@@ -333,8 +334,12 @@ def _picture(run: Run, path: str) -> str:
     if run.description is None or parts.is_absolute() or ".." in parts.parts or not run.description["data"]:
         return ""
     data = Path(run.description["data"])
+    try:
+        root = data if data.is_dir() else folder_of_csv(data)
+    except (OSError, UserError):
+        return ""
     preprocess = read_preprocess(run.description, str(run.folder / "model.json"))
-    pixels = pixels_of_file(str((data if data.is_dir() else data.parent) / path), preprocess, whole=False)
+    pixels = pixels_of_file(str(root / path), preprocess, whole=False)
     if isinstance(pixels, str):
         return ""
     written = io.BytesIO()

@@ -12,7 +12,15 @@ from tests.helpers.paths import ROOT
 
 import pytest
 
-COMMANDS = ("inference", "compare", "inspect_data", "lr_finder", "replay", "wandb_sync")  # addresses that people type
+COMMANDS = (
+    "inference",
+    "compare",
+    "inspect_data",
+    "lr_finder",
+    "replay",
+    "review",
+    "wandb_sync",
+)  # addresses that people type
 LAYERS = ("base", "distributed", "data", "model", "run", "tracking", "training", "commands")  # what docs/design.md says
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -21,7 +21,7 @@ from threading import Event
 from typing import Any
 
 from pipelines.data.headers import EDGE, FAULTS, SHRUNK, inspect_file
-from pipelines.data.layout import WANTED, Findings, Photo, list_csv, list_folder
+from pipelines.data.layout import WANTED, Findings, Photo, folder_of_csv, list_csv, list_folder
 from pipelines.data.memory import PhotoMemory
 from pipelines.data.shrink import ShrunkCopies, is_whole, shrunk_sizes
 from pipelines.errors import MachineError, UserError
@@ -107,6 +107,15 @@ class Split:
         """The same photos, the larger ones read from copies."""
         kinds = np.where(self.sizes.min(axis=1) > copies.shrink, np.uint8(SHRUNK), self.kinds)
         return replace(self, sizes=shrunk_sizes(self.sizes, copies.shrink), kinds=kinds, copies=copies, memory=None)
+
+    def only(self, chosen: np.ndarray) -> "Split":
+        """The photos at some positions, int [n], in that order."""
+        paths = [self.path_below_root(index) for index in chosen.tolist()]
+        names = ("labels", "sizes", "faults", "signatures", "mtimes", "kinds")
+        columns: dict[str, Any] = {each: getattr(self, each)[chosen] for each in names}
+        offsets = np.cumsum([0, *map(len, paths)]).astype(np.uint64)
+        blob = np.frombuffer(b"".join(paths), np.uint8)
+        return replace(self, path_blob=blob, path_offsets=offsets, memory=None, **columns)
 
     def class_counts(self) -> dict[str, int]:
         """How many sound photos each class has."""
@@ -225,9 +234,9 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str 
     is_folder = os.path.isdir(data)
     if not is_folder and os.path.exists(data) and not os.path.isfile(data):  # reading a pipe would wait for ever
         raise UserError(f"{printable(data)}: neither a folder nor a file; {WANTED}")
-    root = os.fsencode(data if is_folder else data.parent)
     findings = Findings()
     try:
+        root = os.fsencode(data if is_folder else folder_of_csv(data))
         photos = list_folder(data, class_names, findings) if is_folder else list_csv(data, findings)
         table, splits, divided = _collect(photos, val_fraction)
     except OSError as error:

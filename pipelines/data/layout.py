@@ -8,7 +8,9 @@ refused, with what to type.
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Container, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -43,6 +45,11 @@ _MARKS = (
     *({name} for name in ("args.yaml", "hparams.yaml", "trainer_state.json", "pyvenv.cfg")),
 )
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+ACTIONS = ("keep", "drop", "relabel")  # of a row of a review
+_OF_A_REVIEW = {"finding", "action"}  # both: a CSV file may have an "action" of its own
+# Of pipelines.review, for a person to edit. A file is one by the first two; another may have an "action" of its own.
+REVIEW_COLUMNS = ("finding", "action", "new_label", "folder")
+ACTIONS = ("keep", "drop", "relabel")
 _ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]*://|[A-Za-z]:[\\/]")  # a URL, a path on a drive of Windows
 _BLANKS_BEHIND_QUOTE = re.compile(r'" +(?=[,;\t\r\n]|$)')
 _EVENTS = "events.out.tfevents"  # TensorBoard's
@@ -403,11 +410,37 @@ def _kind(folder: Path, findings: Findings) -> str:
     return "photos" if loose else ""
 
 
+def folder_of_csv(file: Path) -> Path:
+    """The folder that the paths of a CSV file are below: its own, or what the column `folder` of a review says, in its
+    first row. UserError where that is not there, or the header is none. What else is wrong `list_csv` says."""
+    with open(file, newline="", encoding=_encoding(file)) as text, suppress(UnicodeError, csv.Error):
+        line = text.readline()
+        first = 1 + line.lower().startswith("sep=")
+        delimiter, columns = _read_header(file, first, text.readline() if first == 2 else line)
+        if {*columns} >= _OF_A_REVIEW:
+            row = next(csv.DictReader(text, columns, delimiter=delimiter, skipinitialspace=True), {})
+            given = path_on_disk(os.path.expanduser((row.get("folder") or "").strip()))
+            folder = Path(os.path.normpath(file.parent / given))
+            if not os.path.isdir(folder):
+                raise UserError(
+                    f"{printable(file)}: no folder {printable(folder)}, where its photos were: write the one where "
+                    "they are into its column folder, in all rows"
+                )
+            return folder
+    return file.parent
+
+
 def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
-    """The photos of a CSV file, one a row, with paths below the file's folder. UserError names the line."""
-    below_folder = os.path.join(file.parent, "")
+    """The photos of a CSV file, one a row, with paths below `folder_of_csv`. UserError names the line.
+
+    Of a review (`pipelines.review`), what a person has written into its column `action` is done: "keep", or nothing,
+    "drop", or "relabel" to what stands in the column `new_label`.
+    """
+    below_folder = os.path.join(folder_of_csv(file), "")
     seen: set[bytes] = set()
     meant: dict[str, str] = {}  # split -> as it is spelled
+    labels, new_labels = set[str](), dict[str, str]()  # the latter with the line
+    done: Counter[str] = Counter()
     mended = 0
     where, reader = f"{printable(file)}, line 1", None
     try:
@@ -418,6 +451,7 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
             # strict: a quote that is never closed would make one value of all that follows.
             lines = (_BLANKS_BEHIND_QUOTE.sub('"', line) for line in text)
             reader = csv.DictReader(lines, columns, delimiter=delimiter, skipinitialspace=True, strict=True)
+            is_review, folder = {*columns} >= _OF_A_REVIEW, None
             for row in reader:
                 where = f"{printable(file)}, line {reader.line_num + first}"
                 if None in row:
@@ -440,9 +474,8 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                 full = os.path.normpath(os.path.join(below_folder, given))
                 path = os.fsencode(full[len(below_folder) :])
                 if not full.startswith(below_folder):
-                    raise UserError(
-                        f"{where}: {printable(row['path'])} is not in the folder of the CSV file; move it there"
-                    )
+                    whose = printable(below_folder) if is_review else "the folder of the CSV file"
+                    raise UserError(f"{where}: {printable(row['path'])} is not in {whose}; move it there")
                 if path in seen:
                     told = f"{printable(row['path'])} stands in an earlier line too; keep one of them"
                     raise UserError(f"{where}: {told}")
@@ -451,7 +484,19 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                 split = split_of(spelled) or spelled
                 if meant.setdefault(split, spelled) != spelled:
                     _check_spellings(where, (meant[split], spelled))
-                yield split, row["label"].strip(), path
+                label = row["label"].strip()
+                if is_review:
+                    if folder is not None and row.get("folder") != folder:
+                        raise UserError(f"{where}: another folder than in the rows before; one holds all photos")
+                    folder = row.get("folder") or ""
+                    labels.add(label)
+                    action, label = _reviewed(row, label, where)
+                    done[action] += 1
+                    if action == "drop":
+                        continue
+                    if action == "relabel":
+                        new_labels.setdefault(label, where)
+                yield split, label, path
     except UnicodeError as error:
         raise UserError(f"{printable(file)}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
     except csv.Error as error:
@@ -460,10 +505,29 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
         where = f"{printable(file)}, line {reader.line_num + first if reader else 1}"
         raise UserError(f"{where}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
     _check_spellings(printable(file), list(meant.values()))
+    if unknown := [label for label in new_labels if label not in labels]:
+        raise UserError(
+            f"{new_labels[unknown[0]]}: new_label {printable(unknown[0])} is the label of no photo; correct it, or "
+            "write it into the column label for a class of its own"
+        )
+    if done["drop"] or done["relabel"]:
+        left_out = counted(done["drop"], "photo is left out", "photos are left out")
+        findings.notes.append(f"review: {left_out}, {done['relabel']} of another label than before")
     if mended:
         findings.notes.append(
             f"{counted(mended, 'path was', 'paths were')} put right, with / for \\ or without blanks around them"
         )
+
+
+def _reviewed(row: dict[str, str], label: str, where: str) -> tuple[str, str]:
+    """What is to be done with a photo, and the label that it has then."""
+    action, new_label = ((row.get(column) or "").strip() for column in ("action", "new_label"))
+    action = action.lower() or "keep"
+    if action not in ACTIONS:
+        raise UserError(f"{where}: the action {printable(action)!r} is none: write {', '.join(ACTIONS)}, or nothing")
+    if action == "relabel" and not new_label:
+        raise UserError(f"{where}: relabel, and no new_label: fill it in, or keep or drop the photo")
+    return action, new_label if action == "relabel" else label
 
 
 def _encoding(file: Path) -> str:

@@ -41,13 +41,15 @@ class Fit:
     """The head that was fitted to all photos with `penalty`.
 
     accuracies, losses: float64 [penalties, folds], of the photos that a fold's fit has not seen, for the first ones of
-    PENALTIES; no columns where there were too few photos for folds.
+    PENALTIES; no columns where there were too few photos for folds. held_out: float64 [N, C], with `penalty` the logits
+    of each photo by the fit of the folds that it is not in; NaN of the only photo of a class.
     """
 
     head: Head
     penalty: float
     accuracies: np.ndarray
     losses: np.ndarray
+    held_out: torch.Tensor
 
 
 def why_too_large(photos: int, views: int, features: int, classes: int) -> str:
@@ -121,14 +123,19 @@ def _choose_and_fit(
     whole = fits(features, labels, class_weights)
     ahead = [fits(features[:, folds != fold], labels[folds != fold], class_weights) for fold in names]
     scores: list[list[tuple[float, float]]] = []
+    best = torch.full((len(labels), len(class_weights)), torch.nan).double()
     for _ in PENALTIES if names else ():
         scores.append([])
+        found = torch.full_like(best, torch.nan)
         for fold in names:
             if stop():
                 return None
-            held = folds == fold
-            scores[-1].append(_score(next(ahead[fold]), features[0, held], labels[held], class_weights))
+            held = torch.from_numpy(folds == fold)
+            found[held] = next(ahead[fold]).logits(features[0, held].double())
+            scores[-1].append(_score(found[held], labels[folds == fold], class_weights))
         losses = np.array(scores)[..., 1].mean(axis=1)
+        if losses.argmin() == len(losses) - 1:
+            best = found
         if len(losses) - losses.argmin() > 2:
             break
     accuracies, losses = np.array(scores).reshape(len(scores), len(names), 2).transpose(2, 0, 1)
@@ -137,7 +144,7 @@ def _choose_and_fit(
         if stop():
             return None
         next(whole)
-    return Fit(next(whole), PENALTIES[chosen], accuracies, losses)
+    return Fit(next(whole), PENALTIES[chosen], accuracies, losses, best)
 
 
 def fits(
@@ -210,9 +217,9 @@ def _solve(
     return step
 
 
-def _score(head: Head, features: torch.Tensor, labels: np.ndarray, class_weights: np.ndarray) -> tuple[float, float]:
-    """Accuracy and mean loss, weighted as a fit is. features: float [n, D]."""
-    logits, truth = head.logits(features.double()), torch.from_numpy(labels.astype(np.int64))
+def _score(logits: torch.Tensor, labels: np.ndarray, class_weights: np.ndarray) -> tuple[float, float]:
+    """Accuracy and mean loss, weighted as a fit is. logits: float64 [n, C]."""
+    truth = torch.from_numpy(labels.astype(np.int64))
     share = torch.from_numpy(class_weights)[truth]
     errors = functional.cross_entropy(logits, truth, reduction="none")
     right = (logits.argmax(dim=1) == truth).double()

@@ -126,6 +126,14 @@ def save_answers(
             tile.set_title(f"{name}\n{guess}\nconfidence {sureness:.2f}")
 
 
+def save_captioned(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """Photos in a grid, each under its caption. images: uint8 [H, W, 3], all of one shape; captions: of some lines."""
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    with _photo_grid(path, np.stack(images), caption_lines=lines) as tiles:
+        for tile, caption in zip(tiles, captions, strict=True):
+            tile.set_title("\n".join(_shortened(line, CAPTION) for line in caption.split("\n")))
+
+
 def save_contact_sheet(path: Path, rows: Sequence[tuple[str, np.ndarray]], *, title: str) -> None:
     """Photos of each class in a row. rows: class name and uint8 [n, H, W, 3], n at least 1."""
     columns, side = max(len(photos) for _, photos in rows), TILE * 0.6

@@ -1,10 +1,11 @@
 """What a folder or a CSV file is taken for: splits, classes, photos; what is passed over; what is refused."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
-from pipelines.data.layout import Findings, list_csv, list_folder, photos_below, split_of
+from pipelines.data.layout import Findings, folder_of_csv, list_csv, list_folder, photos_below, split_of
 from pipelines.errors import UserError
 
 import pytest
@@ -257,3 +258,64 @@ def test_an_unclear_csv_file_is_refused_with_its_cause(tmp_path: Path, text: str
         read_csv(tmp_path, text, encoding)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Reviews
+
+REVIEW = "path,label,split,finding,score,other,action,new_label,folder\n"
+
+
+def read_review(tmp_path: Path, *rows: str, folder: str = "../photos") -> tuple[list[tuple[str, str, str]], Findings]:
+    make(tmp_path, "photos/{0,1,2}.jpg")
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    file = tmp_path / "runs" / "photos.csv"
+    file.write_text(REVIEW + "".join(f"{row},{folder}\n" for row in rows), "utf-8-sig")
+    findings = Findings()
+    assert folder_of_csv(file) == tmp_path / "photos"
+    return [(split, label, os.fsdecode(path)) for split, label, path in list_csv(file, findings)], findings
+
+
+def test_a_review_is_done_and_said(tmp_path: Path) -> None:
+    rows, findings = read_review(
+        tmp_path,
+        "0.jpg,a,train,wrong_label,0.9,, Relabel ,b",
+        "1.jpg,b,val,,,,,a",  # a suggestion that nobody has taken
+        "2.jpg,a,train,copy,0.99,0.jpg,DROP,",
+    )
+    assert rows == [("train", "b", "0.jpg"), ("val", "b", "1.jpg")]
+    assert findings.notes == ["review: 1 photo is left out, 1 of another label than before"]
+
+
+def test_a_review_that_nobody_has_edited_is_the_data(tmp_path: Path) -> None:
+    rows, findings = read_review(tmp_path, "0.jpg,a,train,,,,keep,", folder=str(tmp_path / "photos"))
+    assert (rows, findings.notes) == ([("train", "a", "0.jpg")], [])
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ("0.jpg,a,train,copy,1,,remove,", "line 2: the action 'remove' is none: write keep, drop, relabel, or nothing"),
+        ("0.jpg,a,train,copy,1,,relabel,", "line 2: relabel, and no new_label: fill it in, or keep or drop the photo"),
+        ("0.jpg,a,train,copy,1,,relabel,bess", "line 2: new_label bess is the label of no photo; correct it"),
+        ("../0.jpg,a,train,copy,1,,keep,", "line 2: ../0.jpg is not in"),
+    ],
+)
+def test_a_review_that_cannot_be_done_is_refused(tmp_path: Path, row: str, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        read_review(tmp_path, row)
+
+
+def test_photos_of_a_review_that_have_moved_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "photos.csv").write_text(f"{REVIEW}0.jpg,a,train,,,,keep,,/not/there\n")
+    with pytest.raises(UserError, match=r"no folder /not/there, where its photos were: write the one"):
+        folder_of_csv(tmp_path / "photos.csv")
+    (tmp_path / "photos.csv").write_text(
+        f"{REVIEW}0.jpg,a,train,,,,keep,,{tmp_path}\n1.jpg,a,train,,,,keep,,/not/there\n"
+    )
+    with pytest.raises(UserError, match="line 3: another folder than in the rows before"):
+        list(list_csv(tmp_path / "photos.csv", Findings()))
+
+
+def test_an_action_of_somebody_elses_is_a_column_like_others(tmp_path: Path) -> None:
+    rows, _ = read_csv(tmp_path, "path,label,action,folder\nphotos/0.jpg,a,jumping,x\n")
+    assert rows == [("train", "a", "photos/0.jpg")]

@@ -1,0 +1,298 @@
+"""Which photos of a run's data spoil it: likely wrong labels, copies, outliers, too dark, too bright, blurred, tiny.
+
+    python -m pipelines.review runs/NAME                                   # sheets and photos.csv in runs/NAME/review
+    accelerate launch train.py --data runs/NAME/review/photos.csv          # once its column "action" is filled in
+
+photos.csv has a row for each photo, those that something was found of first. A person writes into its column action:
+keep, drop, or relabel, to what stands in new_label. Nothing is written into the folder of the photos. One process.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    import pipelines.early_interrupt  # noqa: F401
+
+from pipelines.cache import cache_folder
+from pipelines.config import Config, ScriptParser
+from pipelines.data.appearance import Appearance, alike, copies, look_at, thumbnail
+from pipelines.data.dataset import Dataset
+from pipelines.data.engines.factory import agree_on_engine
+from pipelines.data.headers import FAULTS
+from pipelines.data.open import open_dataset
+from pipelines.data.preprocess import choose_crop_mode
+from pipelines.distributed.exits import run_script
+from pipelines.distributed.launch import start_accelerator, start_processes
+from pipelines.errors import UserError
+from pipelines.files import check_replaceable
+from pipelines.model.feature_store import FeatureStore
+from pipelines.model.label_errors import LabelErrors, far_out, label_errors, outlier_distances
+from pipelines.model.network import build_model
+from pipelines.model.weights import Weights, read_weights
+from pipelines.run import figures
+from pipelines.run.folder import refuse_links
+from pipelines.run.predictions import predictions_of, read_predictions
+from pipelines.run.review_file import AllPhotos, Found, check_names, check_unedited, order_of, write_review
+from pipelines.run_files import read_run_config, read_trained_config
+from pipelines.text import check_printed, counted, printable, spelled
+from pipelines.training.held_out import (
+    Features,
+    features_of,
+    held_out_probabilities,
+    in_order_of_chance,
+    most_photos,
+)
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+_ALIKE = 0.985  # of the same photo, coded again, resized or mirrored; others are below (docs/review.md)
+_DARK, _BRIGHT = 0.25, 0.75  # grey levels that 19 of 20 pixels are below, and above
+_BLURRED = 30.0  # variance of the Laplacian
+_SHOWN = 48  # photos of a sheet
+_NAMED = 10  # photos in lines
+_TILE = 224  # pixels
+_TITLES = {
+    "copy_across_splits": "copies in two splits: what is learned of one is asked of the other",
+    "copy": "copies in one split",
+    "wrong_label": "likely wrong labels",
+    "outlier": "unlike all others",
+    "unreadable": "cannot be read",
+    "too_dark": "too dark",
+    "too_bright": "too bright",
+    "blurred": "blurred",
+    "tiny": "tiny",
+}
+
+
+@dataclass(frozen=True)
+class Review:
+    """findings: by name, in the order of _TITLES, the worst first. notes: lines on what was looked at, and what not."""
+
+    photos: AllPhotos
+    findings: dict[str, list[Found]]
+    notes: list[str]
+
+
+def main(arguments: list[str]) -> None:
+    """One review. Raises UserError where the run, its photos or its weights are not there."""
+    options = _parse(arguments)
+    run: Path = options.run
+    given = {"data": options.data, "weights": options.weights}
+    config = read_trained_config(run) or read_run_config(run)
+    config = replace(config, **{key: value for key, value in given.items() if value is not None})
+    if options.out is None:
+        refuse_links(run, "review")
+    folder: Path = options.out or run / "review"
+    table = folder / "photos.csv"
+    sheets = {name: folder / f"{name}.png" for name in _TITLES}
+    check_unedited(table)
+    for sheet in sheets.values():
+        check_replaceable(sheet, figures.is_own_picture)
+    state = start_processes()
+    if state.num_processes > 1:
+        raise UserError("review: it is for one process: start it with python -m pipelines.review")
+    dataset = open_dataset(state, config)
+    root = dataset.root.resolve()
+    if root == folder.resolve() or root in folder.resolve().parents:
+        raise UserError(f"{printable(folder)}: is in the folder of the photos: give an --out elsewhere")
+    found = review(run, config, dataset, state)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}): give another --out") from None
+    write_review(table, found.photos, found.findings, str(root))
+    lines = {photo: number for number, photo in enumerate(order_of(found.findings), start=2)}
+    print(*found.notes, "", sep="\n")
+    for name, sheet in sheets.items():
+        sheet.unlink(missing_ok=True)
+        count = len(found.findings[name])
+        drawn = name != "unreadable" and count
+        drawn = drawn and figures.attempt(sheet.name, lambda: _save_sheet(sheet, name, found, lines))  # noqa: B023
+        print(f"{counted(count, 'photo'):>12}  {_TITLES[name]}{f': {printable(sheet)}' if drawn else ''}")
+    print(f"\nall photos: {printable(table)}: write keep, drop or relabel into its column action, and then")
+    print(f"  accelerate launch train.py --data {printable(table)}", flush=True)
+    check_printed()
+
+
+def review(run: Path, config: Config, dataset: Dataset, state: PartialState) -> Review:
+    """What is found of all photos of `dataset`, that of `run`. config: the run's."""
+    photos = AllPhotos([*dataset.splits.values()])
+    check_names(photos)
+    lines = [f"photos: {printable(dataset.data)}: " + ", ".join(f"{len(s)} {printable(s.name)}" for s in photos.splits)]
+    looks = [look_at(split, f"looking at {printable(split.name)}") for split in photos.splits]
+    findings: dict[str, list[Found]] = {name: [] for name in _TITLES}
+    lines += _find_by_looks(photos, looks, config, findings)
+    _find_copies(photos, looks, findings)
+    by_network, told = _by_network(run, config, dataset, photos, state)
+    findings |= by_network
+    return Review(photos, findings, [*lines, *told])
+
+
+def _find_by_looks(
+    photos: AllPhotos, looks: list[Appearance], config: Config, findings: dict[str, list[Found]]
+) -> list[str]:
+    """Lines on what cannot be read."""
+    lines = list[str]()
+    for number, (split, seen) in enumerate(zip(photos.splits, looks, strict=True)):
+        first = photos.first(number)
+        reasons = {index: FAULTS[split.faults[index]] for index in np.flatnonzero(split.faults).tolist()} | seen.errors
+        findings["unreadable"] += [Found(first + index) for index in sorted(reasons)]
+        lines += [f"{printable(photos.path(first + index))}: {printable(reasons[index])}" for index in sorted(reasons)]
+        shorter = np.where(split.faults == 0, split.sizes.min(axis=1), np.inf)
+        judged = {
+            "too_dark": (seen.lightest < _DARK, seen.lightest, 1),
+            "too_bright": (seen.darkest > _BRIGHT, seen.darkest, -1),
+            "blurred": (seen.sharpness < _BLURRED, seen.sharpness, 1),
+            "tiny": (shorter < config.image_size / 2, shorter, 1),
+        }
+        for name, (is_so, scores, sign) in judged.items():
+            chosen = np.flatnonzero(is_so)
+            ranked = chosen[np.argsort(sign * scores[chosen], kind="stable")]
+            findings[name] += [Found(first + index, float(scores[index])) for index in ranked.tolist()]
+    more = [f"and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+    return [f"cannot be read: {line}" for line in lines[:_NAMED] + more]
+
+
+def _find_copies(photos: AllPhotos, looks: list[Appearance], findings: dict[str, list[Found]]) -> None:
+    """Of a group of copies one is none: that of a split which is only looked at, so that its scores stay comparable."""
+    order = [split.name for split in photos.splits]
+    preferred = sorted(order, key=lambda name: (name == "train", name == "val"))
+    numbers = np.repeat([preferred.index(name) for name in order], [len(split) for split in photos.splits])
+    pairs, likeness = alike(np.concatenate([seen.prints for seen in looks]), _ALIKE)
+    known = {(one, other): value for (one, other), value in zip(pairs.tolist(), likeness.tolist(), strict=True)}
+    for photo, original in copies(pairs, numbers.tolist()).items():
+        name = "copy" if numbers[photo] == numbers[original] else "copy_across_splits"
+        pair = (min(photo, original), max(photo, original))
+        findings[name].append(Found(photo, min(1.0, known.get(pair, _ALIKE)), other=original))
+
+
+def _by_network(
+    run: Path, config: Config, dataset: Dataset, photos: AllPhotos, state: PartialState
+) -> tuple[dict[str, list[Found]], list[str]]:
+    """Likely wrong labels and outliers; and lines."""
+    findings: dict[str, list[Found]] = {"wrong_label": [], "outlier": []}
+    doubts, notes = dict[int, LabelErrors](), list[str]()
+    for number, split in enumerate(photos.splits):
+        if split.name != "train":
+            doubts[number], line = _by_predictions(run, dataset, number, photos)
+            notes.append(line)
+    weights = read_weights(config)
+    if "train" not in dataset.splits or weights.state is None:
+        notes.append("wrong labels of training photos, outliers: not looked for: the run began with random weights")
+    else:
+        train = [split.name for split in photos.splits].index("train")
+        features, line = _features(config, dataset, photos, weights, state)
+        notes.append(line)
+        split, own = photos.splits[train], features[train]
+        labels, classes = split.labels[own.positions], len(split.classes)
+        probabilities = held_out_probabilities(own, labels, classes, config.class_weights)
+        if probabilities is None:
+            notes.append("wrong labels of training photos: not looked for: too few of a class for folds")
+        else:
+            all_of_them = np.full((len(split), classes), np.nan)
+            all_of_them[own.positions] = probabilities
+            rows = np.arange(len(split))
+            doubts[train] = label_errors(split.labels, all_of_them, all_of_them[rows, split.labels])
+        everyone = np.concatenate([photos.first(number) + each.positions for number, each in features.items()])
+        rows = np.concatenate([each.rows[0].numpy() for each in features.values()])
+        distances = outlier_distances(rows, in_order_of_chance(len(rows)))
+        findings["outlier"] = [Found(int(everyone[at]), float(distances[at])) for at in far_out(distances)]
+    for number, found in sorted(doubts.items()):
+        split, first = photos.splits[number], photos.first(number)
+        findings["wrong_label"] += [
+            Found(first + at, float(-found.margins[at]), new_label=split.classes[found.suggested[at]])
+            for at in found.ranked().tolist()
+        ]
+    findings["wrong_label"].sort(key=lambda each: -(each.score or 0))
+    return findings, notes
+
+
+def _by_predictions(run: Path, dataset: Dataset, number: int, photos: AllPhotos) -> tuple[LabelErrors, str]:
+    """By what the run's best weights answer to a split that they were not trained on."""
+    split, first = photos.splits[number], photos.first(number)
+    name = printable(split.name)
+    nothing = LabelErrors(np.full(len(split), -1), np.full(len(split), np.nan))
+    file = predictions_of(run, None if split.name == "val" else split.name)
+    if not file.exists():
+        return nothing, (
+            f"wrong labels of {name}: not looked for: `accelerate launch evaluate.py {printable(run)} --split {name}` "
+            f"makes {printable(file.name)}"
+        )
+    found = read_predictions(file)
+    classes = {spelled(each): at for at, each in enumerate(split.classes)}
+    places = {spelled(photos.path(first + index)): index for index in range(len(split))}
+    probabilities, own = np.full((len(split), len(classes)), np.nan), np.full(len(split), np.nan)
+    of_class = [classes.get(each, -1) for each in found.classes]
+    for row, path in enumerate(found.paths):
+        index = places.get(path, -1)
+        if index >= 0 and of_class[found.labels[row]] == split.labels[index]:
+            probabilities[index] = 0
+            for answer, probability in zip(found.answers[row], found.probabilities[row], strict=True):
+                if of_class[answer] >= 0:
+                    probabilities[index, of_class[answer]] = probability
+            own[index] = np.exp(-found.losses[row])
+    known = int(np.isfinite(own).sum())
+    return label_errors(split.labels, probabilities, own), (
+        f"wrong labels of {name}: by {printable(file)}, which knows {known} of {counted(len(split), 'photo')}"
+    )
+
+
+def _features(
+    config: Config, dataset: Dataset, photos: AllPhotos, weights: Weights, state: PartialState
+) -> tuple[dict[int, Features], str]:
+    """By number of the split; and a line. Of too many photos some are looked at, chosen by a hash."""
+    if config.crop_mode == "auto":
+        train = dataset.splits["train"]
+        config = replace(config, crop_mode=choose_crop_mode(train.sizes[train.faults == 0])[0])
+    accelerator = start_accelerator(config, state, trackers=None)
+    engine, _ = agree_on_engine(config.loader, state)
+    network = build_model(config, weights, dataset.splits["train"].classes).to(accelerator.device)
+    store = FeatureStore(cache_folder() / "features", int(config.cache_gb * 1e9)) if config.cache_gb else None
+    views = 1 + (config.flip_probability > 0)
+    most, total = most_photos(network.head.in_features, views), len(photos)
+    features = {}
+    for number, split in enumerate(photos.splits):
+        kept = len(split) if total <= most else most * len(split) // total
+        chosen = np.sort(in_order_of_chance(len(split))[:kept])
+        with torch.no_grad():
+            features[number] = features_of(network, split, chosen, engine, accelerator, config, store, views=views)
+    looked_at = f", {most} of the {total} photos" if total > most else ""
+    return features, (
+        f"wrong labels of training photos, outliers: by a head fitted to features of {weights.source}{looked_at}, each "
+        "photo by one that has not seen it; the run's own body has learned the labels"
+    )
+
+
+def _save_sheet(sheet: Path, name: str, found: Review, lines: dict[int, int]) -> None:
+    images, captions = [], []
+    for each in found.findings[name][:_SHOWN]:
+        photos, label = found.photos, found.photos.label
+        squares = [thumbnail(*photos.at(photo), _TILE) for photo in (each.photo, each.other) if photo >= 0]
+        told = f"line {lines[each.photo]}: {Path(photos.path(each.photo)).name}"
+        below = f"{photos.at(each.photo)[0].name}: {label(each.photo)}"
+        if each.other >= 0:
+            below += f" | {photos.at(each.other)[0].name}: {label(each.other)}"
+        elif each.new_label:
+            below += f"\nrather {each.new_label} ({each.score:.2f})"
+        else:
+            below += f"\n{each.score:.3g}"
+        images.append(np.concatenate(squares, axis=1))
+        captions.append(f"{told}\n{below}")
+    figures.save_captioned(sheet, images, captions)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = ScriptParser("python -m pipelines.review", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--data", help="where the photos are (default: the run's own)")
+    parser.add_argument("--weights", help="of the body whose features are looked at (default: that the run began with)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where photos.csv and sheets go (default: RUN/review)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))
