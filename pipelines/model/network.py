@@ -77,7 +77,7 @@ class TransferModel(nn.Module):
         """Hex, of the frozen layers and their values: what `forward_frozen` makes of a photo depends on no others."""
         is_whole = self._frozen_stages == len(STAGES)
         digest = hashlib.blake2b(type(self.network).__name__.encode(), digest_size=16)
-        for part in [self.network] if is_whole else self._layers(STAGES[: self._frozen_stages]):
+        for part in self._frozen_parts():
             for name, module in part.named_modules():
                 if not list(module.children()) and module is not self.head:
                     digest.update(f"{name} {module}".encode())
@@ -143,13 +143,17 @@ class TransferModel(nn.Module):
         return foldable(self.network)
 
     def _with_folded_frozen_part(self) -> "TransferModel":
-        """Made anew where the weights have been loaded, moved to a device or laid out otherwise since."""
-        values = [value for value in chain(self.parameters(), self.buffers()) if not value.requires_grad]
+        """Made anew where the weights have been loaded, moved to a device or laid out otherwise since.
+
+        Of the frozen stages alone, also in an average, whose weights all need no gradient: what moves it on a GPU
+        (torch._foreach_lerp_) counts no version there.
+        """
+        layers = [module for part in self._frozen_parts() for module in part.modules() if module is not self.head]
+        values = [value for each in layers for value in chain(each.parameters(False), each.buffers(False))]
         state = [(value.data_ptr(), value._version) for value in values]
         if self._folded_frozen_part is None or self._folded_frozen_part[0] != state:
             self._folded_frozen_part = None  # its memory is free before the next takes some
-            is_trained = {name: value.requires_grad for name, value in self.network.named_parameters()}
-            frozen = [pair for pair in self._foldable if not is_trained[f"{pair[0]}.weight"]]
+            frozen = [pair for pair in self._foldable if self.network.get_submodule(pair[0]) in layers]
             self._folded_frozen_part = (state, self._folded(self.network, frozen))
         return self._folded_frozen_part[1]
 
@@ -158,6 +162,11 @@ class TransferModel(nn.Module):
         model = TransferModel(folded(network, pairs), frozen_stages=self._frozen_stages, **settings)
         model._is_folded = True
         return model
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        """The modules of the frozen stages; of a network that is frozen as a whole all of it, the head included."""
+        is_whole = self._frozen_stages == len(STAGES)
+        return [self.network] if is_whole else self._layers(STAGES[: self._frozen_stages])
 
     def _layers(self, stages: Sequence[str]) -> list[nn.Module]:
         net = self.network

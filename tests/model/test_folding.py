@@ -5,6 +5,7 @@ import gc
 import weakref
 
 from pipelines.config import Config
+from pipelines.model.average import average_of, follow
 from pipelines.model.folding import foldable
 from pipelines.model.network import TransferModel, batchnorms, build_model
 from pipelines.model.optimizer import make_optimizer
@@ -13,6 +14,7 @@ from pipelines.model.weights import Weights
 import pytest
 import torch
 from torch import nn
+from torch.autograd import _unsafe_preserve_version_counter
 from torchvision.models import get_model
 
 
@@ -95,6 +97,20 @@ def test_the_folded_copy_follows_the_weights_and_is_not_saved(settings):
     assert_same_answers(model)
     model.double()
     assert model.forward_frozen(images(2).double()).dtype == model.for_evaluation().network.conv1.weight.dtype
+
+
+@pytest.mark.parametrize("settings", [{"freeze": "layer2"}, {"mode": "feature_extract"}, {}])
+def test_an_average_is_folded_as_it_is_now(settings):
+    """On a GPU one kernel moves all weights, and PyTorch counts no version of what it has changed."""
+    model = model_of(**settings)
+    average = average_of(model)
+    for step in range(1, 4):
+        with torch.no_grad():
+            for value in model.parameters():
+                value.mul_(1 + 0.1 * value.requires_grad)
+        with _unsafe_preserve_version_counter(tuple(average.parameters())):
+            follow(average, model, 0.9, step)
+        assert_same_answers(average)
 
 
 def test_the_copy_takes_memory_for_new_weights_only():
