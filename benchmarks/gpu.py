@@ -25,7 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -108,10 +108,15 @@ def make_photos(setup: Setup) -> Finding:
         ]
     for file, *_ in jobs:
         file.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: job[0].write_bytes(_encoded(_picture(*job[1:]), quality=90)), jobs))
+    with ProcessPoolExecutor(cpu_cores()) as pool:
+        list(pool.map(_write_photo, jobs, chunksize=8))
     torch.save(resnet18().state_dict(), setup.folder / "weights.pth")
     return Finding(f"{len(jobs)} photos in {time.perf_counter() - started:.0f} s", True)
+
+
+def _write_photo(job: tuple[Path, int, int, int, int]) -> None:
+    file, *shape_and_seed = job
+    file.write_bytes(_encoded(_picture(*shape_and_seed), quality=90))
 
 
 def _picture(height: int, width: int, *seed: int) -> Image.Image:
@@ -257,7 +262,7 @@ def odd_photos(setup: Setup) -> Finding:
     }
     worst = max(means, key=lambda name: means[name])
     found = f"{len(means)} kinds, mean at most {means[worst]:.2f} levels ({worst})"
-    found += f"; cut off, left out: {', '.join(left_out)}"
+    found += f"; cut off after the scan, left out: {', '.join(left_out)}"
     return Finding(found, len(means) == len(kinds) - 1 and means[worst] <= PILLOW_MEAN, means)
 
 
@@ -378,7 +383,8 @@ def synchronisation(setup: Setup) -> Finding:
         watched = nullcontext if setup.dry else _cuda_says_where_it_waits
         training.train(loader, steps, setup.of(20, 2), watched)
     loader.close()
-    spots = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message))
+    waits = [each for each in caught if "called a synchronizing CUDA operation" in str(each.message)]
+    spots = Counter(f"{Path(each.filename).name}:{each.lineno}" for each in waits)
     listed = ", ".join(f"{where} ({times})" for where, times in spots.most_common()) or "nowhere"
     return Finding(f"waits {listed}", not spots, dict(spots))
 
@@ -499,7 +505,7 @@ def _memory_used(setup: Setup) -> int:
 
 # The table of checks, and what runs it
 
-_CRASH = "a crash (exit code 139, nvImageCodec issue 55) or failure 8; 16 photos would be news"
+_CRASH = "a crash (nvImageCodec issue 55), or 16 photos"
 _WHOLE = f"16 photos, mean at most {PILLOW_MEAN:g} level off Pillow"
 CHECKS = [
     Check("photos", 2, "made", make_photos),
@@ -510,17 +516,17 @@ CHECKS = [
     Check("decode whole, hw load 0.0", 0.7, _WHOLE, partial(decodes, what="whole", load=0.0)),
     Check("tests without DALI", 3, "all pass", partial(tests, chosen="not dali", small="crash")),
     Check("tests with DALI", 5, "all pass", partial(tests, chosen="dali", small="cut_off and dali and cpu"), dali=True),
-    Check("odd photos", 1, f"mean at most {PILLOW_MEAN:g} level; cut off: left out by both", odd_photos, dali=True),
+    Check("odd photos", 1, f"mean at most {PILLOW_MEAN:g} level; cut off: by Pillow alone", odd_photos, dali=True),
     Check(
         "batch composition", 1.5, "loads 0 and 1 and the engine: 0, 0; load 0.65: not 0", batch_composition, dali=True
     ),
     Check("loader", 4, "dali 10,000 or more; Pillow, 16 threads, 3,500 to 4,500", loader_rates, True, True),
-    Check("decoder alone", 1.5, "14,000 to 16,000", decoder_rates, True, True),
+    Check("decoder alone", 1.5, "8,000 with load 1 on an H100, 4,000 with 0", decoder_rates, True, True),
     Check("waiting", 1.5, "waits nowhere", synchronisation),
     Check(
         "training",
         4,
-        "7,000 to 10,000/s; dali 0.95 of resident or more, waiting below 3 %",
+        "resident 11,000/s on an H100; dali 0.95 of it or more, waiting below 3 %",
         training_rates,
         figures=True,
     ),

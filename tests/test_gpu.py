@@ -276,7 +276,8 @@ def test_photos_are_altered_as_on_a_cpu():
     torch.testing.assert_close(there, here, rtol=0, atol=5e-3)
 
 
-LAUNCHES = {"one": [], "nccl, one": ["--multi_gpu"], "nccl, two": ["--multi_gpu"]}
+ONE_BY_NCCL = ["--config_file", str(ROOT / "accelerate_config.yaml")]  # --multi_gpu itself is refused for one process
+LAUNCHES = {"one": [], "nccl, one": ONE_BY_NCCL, "nccl, two": ["--multi_gpu"]}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def image_pipeline(
             device="mixed",
             output_type=types.RGB,
             jpeg_fancy_upsampling=True,  # as on the CPU and in Pillow
-            hw_decoder_load=0.0,  # anything but all or nothing, and a photo's decoder depends on the rest of its batch
+            hw_decoder_load=1.0,  # below 1 and above 0 a photo's decoder depends on the rest of its batch
             affine=False,
             preallocate_height_hint=largest[0],
             preallocate_width_hint=largest[1],
