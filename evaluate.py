@@ -45,6 +45,7 @@ from pipelines.run.predictions import write_predictions
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.text import check_printed, counted, listed, printable
 from pipelines.tracking.wandb import add_to_summary, check_tracked
+from pipelines.training.calibration import at_temperature, calibration_panels, reliability
 from pipelines.training.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
 
 import numpy as np
@@ -94,11 +95,13 @@ def main(arguments: list[str]) -> None:
             print("test_flips: an answer is the mean of a photo's logits and its mirror image's")
         processes = counted(accelerator.num_processes, "process")
         print(f"{processes} on {accelerator.device.type}; loader: {engine} ({reason})")
+    temperature = description["temperature"] if description else 1.0
     mean, std = (description["mean"], description["std"]) if description else (IMAGENET_MEAN, IMAGENET_STD)
     make_copies([split], config, state)
     loader = eval_loader(config, split, labels, state, engine, mean=mean, std=std)
     try:
-        model = restore_model(config.arch, weights, test_flips=config.test_flips).to(accelerator.device)
+        answering: Any = {"test_flips": config.test_flips, "temperature": temperature}
+        model = restore_model(config.arch, weights, **answering).to(accelerator.device)
         cam = GradCam(model.network, config.image_size, test_flips=config.test_flips) if options.explain else None
         records = predict(model, loader, accelerator)
     finally:
@@ -109,11 +112,14 @@ def main(arguments: list[str]) -> None:
         return
 
     scores = score(records, len(classes))
+    after, before = reliability(records), reliability(at_temperature(records, 1 / temperature))
     if options.json:
         facts = {"split": printable(split_name), "world_size": accelerator.num_processes, "classes": names}
-        facts |= {"test_flips": config.test_flips}
+        facts |= {"test_flips": config.test_flips, "temperature": temperature}
+        facts |= {"without_temperature": {"loss": before.loss, "ece": before.ece}}
         _write_json(options.json, facts | {"dataset_fingerprint": dataset.fingerprint} | _as_json(scores))
-    _print_scores(scores, names)
+    without = f"; without the run's temperature {temperature:g} {before.ece:.4f}, and a loss of {before.loss:.4f}"
+    _print_scores(scores, names, without if temperature != 1 else "")
     if options.tracker == "wandb":
         found: dict[str, float | str] = {
             "loss": scores.loss,
@@ -124,12 +130,16 @@ def main(arguments: list[str]) -> None:
         found |= {"top5": scores.topk[5]} if 5 in scores.topk and len(classes) > 5 else {}
         found |= {"photos": scores.count, "split": printable(split_name)}
         add_to_summary(options.model, tracked, {f"test/{key}": value for key, value in found.items()})
-    matrix, grid = (folder / f"{name}_{split_name}.png" for name in ("confusion_matrix", "predictions"))
+    pictures = ("confusion_matrix", "predictions", "calibration")
+    matrix, grid, diagram = (folder / f"{name}_{split_name}.png" for name in pictures)
     with atomic_write(table) as partial:
         write_predictions(records, split, classes, partial)
     print(f"all answers:      {printable(table)}")
     if figures.attempt(matrix.name, lambda: figures.save_confusion_matrix(matrix, scores.confusion_pairs, names)):
         print(f"confusion matrix: {printable(matrix)}")
+    panels = calibration_panels(before.described(), after.described() if temperature != 1 else None, temperature)
+    if figures.attempt(diagram.name, lambda: figures.save_calibration(diagram, panels)):
+        print(f"calibration:      {printable(diagram)}")
     if figures.attempt(grid.name, lambda: _save_predictions(grid, records, split, names, config)):
         print(f"predictions:      {printable(grid)}", flush=True)
     if cam:
@@ -319,7 +329,7 @@ def _as_json(scores: Scores) -> dict[str, Any]:
     return content
 
 
-def _print_scores(scores: Scores, names: list[str]) -> None:
+def _print_scores(scores: Scores, names: list[str], without_temperature: str) -> None:
     low, high = scores.interval
     commonest = max(range(len(names)), key=lambda label: scores.per_class[label]["count"] or 0)
     print(f"loss               {scores.loss:.4f}")
@@ -331,7 +341,7 @@ def _print_scores(scores: Scores, names: list[str]) -> None:
     for k, accuracy in sorted(scores.topk.items()):
         if k < len(names):
             print(f"top-{k:<15}{accuracy:.4f}")
-    print(f"calibration error  {scores.ece:.4f}   15 bins")
+    print(f"calibration error  {scores.ece:.4f}   {figures.CALIBRATION_BINS} bins{without_temperature}")
     rows = sorted(zip(names, scores.per_class, strict=True), key=lambda row: not row[1]["count"])  # n/a comes last
     width = max(len("class"), *(len(name) for name, _ in rows[:_SHOWN_CLASSES]))
     print(f"\n{'class':<{width}}  precision  recall      f1   photos")

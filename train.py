@@ -28,6 +28,7 @@ from pipelines.run.checkpoint import Checkpoints, Stateful, UnreadablePhotos
 from pipelines.run.folder import describe_model
 from pipelines.run.predictions import write_predictions
 from pipelines.training.build import Components, build, build_network
+from pipelines.training.calibration import at_temperature, calibrate, unsure_thresholds
 from pipelines.training.check import Checked, check
 from pipelines.training.evaluation import BEST_BY, best_scores, loss_and_top1, predict, validation_row
 from pipelines.training.recorder import Recorder
@@ -149,8 +150,12 @@ def evaluate_and_keep_best(
     row |= best_scores(progress.best)  # a sweep stops by it
     recorder.evaluation(row, records)
     if is_best:
-        answers = partial(write_predictions, better, components.validation.split, checked.classes)
-        run.save_best(network.network, describe_model(config, checked.dataset, progress.best), answers)
+        calibration = calibrate(better)
+        calibrated = at_temperature(better, calibration.temperature)
+        answers = partial(write_predictions, calibrated, components.validation.split, checked.classes)
+        description = describe_model(config, checked.dataset, progress.best)
+        description |= {"temperature": calibration.temperature, "calibration": calibration.described()}
+        run.save_best(network.network, description | {"unsure": unsure_thresholds(calibrated)}, answers)
         recorder.best_weights()
     progress.epoch = epoch
     session.write_status("running")

@@ -91,15 +91,17 @@ preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}]
 """
 
 
-class _WithMirrorImage(torch.nn.Module):
-    """`TransferModel.mean_logits` of both views, in one graph."""
+class _Answering(torch.nn.Module):
+    """`TransferModel.mean_logits` of a photo, and with `mirrored` its mirror image, in one graph."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: torch.nn.Module, *, mirrored: bool, temperature: float) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.mirrored, self.temperature = network, mirrored, temperature
 
     def forward(self, normalised: torch.Tensor) -> torch.Tensor:
-        return (self.network(normalised) + self.network(normalised.flip(-1))) / 2
+        logits = self.network(normalised)
+        logits = (logits + self.network(normalised.flip(-1))) / 2 if self.mirrored else logits
+        return logits / self.temperature if self.temperature != 1 else logits
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as temporary:
             folder = Path(temporary)
             network = _network_graph(description, weights, options.opset, reference.test_flips)
-            properties = _properties(reference) | {"weights_digest": digest}
+            properties = _properties(reference, description["temperature"]) | {"weights_digest": digest}
             graph, check = _export_checked(network, reference, properties, paths, folder / "model.onnx", options)
             tensors = safetensors.torch.save(dict(weights.state or {}), properties | {"format": "pt"})
             (folder / "model.safetensors").write_bytes(tensors)  # by its own hand the file is for its owner alone
@@ -287,8 +289,9 @@ def _network_graph(
         raise UserError(
             f"--opset {opset}: this version of onnx knows {newest} as the highest, and {_OPSET} is the least"
         )
-    network: torch.nn.Module = restore_model(description["arch"], weights).network
-    network = (_WithMirrorImage(network) if test_flips else network).eval().to(memory_format=torch.contiguous_format)
+    answering: Any = {"mirrored": test_flips, "temperature": description["temperature"]}
+    network = _Answering(restore_model(description["arch"], weights).network, **answering)
+    network = network.eval().to(memory_format=torch.contiguous_format)
     size = description["image_size"]
     program = torch.onnx.export(
         network,
@@ -350,10 +353,11 @@ def _listed(values: np.ndarray) -> str:
     return ", ".join(repr(float(value)) for value in values)
 
 
-def _properties(reference: Classifier) -> dict[str, str]:
+def _properties(reference: Classifier, temperature: float) -> dict[str, str]:
     """What a file of weights must carry with it, as JSON."""
-    facts = {"classes": list(reference.classes), "preprocess": asdict(reference.preprocess)}
-    return {key: json.dumps(value) for key, value in (facts | {"test_flips": reference.test_flips}).items()}
+    facts: dict[str, Any] = {"classes": list(reference.classes), "preprocess": asdict(reference.preprocess)}
+    facts |= {"test_flips": reference.test_flips, "temperature": temperature}
+    return {key: json.dumps(value) for key, value in facts.items()}
 
 
 _CARD = """---
@@ -371,6 +375,8 @@ A {arch} that tells {count} classes apart: {classes}.
 {scores}
 
 {picture}
+
+{confidence}
 
 ## Intended use
 
@@ -417,13 +423,14 @@ preprocess = transforms.Compose([
 ])
 photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 with torch.inference_mode():
-    {logits}
+    {logits}{over_temperature}
 print(classes[logits.argmax()])
 ```
 
 `model.onnx`, opset {opset}, {graph}
 {mirrored}Checked with onnxruntime on the CPU: the same top-1 as PyTorch on {agreed} of {checked}, largest
-difference of a logit {largest:.2g}. `classes`, `preprocess` and `test_flips` stand in its metadata, as JSON.
+difference of a logit {largest:.2g}. `classes`, `preprocess`, `test_flips` and `temperature` stand in its metadata, as
+JSON.
 
 From 1.29 on onnxruntime sends events to its makers unless `ORT_DISABLE_TELEMETRY=1` is set before it is loaded.
 
@@ -473,12 +480,14 @@ def _facts(
         **_geometry(preprocess),
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
+        "confidence": _confidence(description["temperature"], description["calibration"]),
         "mirrored": "Its logits are the mean of a picture's and its mirror image's (`test_flips`).\n"
         if reference.test_flips
         else "",
         "logits": "view = preprocess(photo)[None]\n    logits = (model(view) + model(view.flip(-1))) / 2"
         if reference.test_flips
         else "logits = model(preprocess(photo)[None])",
+        "over_temperature": f" / {temperature:g}" if (temperature := description["temperature"]) != 1 else "",
     }
 
 
@@ -527,6 +536,17 @@ def _scores(scores: Mapping[str, Any], *, test_flips: bool) -> str:
         )
     except KeyError:
         return "Not known: the run's `model.json` has none."
+
+
+def _confidence(temperature: float, calibration: Mapping[str, Any] | None) -> str:
+    if calibration is None or calibration["after"] is None:
+        return "Confidences are the softmax of the network's logits; no temperature was fitted."
+    before, after = calibration["before"], calibration["after"]
+    return (
+        f"Confidences are the softmax of logits / {temperature:g} (Guo et al. 2017); the graph divides by itself. "
+        f"The calibration error is {before['ece']:.4f} without and {after['ece']:.4f} with a temperature, on the "
+        f"validation photos, each by one that was fitted on the others of {calibration['folds']} folds."
+    )
 
 
 def _data(description: Mapping[str, Any], dataset: Dataset | None) -> list[str]:

@@ -5,6 +5,7 @@
     python deploy/predict.py runs/NAME photos/ --json - | jq .class  # one object a line, as the answers come
     python deploy/predict.py runs/NAME photos/ --grid picture.png   # the 16 photos that it is least sure of
     python deploy/predict.py runs/NAME photos/ --explain seen/      # where in each photo it finds its answer (Grad-CAM)
+    python deploy/predict.py runs/NAME photos/ --unsure-for 0.99    # marks those that a person should look at
 
 A file that is no readable photo is named and the rest goes on; the exit code is 2 then. Nothing is kept in memory but
 the list of paths: a million photos stream through.
@@ -41,10 +42,11 @@ from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import start_processes
 from pipelines.errors import UserError
 from pipelines.files import begins_with, check_replaceable
-from pipelines.inference import Answer, explainer, find_photos, open_run
+from pipelines.inference import Answer, explainer, find_photos, open_run, unsure_below
 from pipelines.run import figures
 from pipelines.run.heat import laid_over
 from pipelines.text import check_printed, counted, printable
+from pipelines.training.calibration import unsure_line
 
 import numpy as np
 import torch
@@ -68,20 +70,26 @@ def main(arguments: list[str]) -> None:
     run = open_run(options.run, device, engine=engine, threads=cpu_cores(), **settings)
     mirrored = ", each with its mirror image" if run.test_flips else ""
     explain = explainer(run) if options.explain else None
+    unsure = unsure_below(options.run, options.unsure_for)
     files = f"{counted(len(paths), 'file')}{mirrored}"
     _say(f"{printable(options.run)} on {files}, {device.type}; loader: {engine} ({reason})")
 
+    if unsure:
+        _say(unsure_line(unsure))
     counts: Counter[str] = Counter()
+    unsure_count = 0
     doubtful: list[tuple[float, int, str]] = []  # a heap of -confidence, number, class: the surest answer comes out
     with ExitStack() as stack:
         writers = _writers(options, stack, paths, run.classes)
+        below = unsure["below"] if unsure else None
         rows_are_seen = sys.stdout.isatty() and (
             "-" in (options.csv, options.json) or not (options.csv or options.json)
         )
         hidden = rows_are_seen or not sys.stderr.isatty()
         bar = stack.enter_context(tqdm(total=len(paths), unit="photo", leave=False, disable=hidden))
         for number, answer in enumerate(run.classify(paths)):
-            row = _row(answer, run.classes)
+            row = _row(answer, run.classes, below)
+            unsure_count += row.get("unsure", False)
             if explain and not answer.error:
                 picture = options.explain / f"{number + 1:0{len(str(len(paths)))}}_{_stem(answer.path)}.png"
                 heat = partial(_save_explanation, picture, answer, row, explain, run.preprocess)
@@ -104,7 +112,8 @@ def main(arguments: list[str]) -> None:
     read = sum(counts.values())
     each = ", ".join(f"{printable(name)} {count}" for name, count in counts.most_common(5)) or "none"
     more = f" and {counted(len(counts) - 5, 'class')} more" if len(counts) > 5 else ""
-    _say(f"{read} photo{'' if read == 1 else 's'} in {time.perf_counter() - started:.1f} s: {each}{more}")
+    marked = f"; {unsure_count} of them unsure" if unsure else ""
+    _say(f"{read} photo{'' if read == 1 else 's'} in {time.perf_counter() - started:.1f} s: {each}{more}{marked}")
     if read < len(paths):
         raise UserError(
             f"{len(paths) - read} of {counted(len(paths), 'file')} cannot be read as a photo; each is named above"
@@ -125,6 +134,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--loader", type=engine_name, choices=engines, default="auto", help=engine_help)
     parser.add_argument("--eval-batch-per-device", type=int, default=64, metavar="N", help="of a batch (default: 64)")
     parser.add_test_flips()
+    parser.add_unsure_for()
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
     options = parser.parse_args(arguments)
     if options.csv == options.json == "-":
@@ -165,12 +175,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _row(answer: Answer, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What is written of a photo, or of a file that is none."""
+def _row(answer: Answer, classes: tuple[str, ...], below: float | None) -> dict[str, Any]:
+    """What is written of a photo, or of a file that is none. below: which confidence is unsure."""
     if answer.error:
         return {"path": answer.path, "error": answer.error}
     (best, confidence), (runner_up, _) = answer.ranking(classes)[:2]
-    return {"path": answer.path, "class": best, "confidence": round(confidence, 6), "runner_up": runner_up}
+    row = {"path": answer.path, "class": best, "confidence": round(confidence, 6), "runner_up": runner_up}
+    return row if below is None else row | {"unsure": confidence < below}
 
 
 def _writers(
@@ -181,7 +192,8 @@ def _writers(
     if options.csv:
         # A name that is not UTF-8 keeps its own bytes.
         file = _open(options.csv, stack, "surrogateescape")
-        columns = (*_COLUMNS, "picture") if options.explain else _COLUMNS
+        more = {"picture": options.explain, "unsure": options.unsure_for}
+        columns = (*_COLUMNS, *(name for name, wanted in more.items() if wanted))
         plain = csv.DictWriter(file, columns, lineterminator="\n")
         # Before Python 3.13 a \r is quoted only where lines end with one, and read as a line's end where it is not.
         quoted = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -215,7 +227,8 @@ def _table(paths: list[str], classes: tuple[str, ...]) -> Callable[[dict[str, An
         path = path if len(path) <= widest else f"…{path[1 - widest :]}"
         if "error" not in row:
             best, runner_up = printable(row["class"]), printable(row["runner_up"])
-            print(f"{path:<{widest}}  {best:<{names}}  {row['confidence']:10.4f}  {runner_up}", flush=True)
+            unsure = "  unsure" if row.get("unsure") else ""
+            print(f"{path:<{widest}}  {best:<{names}}  {row['confidence']:10.4f}  {runner_up}{unsure}", flush=True)
 
     return write
 

@@ -2,6 +2,7 @@
 
     python deploy/serve.py runs/NAME                  # http://127.0.0.1:8000, for this machine alone
     python deploy/serve.py runs/NAME --weights onnx   # the graph of deploy/export.py, without PyTorch's network
+    python deploy/serve.py runs/NAME --unsure-for 0.99  # marks answers that a person should look at
     python deploy/serve.py runs/NAME --host 0.0.0.0   # for the network too, a phone say; there is no password
 
     curl --data-binary @photo.jpg http://127.0.0.1:8000/classify
@@ -44,11 +45,21 @@ from pipelines.config import ScriptParser
 from pipelines.distributed.exits import Terminated, run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.errors import UserError
-from pipelines.inference import Answer, Classifier, answer_of, explainer, import_extra, open_onnx, open_run
+from pipelines.inference import (
+    Answer,
+    Classifier,
+    answer_of,
+    explainer,
+    import_extra,
+    open_onnx,
+    open_run,
+    unsure_below,
+)
 from pipelines.run.heat import laid_over
 from pipelines.run.resume import spelled
 from pipelines.run_files import read_description
 from pipelines.text import printable
+from pipelines.training.calibration import unsure_line
 from pipelines.training.evaluation import wilson_interval
 
 import numpy as np
@@ -89,6 +100,9 @@ def main(arguments: list[str]) -> None:
     import_extra("uvicorn")
     import_extra("starlette")
     facts = describe(options.run)
+    if unsure := unsure_below(options.run, options.unsure_for):
+        facts["unsure"] = unsure
+        print(unsure_line(unsure), flush=True)
     # One thread for each photo, and several photos at a time: the cores are not shared out twice.
     torch.set_num_threads(1)
     if options.weights == "onnx":
@@ -120,6 +134,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best.pt and model.json")
     parser.add_argument("--weights", choices=("pytorch", "onnx"), default="pytorch", help="(default: pytorch)")
     parser.add_test_flips()
+    parser.add_unsure_for()
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     parser.add_argument(
@@ -368,9 +383,11 @@ def _make_app(
         if found.error:
             fault = found.error.partition(" (")[0]
             return refusal(400, fault, _MESSAGES.get(fault, f"The photo {found.error}."))
-        ranking = [{"class": name, "confidence": round(share, 6)} for name, share in found.ranking(classifier.classes)]
-        shown = {"explanation": picture} if picture else {}
-        return JSONResponse({**ranking[0], "runner_up": ranking[1]["class"], "classes": ranking[:_SHOWN], **shown})
+        shares = found.ranking(classifier.classes)
+        ranking = [{"class": name, "confidence": round(share, 6)} for name, share in shares]
+        told: dict[str, Any] = {**ranking[0], "runner_up": ranking[1]["class"], "classes": ranking[:_SHOWN]}
+        told |= {"unsure": shares[0][1] < facts["unsure"]["below"]} if "unsure" in facts else {}
+        return JSONResponse(told | ({"explanation": picture} if picture else {}))
 
     async def show_page(_: Request) -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})

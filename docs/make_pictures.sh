@@ -9,6 +9,9 @@ trap 'rm -rf "$runs"' EXIT
 
 python -m accelerate.commands.launch train.py --config configs/finetune.yaml --runs "$runs" --run finetune --tracker none
 python -m accelerate.commands.launch evaluate.py "$runs/finetune"
+# docs/inference.md has this one's figures.
+python -m accelerate.commands.launch train.py --config configs/feature_extract.yaml --runs "$runs" --run fe --tracker none
+cp "$runs/fe/figures/calibration.png" "$runs/finetune/figures/"
 
 python - "$runs/finetune/figures" <<'PYTHON'
 import sys
@@ -17,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 # As small as they can be without a loss that shows: drawings as PNG with a palette, grids of photos as JPEG.
-for name in ("curves", "train_batch", "predictions_val", "confusion_matrix_val"):
+for name in ("curves", "calibration", "train_batch", "predictions_val", "confusion_matrix_val"):
     picture = Image.open(Path(sys.argv[1]) / f"{name}.png").convert("RGB")
     target = Path("docs") / name.removesuffix("_val")
     if name in ("train_batch", "predictions_val"):

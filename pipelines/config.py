@@ -68,6 +68,7 @@ Arch = Literal[
     "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
     "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32",
 ]  # fmt: skip
+UNSURE_FOR = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # accuracies that answers may be wanted to have
 STAGED = ("resnet", "resnext", "wide_resnet")  # how those begin whose stages can be told
 _MOST_NAMED = 12  # of a setting's values
 ImageSize = Annotated[int, Field(ge=64, le=1024)]
@@ -586,6 +587,17 @@ class ScriptParser(argparse.ArgumentParser):
             type=_true_or_false,
             metavar="VALUE",
             help="true or false: take the mean with each photo's mirror image, in twice the time (default: the run's)",
+        )
+
+    def add_unsure_for(self) -> None:
+        """An accuracy of UNSURE_FOR that answers are to have which are not marked as unsure; None: none is marked."""
+        self.add_argument(
+            *("--unsure-for", "--unsure_for"),
+            type=float,
+            choices=UNSURE_FOR,
+            metavar="ACCURACY",
+            help="mark answers as unsure, so that of the others so many are right, by the run's validation photos: "
+            f"{', '.join(f'{each:g}' for each in UNSURE_FOR)} (default: none is marked)",
         )
 
     def error(self, message: str) -> NoReturn:

@@ -30,8 +30,9 @@ from pipelines.files import file_digest
 from pipelines.model.gradcam import GradCam
 from pipelines.model.network import TransferModel, restore_model
 from pipelines.model.weights import read_run_weights
-from pipelines.run_files import check_preprocessing, read_description
-from pipelines.text import printable
+from pipelines.run_files import Unsure, check_preprocessing, read_description
+from pipelines.text import listed, printable
+from pipelines.training.calibration import unsure_for
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ _PREFETCH = 2  # batches that are decoded while the network works on another
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says of one file: logits, float32 [classes]; or None and `error`, why there is no picture in it."""
+    """What a model says of one file: logits over the temperature, float32 [classes]; or None and `error`, why there is
+    no picture in it."""
 
     path: str
     logits: np.ndarray | None
@@ -202,7 +204,8 @@ def open_run(
     description = read_description(run, "run")
     weights = read_run_weights(run, description["arch"], "run")
     flips = description["test_flips"] if test_flips is None else test_flips
-    model = restore_model(description["arch"], weights, test_flips=flips).to(device).for_evaluation()
+    answering: Any = {"test_flips": flips, "temperature": description["temperature"]}
+    model = restore_model(description["arch"], weights, **answering).to(device).for_evaluation()
 
     def network(images: torch.Tensor) -> np.ndarray:
         with torch.inference_mode():
@@ -228,6 +231,21 @@ def explainer(classifier: Classifier) -> Callable[[np.ndarray, Answer], np.ndarr
         return cam(classifier.images_of(square[None]), label)[0]
 
     return explain
+
+
+def unsure_below(run: Path, wanted: float | None) -> Unsure | None:
+    """Below which confidence an answer is unsure, so that the others are as often right as `wanted`, of UNSURE_FOR, as
+    the run's validation photos say. UserError where they do not; None without `wanted`.
+    """
+    if wanted is None:
+        return None
+    description = read_description(run, "run")
+    if found := unsure_for(description, wanted):
+        return found
+    if not description["calibration"]:
+        raise UserError(f"--unsure-for: {run / 'model.json'} has no thresholds: it is of an earlier version")
+    there = listed([f"{each['wanted']:g}" for each in description["unsure"]]) or "none"
+    raise UserError(f"--unsure-for {wanted:g}: the surest answers to the validation photos are not; there is: {there}")
 
 
 def open_onnx(file: Path, *, threads: int = 1, made_of: Path | None = None) -> Classifier:

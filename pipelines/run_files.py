@@ -32,6 +32,9 @@ _ADDED_TO_MODEL = {
     "dataset_fingerprint": "",
     "versions": {},
     "test_flips": False,
+    "temperature": 1.0,
+    "calibration": None,
+    "unsure": [],
 }
 _ADDED_TO_PREPROCESSING = {"transparency": "ignored", "crop_mode": "center", "shrink": None}
 MEANT_BEFORE = {"transparency": "ignored"}  # settings that have another default
@@ -95,15 +98,53 @@ class Preprocessing(TypedDict):
     std: Annotated[list[Annotated[float, Field(ge=1e-3, le=10)]], Field(min_length=3, max_length=3)]
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@with_config(_READING)
+class SavedReliability(TypedDict):
+    """See `calibration.Reliability`; a bin is photos, mean confidence and accuracy."""
+
+    loss: Annotated[float, Field(ge=0)]
+    ece: Share
+    bins: list[Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=3, max_length=3)]]
+
+
+@with_config(_READING)
+class SavedCalibration(TypedDict):
+    """See `calibration.Calibration`."""
+
+    photos: Count
+    folds: Count
+    reason: str
+    before: SavedReliability
+    after: SavedReliability | None
+
+
+@with_config(_READING)
+class Unsure(TypedDict):
+    """Below which confidence an answer is unsure, for a wanted accuracy of the others; of the photos that chose it,
+    how many were kept and how many of those were right."""
+
+    wanted: Share
+    below: Share
+    photos: Count
+    kept: Count
+    right: Count
+
+
 @with_config(_READING)
 class Description(Preprocessing):
     """model.json. scores: the best evaluation's row of metrics.jsonl, with the counts `correct` and `count`, of photos
-    with their mirror images where test_flips says so."""
+    with their mirror images where test_flips says so. temperature: what logits are divided by."""
 
     format: int
     arch: Arch
     classes: Annotated[list[str], Field(min_length=2), AfterValidator(_differ)]
     test_flips: bool
+    temperature: Annotated[float, Field(ge=0.25, le=4)]
+    calibration: SavedCalibration | None
+    unsure: list[Unsure]
     scores: Annotated[dict[str, Number | str], AfterValidator(_check_scores)]
     data: str
     dataset_fingerprint: str

@@ -148,11 +148,11 @@ def trained_run(tmp_path_factory, random_weights, answers_of_evaluate) -> Traine
 
 
 @pytest.fixture(scope="session")
-def answers_of_evaluate() -> Callable[[Path], Mapping[str, tuple[str, float]]]:
+def answers_of_evaluate() -> Callable[..., Mapping[str, tuple[str, float]]]:
     """Class and confidence by path, of a run's validation photos."""
     import evaluate
 
-    def answers(run: Path) -> dict[str, tuple[str, float]]:
+    def answers(run: Path, *flags: str) -> dict[str, tuple[str, float]]:
         records = []
 
         def listen(model, loader, accelerator):
@@ -162,7 +162,7 @@ def answers_of_evaluate() -> Callable[[Path], Mapping[str, tuple[str, float]]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(ROOT)
             patch.setattr(evaluate, "predict", listen)
-            assert run_script(evaluate.main, [str(run)]) == 0
+            assert run_script(evaluate.main, [str(run), *flags]) == 0
         (loader, rows), classes = records[0], read_description(run, "run")["classes"]
         named = [classes[label] for label in rows["predicted"]]
         paths = [loader.split.path(int(index)) for index in rows["index"]]

@@ -180,6 +180,7 @@ def check_script(script: Path, arguments: list[str]) -> None:
     texts = {node.value for call in named for node in ast.walk(call) if isinstance(node, ast.Constant)}
     flags = {text for text in texts if isinstance(text, str) and text.startswith("--")} | {"--help"}
     flags |= {"--test-flips"} if "add_test_flips()" in source else set()
+    flags |= {"--unsure-for"} if "add_unsure_for()" in source else set()
     flags |= {"--config", *(f"--{key}" for key in SCHEMA)} if "parse_known_args" in source else set()
     for argument in arguments:
         assert not argument.startswith("--") or argument.partition("=")[0] in flags, f"{script} has no {argument}"

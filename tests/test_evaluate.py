@@ -200,7 +200,7 @@ def test_best_by_balanced_in_a_training_whose_pictures_all_fail(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no font")
 
-    for name in ("save_train_batch", "save_curves", "save_confusion_matrix", "save_per_class"):
+    for name in ("save_train_batch", "save_curves", "save_calibration", "save_confusion_matrix", "save_per_class"):
         monkeypatch.setattr(figures, name, fail)
     rows = iter([(0.9, 0.5), (0.7, 0.8), (0.9, 0.6)])
 
@@ -216,7 +216,7 @@ def test_best_by_balanced_in_a_training_whose_pictures_all_fail(
     assert done.returncode == 0, done.stderr
     assert "best val balanced_top1 0.8000 (top1 0.7000) at epoch 2" in done.stdout
     assert "always answering ant, the commonest class of val: top1 0.7500, balanced 0.5000" in done.stdout
-    assert [line.count("not drawn (no font)") for line in done.stderr.splitlines()] == [1] * 4
+    assert [line.count("not drawn (no font)") for line in done.stderr.splitlines()] == [1] * 5
     assert read(tmp_path / "r" / "model.json")["scores"]["val/balanced_top1"] == 0.8
 
 
@@ -246,7 +246,7 @@ def test_a_run_with_test_flips_is_evaluated_with_them(photos, random_weights, ru
     mirrored, on_two, plain = found
     assert [scores["test_flips"] for scores in found] == [True, True, False]
     assert [scores["count"] for scores in found] == [11, 11, 11]
-    assert mirrored["loss"] == pytest.approx(best["val/loss"], rel=1e-5)
+    assert mirrored["without_temperature"]["loss"] == pytest.approx(best["val/loss"], rel=1e-5)
     assert mirrored["correct"] == best["correct"]
     assert on_two["confusion_matrix"] == mirrored["confusion_matrix"]
     assert on_two["loss"] == pytest.approx(mirrored["loss"], rel=1e-5)

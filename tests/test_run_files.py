@@ -57,10 +57,13 @@ def test_whole_files_are_read(tmp_path):
 
 
 def test_what_an_older_version_did_not_write_is_filled_in(tmp_path):
-    for key in ("format", "scores", "data", "dataset_fingerprint", "versions", "test_flips"):
+    for key in ("format", "scores", "data", "dataset_fingerprint", "versions", "test_flips", "unsure"):
         (tmp_path / "model.json").write_text(json.dumps(without(DESCRIPTION, key)))
         assert read_description(tmp_path, "run").keys() == DESCRIPTION.keys()
-    assert read_description(tmp_path, "run")["test_flips"] is False
+    assert read_description(tmp_path, "run")["unsure"] == []
+    for key, meant in (("test_flips", False), ("temperature", 1.0), ("calibration", None)):
+        (tmp_path / "model.json").write_text(json.dumps(without(DESCRIPTION, key)))
+        assert read_description(tmp_path, "run")[key] == meant  # type: ignore[literal-required]
     (tmp_path / "progress.json").write_text(json.dumps(without(PROGRESS, "format")))
     assert read_progress(tmp_path) == PROGRESS
     (tmp_path / "progress.json").write_text(json.dumps(without(without(PROGRESS, "engine"), "device")))
@@ -83,6 +86,11 @@ def test_what_a_reader_of_the_weights_needs_must_be_there(key, tmp_path):
         ("classes", ["ant", "ant"]),
         ("classes", ["ant", 5]),
         ("test_flips", "yes"),
+        ("temperature", 0),
+        ("temperature", float("nan")),
+        ("calibration", {"photos": 3}),
+        ("calibration", DESCRIPTION["calibration"] | {"after": {"loss": 0.5, "ece": 0.5, "bins": [[1, 0.5]]}}),
+        ("unsure", [{"wanted": 0.99, "below": 1.5, "photos": 4, "kept": 3, "right": 3}]),
         ("image_size", 10**9),
         ("image_size", float("inf")),
         ("image_size", float("nan")),

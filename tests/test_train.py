@@ -47,7 +47,7 @@ def test_quickstart_learns_and_says_what_it_left(tmp_path):
     assert re.search(rf"next: +accelerate launch evaluate.py {re.escape(str(run))}", said)
     left = {"config.yaml", "status.json", "metrics.jsonl", "best.pt", "model.json", "figures"}
     assert left <= {path.name for path in run.iterdir()}
-    drawn = {"train_batch.png", "curves.png", "confusion_matrix.png", "per_class.png"}
+    drawn = {"train_batch.png", "curves.png", "calibration.png", "confusion_matrix.png", "per_class.png"}
     assert {path.name for path in (run / "figures").iterdir()} == drawn
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("finished", 0)

@@ -31,15 +31,25 @@ class TransferModel(nn.Module):
     batchnorm: "frozen" (statistics stay as they are, everywhere), or "train" or "sync" (they follow the batches, in
     the frozen part too); "none" where the network has none. Dropout and stochastic depth are left out. test_flips:
     whether `view_features` and `mean_logits`, which an evaluation asks, look at each photo's mirror image too.
+    temperature: what `mean_logits` divides by, above 0 (Guo et al. 2017).
     A frozen part that is fixed is run by a copy with BatchNorm folded into its convolutions.
     """
 
-    def __init__(self, network: nn.Module, *, frozen_stages: int, batchnorm: str, test_flips: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        frozen_stages: int,
+        batchnorm: str,
+        test_flips: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         self.network: Any = network
         self.head_name = head_name(network)
         self.batchnorm = batchnorm if batchnorms(network) else "none"
         self.test_flips = test_flips
+        self.temperature = temperature
         # What it was made of, and it. In a tuple, and so no part of this module: not saved, not moved, not trained.
         self._folded_frozen_part: tuple[object, TransferModel] | None = None
         self._is_folded = False
@@ -130,13 +140,13 @@ class TransferModel(nn.Module):
         return torch.cat([features, self.forward_frozen(images.flip(-1))]) if self.test_flips else features
 
     def mean_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """The output of `view_features` -> the views' mean logits, float32 [n, classes].
+        """The output of `view_features` -> the views' mean logits over the temperature, float32 [n, classes].
 
         Their softmax is the geometric mean of the views' probabilities, normalised: confidence, loss and calibration
         follow from it as from a single view's. The views run one after the other, as `n` is what memory was chosen for.
         """
         views = features.chunk(1 + self.test_flips)
-        return torch.stack([self.forward_trained(view).float() for view in views]).mean(dim=0)
+        return torch.stack([self.forward_trained(view).float() for view in views]).mean(dim=0) / self.temperature
 
     @functools.cached_property
     def _foldable(self) -> list[Pair]:
@@ -158,7 +168,7 @@ class TransferModel(nn.Module):
         return self._folded_frozen_part[1]
 
     def _folded(self, network: nn.Module, pairs: Sequence[Pair]) -> "TransferModel":
-        settings: Any = {"batchnorm": self.batchnorm, "test_flips": self.test_flips}
+        settings: Any = {"batchnorm": self.batchnorm, "test_flips": self.test_flips, "temperature": self.temperature}
         model = TransferModel(folded(network, pairs), frozen_stages=self._frozen_stages, **settings)
         model._is_folded = True
         return model
@@ -255,11 +265,12 @@ def has_head_for(classes: Sequence[str], weights: Weights) -> bool:
     return [*map(composed, weights.classes or ())] == [*map(composed, classes)]
 
 
-def restore_model(arch: str, weights: Weights, *, test_flips: bool = False) -> TransferModel:
+def restore_model(arch: str, weights: Weights, *, test_flips: bool = False, temperature: float = 1.0) -> TransferModel:
     """A trained model as it was saved, head and all, for evaluation only; `weights` has state and classes."""
     network = models.get_model(arch, weights=None, num_classes=len(weights.classes or ()))
     _load(network, weights.state or {})
-    model = TransferModel(network, frozen_stages=0, batchnorm="frozen", test_flips=test_flips)
+    answering: Any = {"test_flips": test_flips, "temperature": temperature}
+    model = TransferModel(network, frozen_stages=0, batchnorm="frozen", **answering)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines.errors import MachineError
 from pipelines.files import atomic_write
-from pipelines.run.figures import MAX_PHOTOS, SOFTWARE
+from pipelines.run.figures import CALIBRATION_BINS, MAX_PHOTOS, SOFTWARE
 from pipelines.text import printable
 
 import matplotlib.style
@@ -230,6 +230,24 @@ def save_lr_search(path: Path, rates: np.ndarray, losses: np.ndarray, suggestion
         panel.set_title("loss", pad=20)
         panel.grid(True)
         panel.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.97), ncols=2).set_in_layout(False)
+
+
+def save_calibration(path: Path, panels: Mapping[str, Mapping[str, Any]]) -> None:
+    """Accuracy over confidence, a bar for each bin that has photos, with their number (reliability diagrams, Guo et al.
+    2017). panels: by title `loss`, `ece` and `bins`, each of these photos, mean confidence and accuracy.
+    """
+    with _picture(path, 4 * len(panels) + 0.2, 3.9) as figure:
+        for panel, (title, found) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            count, confidence, accuracy = np.array(found["bins"], dtype=float).reshape(-1, 3).T
+            middle = (np.clip(np.ceil(confidence * CALIBRATION_BINS), 1, None) - 0.5) / CALIBRATION_BINS
+            panel.bar(middle, accuracy, 0.92 / CALIBRATION_BINS, color=BLUE, label="accuracy")
+            panel.plot(confidence, confidence, "_", color=VERMILION, ms=9, mew=2, label="confidence")
+            panel.plot((0, 1), (0, 1), color=GREY, lw=0.8)
+            for x, y, photos in zip(middle, np.maximum(accuracy, confidence), count, strict=True):
+                panel.text(x, y + 0.015, f"{photos:,.0f}", ha="center", va="bottom", size=6.5, color=GREY)
+            panel.set(xlim=(0, 1), ylim=(0, 1.08), xlabel="confidence")
+            panel.set_title(f"{title}\ncalibration error {found['ece']:.4f}, loss {found['loss']:.4f}", pad=20)
+            panel.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.97), ncols=2).set_in_layout(False)
 
 
 def save_comparison(path: Path, runs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:

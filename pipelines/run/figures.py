@@ -15,6 +15,7 @@ from pipelines.text import printable
 from PIL import Image
 
 MAX_PHOTOS = 16  # a grid of 4 x 4
+CALIBRATION_BINS = 15
 SOFTWARE = "dalitune"  # in a picture's text, by which it is known (W3C PNG, 11.3.3)
 
 

@@ -50,8 +50,8 @@ _OWN_FILES = re.compile(
 )
 _OWN_FOLDERS = {
     "checkpoints": r"epoch-\d+-step-\d+|\.unfinished",
-    "figures": r"\.?(train_batch|step_\d+|head_penalty|curves|per_class|(confusion_matrix|predictions|explanations).*)"
-    r"\.png(\.\w+)*"
+    "figures": r"\.?(train_batch|step_\d+|head_penalty|curves|per_class"
+    r"|(calibration|confusion_matrix|predictions|explanations).*)\.png(\.\w+)*"
     r"|\.?predictions_.*\.csv(\.tmp)?",
     "export": r"README\.md|confusion_matrix\.png|model\..+",
     "dvclive": ".*",

@@ -8,9 +8,11 @@ from statistics import NormalDist
 from typing import Any
 
 from pipelines.data.loader import Loader, share_bad_photos
+from pipelines.distributed.copies import to_device
 from pipelines.errors import StopAgreed
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TransferModel
+from pipelines.run.figures import CALIBRATION_BINS
 from pipelines.run.predictions import MOST_ANSWERS
 
 import numpy as np
@@ -20,8 +22,13 @@ from accelerate.utils import gather_object
 from torch.nn import functional
 from tqdm import tqdm
 
-# One record per photo: what every score is computed from.
-_RECORD = np.dtype(
+# Chebyshev's points, between which what depends on a temperature is interpolated (Trefethen 2013, chapter 5).
+LARGEST_TEMPERATURE, _POINTS = 4.0, 24
+TEMPERATURES = LARGEST_TEMPERATURE ** np.cos((np.arange(_POINTS) + 0.5) * np.pi / _POINTS)
+_AT_ONCE = 1 << 20  # logits
+
+# One record per photo: what every score is computed from. Aligned, as PyTorch takes columns of no other.
+RECORD = np.dtype(
     [
         ("index", np.int64),  # position in the split
         ("label", np.int64),
@@ -31,7 +38,10 @@ _RECORD = np.dtype(
         ("loss", np.float32),  # cross-entropy, without label smoothing
         ("answers", np.int32, MOST_ANSWERS),  # the most probable classes, `predicted` first; of fewer classes 0
         ("probabilities", np.float32, MOST_ANSWERS),  # theirs
-    ]
+        ("margin", np.float32),  # the true class's logit minus the largest, at most 0
+        ("normalisers", np.float32, _POINTS),  # log of the sum of exp((logit - largest) / each of TEMPERATURES)
+    ],
+    align=True,
 )
 
 
@@ -69,7 +79,7 @@ def predict(
     features: FrozenFeatures | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """Records (see _RECORD) of every readable photo of the loader's split, by index; the same array on all processes.
+    """Records (see RECORD) of every readable photo of the loader's split, by index; the same array on all processes.
 
     model: unwrapped; it is left in eval mode. With its `test_flips` a record is of the mean of a photo's two views.
     features: of the same model and loader, `mirrored` with test_flips; computed on the first call.
@@ -161,7 +171,7 @@ def calibration_error(records: np.ndarray) -> float:
     right = torch.from_numpy((records["predicted"] == records["label"]).astype(np.int64))
     # torchmetrics (1.9) gives a confidence of exactly 1 a bin of its own; it belongs to the last one.
     confidence = torch.from_numpy(records["confidence"]).clamp(max=np.nextafter(np.float32(1), np.float32(0)).item())
-    return float(binary_calibration_error(confidence, right, 15))
+    return float(binary_calibration_error(confidence, right, CALIBRATION_BINS))
 
 
 def score(records: np.ndarray, classes: int, ks: Sequence[int] = (5,)) -> Scores:
@@ -249,8 +259,8 @@ def _hidden(
 
 
 def _outcomes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Prediction, rank of the truth, confidence, loss, and the most probable classes of each photo with their
-    probabilities, left on the device: no wait per batch."""
+    """Prediction, rank of the truth, confidence, loss, the most probable classes of each photo with their
+    probabilities, margin and normalisers, left on the device: no wait per batch."""
     probabilities = logits.softmax(dim=1)
     confidence, predicted = probabilities.max(dim=1)
     rank = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
@@ -260,13 +270,18 @@ def _outcomes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
     answers = torch.where(answers == predicted[:, None], answers[:, :1], answers)  # so of equals, too
     answers[:, 0] = predicted
     loss = functional.cross_entropy(logits, labels, reduction="none")
-    return predicted, rank, confidence, loss, answers, highest
+    relative = logits - logits.amax(dim=1, keepdim=True)
+    margin = relative.gather(1, labels[:, None])[:, 0]
+    inverse = to_device(torch.from_numpy((1 / TEMPERATURES).astype(np.float32)), logits.device)
+    rows = relative.split(max(1, _AT_ONCE // logits.shape[1]))
+    normalisers = torch.cat([(row[:, None] * inverse[:, None]).logsumexp(dim=2) for row in rows])
+    return predicted, rank, confidence, loss, answers, highest, margin, normalisers
 
 
 def _records(columns: list[tuple[torch.Tensor, ...]]) -> np.ndarray:
-    records = np.zeros(sum(len(column[0]) for column in columns), _RECORD)
+    records = np.zeros(sum(len(column[0]) for column in columns), RECORD)
     if columns:
-        for name, parts in zip(_RECORD.names or (), zip(*columns, strict=True), strict=True):
+        for name, parts in zip(RECORD.names or (), zip(*columns, strict=True), strict=True):
             values = torch.cat(parts).cpu().numpy()
             records[name][..., : values.shape[-1]] = values
     return records

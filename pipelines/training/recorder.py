@@ -138,7 +138,7 @@ class Recorder:
         if not self._schedule.epochs:
             views = self._training.central(self._config.resize)
             self._draw_train_batch(views.empty_batch(), views)
-        for picture in ("curves", "confusion_matrix", "per_class"):
+        for picture in ("curves", "calibration", "confusion_matrix", "per_class"):
             self._show(picture)
         best = self._progress.best
         fitted = next((row for row in self._run.read_metrics() if "head/penalty" in row), {})

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
 from pipelines.config import SCHEMA, Config, dump_yaml
@@ -13,6 +14,7 @@ from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import launcher_hints
 from pipelines.distributed.node_memory import memory_bytes
 from pipelines.distributed.sync import local_world_size
+from pipelines.errors import UserError
 from pipelines.model.features import store_report
 from pipelines.model.optimizer import learning_rates, rate_jump
 from pipelines.model.weights import Weights
@@ -20,8 +22,10 @@ from pipelines.run import figures
 from pipelines.run.checkpoint import Progress
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run.resume import changed_settings
+from pipelines.run_files import Description, read_description
 from pipelines.text import counted, printable
 from pipelines.training.build import Components, InitialModel
+from pipelines.training.calibration import calibration_line, calibration_panels, unsure_for, unsure_line
 from pipelines.training.check import Checked
 from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wilson_interval
 
@@ -29,6 +33,7 @@ import numpy as np
 import torch
 
 _LIKELY_MEMORY_GB = 8  # of decoded photos, that a node has room for
+_WANTED = 0.99  # accuracy that the end's line is for
 _WAITED_SHARE, _WAITED_SECONDS = 0.05, 2.0  # of an epoch, from which on waiting for photos is worth a line
 
 
@@ -166,12 +171,23 @@ def end_report(checked: Checked, components: Components, progress: Progress, sec
         lines.append(
             f"left out: {counted(known + met, 'photo')}, {known} of them found by the scan and {met} met in the run"
         )
+    if (description := _description(run)) and (found := description["calibration"]):
+        lines.append(calibration_line(found, description["temperature"]))
+        if (wanted := unsure_for(description, _WANTED)) and wanted["below"]:
+            lines.append(f"{unsure_line(wanted)}: predict.py --unsure-for {_WANTED:g}")
     return [
         *lines,
         f"best weights: {run.best}",
         f"figures:      {run.figures}",
         f"next:         accelerate launch evaluate.py {run.folder}",
     ]
+
+
+def _description(run: RunFolder) -> Description | None:
+    """Of the best weights; None where somebody has removed or damaged it: no picture or line ends a training."""
+    with suppress(UserError):
+        return read_description(run.folder, "run")
+    return None
 
 
 def resume_report(checked: Checked, components: Components) -> list[str]:
@@ -220,8 +236,9 @@ def save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tu
 def save_last_figures(
     run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...], best_by: str, *, mixes_photos: bool
 ) -> None:
-    """The curves, and what the last evaluation says of each class."""
-    paths = {name: run.figures / f"{name}.png" for name in ("curves", "confusion_matrix", "per_class")}
+    """The curves, how far the best weights' confidences can be relied on, and what the last evaluation says of each
+    class."""
+    paths = {name: run.figures / f"{name}.png" for name in ("curves", "calibration", "confusion_matrix", "per_class")}
     title = run.folder.name
     draw = figures.attempt
     of_training = "train, mixed" if mixes_photos else "train"
@@ -231,6 +248,9 @@ def save_last_figures(
             paths["curves"], run.read_metrics(), title=title, best_by=best_by, of_training=of_training
         ),
     )
+    if (description := _description(run)) and (found := description["calibration"]):
+        panels = calibration_panels(found["before"], found["after"], description["temperature"])
+        draw("calibration.png", lambda: figures.save_calibration(paths["calibration"], panels))
     # A run that was killed between its last evaluation and its end has them already.
     if records is not None and answers_are_finite(records):
         scores = score(records, len(classes))

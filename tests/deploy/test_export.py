@@ -105,6 +105,7 @@ def test_the_cards_own_code_runs(exported_run, tmp_path, monkeypatch, capsys):
 def test_any_class_name_survives_the_cards_code():
     names = ["👩‍🌾", 'a "bee\'s"', "back\\slash", "{brace}", "Käfer", "蚂蚁"]
     description = {"arch": "resnet18", "classes": names, "scores": {}, "data": None, "versions": {}}
+    description |= {"temperature": 1.0, "calibration": None}
     description |= {"dataset_fingerprint": "0", "test_flips": False}
     preprocess = Preprocess(resize=256, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
     model = PictureClassifier(tuple(names), preprocess, lambda pictures: pictures)
@@ -274,18 +275,21 @@ def test_a_strip_that_would_fill_the_memory_is_refused(exported_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def mirrored_run(trained_run, answers_of_evaluate, tmp_path_factory):
-    """The same weights of a run with test_flips."""
+    """The same weights of a run with test_flips and a temperature."""
     folder = tmp_path_factory.mktemp("runs") / "mirrored"
     shutil.copytree(trained_run.folder, folder, ignore=shutil.ignore_patterns("export", "figures"))
     description = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps(description | {"test_flips": True}))
+    (folder / "model.json").write_text(json.dumps(description | {"test_flips": True, "temperature": 1.5}))
     return replace(trained_run, folder=folder, evaluated=answers_of_evaluate(folder))
 
 
-def test_with_test_flips_each_way_gives_evaluates_answer(mirrored_run, trained_run, run_here, tmp_path, monkeypatch):
+def test_with_test_flips_and_a_temperature_each_way_gives_evaluates_answer(
+    mirrored_run, trained_run, answers_of_evaluate, run_here, tmp_path, monkeypatch
+):
     photos, file = list(mirrored_run.evaluated)[:10], tmp_path / "answers.jsonl"
     classes, confidences = zip(*(mirrored_run.evaluated[photo] for photo in photos), strict=True)
-    plain = [trained_run.evaluated[photo][1] for photo in photos]
+    of_one_view = answers_of_evaluate(mirrored_run.folder, "--test-flips=false")
+    plain = [of_one_view[photo][1] for photo in photos]
     for flags, expected in (([], confidences), (["--test-flips", "False"], plain)):
         done = run_here(predict, mirrored_run.folder, *photos, "--cpu", "--json", file, *flags)
         assert done.returncode == 0, done.stderr
@@ -322,7 +326,7 @@ def test_with_test_flips_each_way_gives_evaluates_answer(mirrored_run, trained_r
     np.testing.assert_allclose(names["logits"][0], answers[0].logits, rtol=0, atol=0.1)
     with torch.inference_mode():
         view, model = names["view"], names["model"]
-        assert torch.equal(names["logits"], (model(view) + model(view.flip(3))) / 2)
+        assert torch.equal(names["logits"], (model(view) + model(view.flip(3))) / 2 / 1.5)
 
     for flag, told in (("false", "the graph was made otherwise: export.py --test-flips false"), ("true", "port 99999")):
         done = run_here(serve, mirrored_run.folder, "--weights", "onnx", "--test-flips", flag, "--port", "99999")

@@ -37,8 +37,8 @@ def test_each_photo_has_the_answer_that_evaluate_gives(trained_run, run_here, tm
     for row, (name, confidence) in zip(rows, trained_run.evaluated.values(), strict=True):
         assert set(row) == {"path", "class", "confidence", "runner_up"}
         assert row["class"] == name
-        # Other engines' pixels may be a grey level or two away.
-        assert row["confidence"] == pytest.approx(confidence, abs=2e-6 if loader == "auto" else 0.02)
+        # Other engines' pixels may be a grey level or two away, and the temperature makes more of that.
+        assert row["confidence"] == pytest.approx(confidence, abs=2e-6 if loader == "auto" else 0.05)
         assert row["runner_up"] in classes - {name} or len(classes) == 1
     with open(table, newline="") as file:
         in_csv = list(csv.DictReader(file))
@@ -233,3 +233,35 @@ def test_what_the_network_sees_is_this_part_of_the_photo(trained_run):
         share = preprocess.image_size / preprocess.resize
         assert (box[3] - box[1], box[2] - box[0]) == pytest.approx((share * min(photo.size),) * 2, rel=0.02)
         assert (box[0] + box[2], box[1] + box[3]) == pytest.approx(photo.size, abs=4)  # in its middle
+
+
+def test_answers_are_marked_as_unsure_below_the_runs_own_threshold(trained_run, run_here, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "best.pt").symlink_to(trained_run.folder / "best.pt")
+    photos = list(trained_run.evaluated)[:12]
+    confidences = sorted(trained_run.evaluated[photo][1] for photo in photos)
+    below = (confidences[4] + confidences[5]) / 2
+    description = json.loads((trained_run.folder / "model.json").read_text())
+    unsure = {"wanted": 0.99, "below": below, "photos": 40, "kept": 30, "right": 30}
+    (run / "model.json").write_text(json.dumps(description | {"unsure": [unsure]}))
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    command = [predict, run, *photos, "--cpu", "--unsure-for"]
+    done = run_here(*command, "0.99", "--json", lines, "--csv", table)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["unsure"] for row in rows] == [row["confidence"] < below for row in rows]
+    assert sum(row["unsure"] for row in rows) == 5
+    with open(table, newline="") as file:
+        assert [row["unsure"] for row in csv.DictReader(file)] == [str(row["unsure"]) for row in rows]
+    assert (
+        f"unsure below a confidence of {below:.4f}: 10 of 40 validation photos; of the others 30 of 30" in done.stderr
+    )
+    assert "; 5 of them unsure" in done.stderr
+    assert run_here(*command, "0.99").stdout.count("  unsure\n") == 5
+    for wanted, told in (("0.995", "there is: 0.99"), ("0.97", "invalid choice: 0.97"), ("x", "invalid float value")):
+        done = run_here(*command, wanted)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert told in done.stderr
+    (run / "model.json").write_text(json.dumps(description | {"unsure": [], "calibration": None}))
+    assert "it is of an earlier version" in run_here(*command, "0.99").stderr

@@ -111,6 +111,17 @@ def test_50_clients_at_once_get_evaluates_classes(server, exported_run):
     assert not list(server.folder.iterdir())
 
 
+@pytest.mark.parametrize("below", [0.0, 1.01])
+def test_answers_below_the_threshold_are_unsure(exported_run, tmp_path, monkeypatch, below):
+    unsure = {"wanted": 0.99, "below": below, "photos": 40, "kept": 30, "right": 30}
+    facts = serve.describe(exported_run.folder) | {"unsure": unsure}
+    monkeypatch.setattr(serve, "describe", lambda _: facts)
+    with _serving(exported_run.folder, "pytorch", tmp_path) as serving:
+        _, answer = serving.classify(Path(next(iter(exported_run.evaluated))).read_bytes())
+        assert answer["unsure"] == (below > 1)
+        assert json.loads(serving.ask("GET", "/model")[1])["unsure"] == unsure
+
+
 def test_whatever_is_sent_is_answered(server):
     for name, specimen in ZOO.items():
         status, answer = server.classify(specimen.content)

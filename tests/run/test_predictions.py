@@ -8,7 +8,7 @@ from pipelines.errors import UserError
 from pipelines.run.folder import RunFolder
 from pipelines.run.predictions import read_predictions, write_predictions
 from pipelines.text import spelled
-from pipelines.training.evaluation import _RECORD
+from pipelines.training.evaluation import RECORD
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def split(photo_folder, tmp_path) -> Split:
 
 
 def records_of(count: int, answers: list[int], probabilities: list[float]) -> np.ndarray:
-    records = np.zeros(count, _RECORD)
+    records = np.zeros(count, RECORD)
     records["index"] = range(count)
     records["label"][2:] = 1
     records["loss"] = 0.287682

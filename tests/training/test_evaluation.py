@@ -12,7 +12,7 @@ from pipelines.errors import UserError
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TransferModel
 from pipelines.training.evaluation import (
-    _RECORD,
+    RECORD,
     _outcomes,
     confusion_matrix,
     confusion_pairs,
@@ -40,14 +40,14 @@ COUNTS = {"ant": 4, "bee": 3, "wasp": 4}
 
 
 def test_a_confidence_of_one_belongs_to_the_last_bin():
-    records = np.zeros(4, _RECORD)
+    records = np.zeros(4, RECORD)
     records["confidence"], records["predicted"] = [1.0, 1.0, 0.95, 0.95], [0, 0, 1, 1]
     # All four in the bin from 14/15 to 1: half of them are right, with a mean confidence of 0.975.
     assert validation_row(records, 3)["val/ece"] == pytest.approx(0.475, abs=1e-6)
 
 
 def test_no_accuracy_is_made_of_answers_that_are_no_numbers():
-    records = np.zeros(4, _RECORD)
+    records = np.zeros(4, RECORD)
     records["confidence"] = [0.5, 0.5, np.nan, 0.5]
     row = validation_row(records, 9)
     assert all(np.isnan(row[key]) for key in ("val/top1", "val/top5", "val/ece"))
@@ -90,7 +90,7 @@ def test_each_photo_has_one_record_and_it_is_the_networks_answer(photos, network
     network.train()
     records = predict(network, loader, accelerator)
     assert not network.training
-    assert records.dtype == _RECORD
+    assert records.dtype == RECORD
     assert records["index"].tolist() == list(range(11))
     assert records["label"].tolist() == [0] * 4 + [1] * 3 + [2] * 4
 
@@ -232,7 +232,7 @@ def test_an_interrupted_evaluation_caches_nothing(photos, network, accelerator):
 
 
 def example() -> np.ndarray:
-    records = np.zeros(6, _RECORD)
+    records = np.zeros(6, RECORD)
     records["index"] = range(6)
     records["label"] = [0, 0, 0, 1, 1, 2]
     records["predicted"] = [0, 0, 1, 1, 2, 1]
@@ -271,7 +271,7 @@ def test_a_class_without_photos_has_no_score_and_does_not_count():
 
 def test_scores_are_torchmetrics():
     rng = np.random.default_rng(0)
-    records = np.zeros(500, _RECORD)
+    records = np.zeros(500, RECORD)
     records["label"], records["predicted"] = rng.integers(0, 9, 500) ** 2 // 8, rng.integers(0, 9, 500)
     labels, predicted = (torch.from_numpy(records[name].copy()) for name in ("label", "predicted"))
     scores = score(records, 9)
@@ -287,7 +287,7 @@ def test_scores_are_torchmetrics():
 
 
 def test_memory_grows_with_photos_and_not_with_classes_squared():
-    records = np.zeros(20_000, _RECORD)
+    records = np.zeros(20_000, RECORD)
     records["label"] = np.arange(20_000) % 8_000
     records["predicted"] = (records["label"] + np.arange(20_000) % 3) % 8_000
     score(records[:1], 8_000)  # what the first call loads
@@ -308,11 +308,12 @@ def test_loss_and_top1_agree_with_score():
 
 @given(arrays(np.float32, (4, 7), elements=st.integers(-2, 2)), st.lists(st.integers(0, 6), min_size=4, max_size=4))
 def test_rank_0_is_a_right_prediction_also_where_logits_tie(logits, labels):
-    predicted, rank, confidence, _, answers, probabilities = (
+    predicted, rank, confidence, _, answers, probabilities, margin, _ = (
         value.numpy() for value in _outcomes(torch.from_numpy(logits), torch.tensor(labels))
     )
     np.testing.assert_array_equal(rank == 0, predicted == labels)
     np.testing.assert_array_equal(logits[np.arange(4), predicted], logits.max(axis=1))
+    np.testing.assert_array_equal(margin, logits[np.arange(4), labels] - logits.max(axis=1))
     higher = (logits > logits[np.arange(4), labels][:, None]).sum(axis=1)
     np.testing.assert_array_equal(rank[rank != 0], np.maximum(higher, 1)[rank != 0])
     assert ((confidence >= 1 / 7 - 1e-6) & (confidence <= 1)).all()

@@ -11,7 +11,7 @@ from pipelines.run.checkpoint import Progress
 from pipelines.run.folder import RunFolder
 from pipelines.training import recorder as module
 from pipelines.training import report
-from pipelines.training.evaluation import _RECORD
+from pipelines.training.evaluation import RECORD
 from pipelines.training.recorder import Recorder
 
 import numpy as np
@@ -71,7 +71,7 @@ def test_rows_are_written_before_they_are_told(recorder, said, capsys):
     train(recorder, 3)
     assert [call for call in said if call[0] != "show"] == [(2, "sent", 1), (3, "held", 2)]
     row = {"epoch": 1, "global_step": 3, "val/loss": 0.7, "val/top1": 0.5}
-    recorder.evaluation(row, np.zeros(0, _RECORD))
+    recorder.evaluation(row, np.zeros(0, RECORD))
     recorder.best_weights()
     assert said[-2:] == [(3, "sent", 3), ("log_best", "3")]
     recorder._progress.epoch = 1
@@ -84,7 +84,7 @@ def test_rows_are_written_before_they_are_told(recorder, said, capsys):
 
 def test_the_last_row_waits_for_the_end(recorder, said):
     recorder._progress.global_step = 6
-    recorder.evaluation({"epoch": 2, "global_step": 6}, np.zeros(0, _RECORD))
+    recorder.evaluation({"epoch": 2, "global_step": 6}, np.zeros(0, RECORD))
     assert said[-1] == (6, "held", 1)
 
 
