@@ -93,6 +93,7 @@ _OF_EPOCHS = (
     *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
+    "dropout",
 )
 _OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
 
@@ -250,6 +251,8 @@ class Config:
     photos it has"""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """share of the target that is spread over all classes"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """chance that an input of the head is left out in a step, for each photo anew (Srivastava et al. 2014)"""
     clip_grad_norm: Annotated[float | None, Field(gt=0)] = None
     """largest norm that the gradient may have; null: any"""
     ema_decay: Annotated[float | None, Field(gt=0, lt=1)] = None
@@ -397,6 +400,7 @@ GROUPS = {
         "max_batch_per_device",
         "class_weights",
         "label_smoothing",
+        "dropout",
         "clip_grad_norm",
         "ema_decay",
     ],

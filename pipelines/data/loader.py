@@ -48,13 +48,14 @@ class Batch:
     asked for without them.
     labels: int64 [n], on the device.
     indices: int64 [n], on the CPU: positions in the dataset's split.
-    partners: None where no photo is mixed with another.
+    partners: None where no photo is mixed with another. keys: of training photos, uint64 [n], as `plan.Views` has them.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
     partners: Partners | None = None
+    keys: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -157,7 +158,9 @@ class Loader:
 
     def empty_batch(self) -> Batch:
         """A batch of no photos, for a process without a share in a step: it takes part in forward and backward."""
-        return self._batch(self._no_images(), np.empty(0, np.int64))
+        nobody = np.empty(0, np.int64)
+        labels, keys = self._labels_of(nobody), nobody.astype(np.uint64)
+        return Batch(self._no_images(), labels, torch.from_numpy(nobody), keys=keys)
 
     def close(self) -> None:
         """Ends the engine. The loader cannot be used any more."""
@@ -203,16 +206,18 @@ class Loader:
         views, mixing = asked.views, asked.mixing
         images = altered(pixels.images, views.alterations) if views.alterations else pixels.images
         if mixing is None:
-            return self._batch(images, asked.indices)
+            return self._batch(images, asked)
         shares = to_device(torch.from_numpy(mixing.shares), self._device)
         partners = Partners(self._labels_of(views.indices[mixing.partners]), shares)
-        return self._batch(mixed(images, mixing), asked.indices, partners)
+        return self._batch(mixed(images, mixing), asked, partners)
 
     def _next_batch_without_images(self, ahead: Iterator[MixedViews], _: list[MixedViews]) -> Batch:
-        return self._batch(self._no_images(), next(ahead).indices)
+        return self._batch(self._no_images(), next(ahead))
 
-    def _batch(self, images: torch.Tensor, indices: np.ndarray, partners: Partners | None = None) -> Batch:
-        return Batch(images, self._labels_of(indices), torch.from_numpy(indices), partners)
+    def _batch(self, images: torch.Tensor, asked: MixedViews, partners: Partners | None = None) -> Batch:
+        indices, keys = asked.indices, asked.views.keys
+        keys = None if keys is None else keys[: len(asked)]
+        return Batch(images, self._labels_of(indices), torch.from_numpy(indices), partners, keys)
 
     def _labels_of(self, indices: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(self._labels[indices].astype(np.int64)), self._device)

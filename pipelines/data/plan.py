@@ -12,7 +12,7 @@ The order of an epoch is computed position by position and never stored: the fir
 what any other does, no process keeps a copy, and a resume in mid-epoch has nothing to replay.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from pipelines.config import Config
@@ -33,6 +33,7 @@ _LARGEST_EXPONENT = 700.0  # e to minus that is still above 0
 # What a draw is for. Streams of different purpose never share a bit.
 _SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS, _CLASS_ORDER = 1, 2, 3, 4, 5, 6, 7
 _TURN, _COLOUR, _ERASE, _MIX, _GEOMETRY, _GREY, _BLUR = 8, 9, 10, 11, 12, 13, 14
+_DROPOUT = 15
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Views:
     anchors: int32 [n, 2], top, left of the image_size x image_size square that is kept of the resized window.
     flips: bool [n], whether the square is mirrored left to right.
     alterations: None for none.
+    keys: uint64 [n], random bits for what is drawn beyond the photo (`dropout_mask`); None where nothing may be.
     """
 
     indices: np.ndarray
@@ -109,6 +111,7 @@ class Views:
     anchors: np.ndarray
     flips: np.ndarray
     alterations: Alterations | None = None
+    keys: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -118,7 +121,8 @@ class Views:
         kept = (self.indices, self.windows, self.resized, self.anchors, self.flips)
         indices, windows, resized, anchors, flips = (each[chosen] for each in kept)
         alterations = self.alterations and self.alterations.select(chosen)
-        return Views(indices, windows, resized, anchors, flips, alterations)
+        keys = None if self.keys is None else self.keys[chosen]
+        return Views(indices, windows, resized, anchors, flips, alterations, keys)
 
 
 class Plan(Protocol):
@@ -200,7 +204,8 @@ class TrainPlan:
 
     def views(self, epoch: int, positions: np.ndarray) -> Views:
         positions = np.asarray(positions, np.int64)
-        return self._views_of(self.indices(epoch, positions), epoch, positions)
+        views = self._views_of(self.indices(epoch, positions), epoch, positions)
+        return replace(views, keys=random_bits(self._seed, _DROPOUT, epoch, positions))
 
     def mixing(self, epoch: int, positions: np.ndarray) -> Mixing | None:
         """With what the photos at `positions` are mixed, where any are; partners are positions of the epoch.
@@ -437,6 +442,16 @@ def random_box(draws: np.ndarray, size: int) -> np.ndarray:
     height, width = (np.clip(np.rint(np.sqrt(each)), 1, size) for each in (area / ratio, area * ratio))
     top, left = np.floor(draws[:, 2] * (size - height + 1)), np.floor(draws[:, 3] * (size - width + 1))
     return np.stack([top, left, height, width], axis=1).astype(np.int64)
+
+
+def dropout_mask(keys: np.ndarray, features: int, chance: float) -> np.ndarray:
+    """bool [n, features]: which features of n photos are kept, each but for `chance`, to 1 in 65,536.
+
+    keys: uint64 [n], as `Views` has them.
+    """
+    words = random_bits(keys[:, None], np.arange(-(-features // 4)))
+    parts = (words[:, :, None] >> np.array([0, 16, 32, 48], np.uint64)) & np.uint64(0xFFFF)
+    return parts.reshape(len(keys), 4 * words.shape[1])[:, :features] >= round(chance * 2**16)
 
 
 def symmetric_beta(alpha: np.ndarray, draws: np.ndarray) -> np.ndarray:

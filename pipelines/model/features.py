@@ -133,6 +133,11 @@ class FrozenFeatures:
         return to_device(rows, self._accelerator.device).unflatten(1, (*sides, channels)).movedim(-1, 1)
 
     @property
+    def head_inputs(self) -> int:
+        """How many numbers the head takes of a photo, behind the trained part too."""
+        return self._network.head.in_features
+
+    @property
     def rows(self) -> torch.Tensor:
         """Of the view that was prepared: [N, numbers], of each photo of the split, zeros where it cannot be read; or
         [2N, numbers], with those of the mirror images behind them."""

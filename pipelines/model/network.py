@@ -120,14 +120,19 @@ class TransferModel(nn.Module):
         """float [n, 3, H, W] -> logits float [n, classes]."""
         return self.forward_trained(self.forward_frozen(images))
 
-    def forward_trained(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output of `forward_frozen` -> logits float [n, classes]."""
+    def forward_trained(self, hidden: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """The output of `forward_frozen` -> logits float [n, classes].
+
+        scales: float32 [n, features], what the head's inputs are multiplied by; None for nothing.
+        """
         with _NoStatisticsOfEmptyBatches(self, hidden):
-            if not self._frozen_stages:
+            if not self._frozen_stages and scales is None:
                 return self.network(hidden)
-            if self._frozen_stages < len(STAGES):
+            if not self._frozen_stages and not isinstance(self.network, models.ResNet):
+                hidden = self._features(hidden)
+            elif self._frozen_stages < len(STAGES):
                 hidden = self.network.avgpool(self._run(STAGES[self._frozen_stages :], hidden)).flatten(1)
-            return self.head(hidden)
+            return self.head(hidden if scales is None else hidden * scales)
 
     def for_evaluation(self) -> "TransferModel":
         """A copy of the model as it is now, for the forward pass only, with BatchNorm folded into the convolutions."""
@@ -205,9 +210,9 @@ class TrainedPart(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The output of the model's `forward_frozen` -> logits float [n, classes]."""
-        return self.model.forward_trained(features)
+    def forward(self, features: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """As the model's `forward_trained`."""
+        return self.model.forward_trained(features, scales)
 
 
 class _NoStatisticsOfEmptyBatches:

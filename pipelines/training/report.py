@@ -104,7 +104,7 @@ def _setup_report(checked: Checked, components: Components) -> list[str]:
         *launcher_hints(accelerator, config, facts["train_photos"]),
     ]
     if network.dropout_is_left_out:
-        lines.append(f"dropout: what {config.arch} has of it is left out, as nothing here depends on how it is drawn")
+        lines.append(f"dropout: what {config.arch} has of it is left out; --dropout, before the head, is planned")
     if config.mixes_photos and config.epochs:
         lines.append("train top1: photos are mixed, and an answer counts by the share that its class has in one")
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from pipelines.config import Config
 from pipelines.data.loader import Batch, Loader, Step
+from pipelines.data.plan import dropout_mask
+from pipelines.distributed.copies import to_device
 from pipelines.model.features import FrozenFeatures
 
 import torch
@@ -63,9 +65,12 @@ def update(
         batch = next(step.batches, None) or loader.empty_batch()
         if number == 0:
             first_batch = batch
+        dropped = []
+        if config.dropout:
+            dropped = [dropout_scales(batch, features.head_inputs, config.dropout, accelerator.device)]
         with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
-                logits = model(features.of(batch)).float()
+                logits = model(features.of(batch), *dropped).float()
             losses = sum_of_losses(logits, batch, class_weights, config.label_smoothing)
             accelerator.backward(losses * (accelerator.num_processes / step.size))
         correct = number_correct(logits, batch)
@@ -79,6 +84,15 @@ def update(
         learned[3:] = torch.stack([norm.nan_to_num(0, 0, 0), norm.isfinite()])
     optimizer.step()
     return accelerator.reduce(sums, "sum"), first_batch
+
+
+def dropout_scales(batch: Batch, features: int, chance: float, device: torch.device) -> torch.Tensor:
+    """float32 [n, features], on the device, what dropout multiplies the head's inputs by (Srivastava et al. 2014): 0 by
+    that chance, else 1 / (1 - chance). By the photos' keys, and so the same wherever and whenever they are trained on.
+    """
+    assert batch.keys is not None, "only training photos have keys"
+    kept = torch.from_numpy(dropout_mask(batch.keys, features, chance))
+    return to_device(kept, device) * (1 / (1 - chance))
 
 
 def sum_of_losses(

@@ -8,6 +8,7 @@ from pipelines.data.plan import (
     TrainPlan,
     Views,
     ViewsInOrder,
+    dropout_mask,
     permute,
     random_bits,
     random_resized_crop,
@@ -64,6 +65,22 @@ def train_plan(sizes, seed=0, scale_min=0.08, views_per_photo=None, balanced_lab
 def assert_same(one: Views, other: Views) -> None:
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+def test_keys_are_of_epoch_and_position_and_dropout_keeps_as_many_as_it_should():
+    plan = train_plan([(60, 80)] * 400, seed=7)
+    keys = plan.views(3, np.arange(400)).keys
+    np.testing.assert_array_equal(plan.views(3, np.array([9, 4])).keys, keys[[9, 4]])
+    assert len({*keys.tolist(), *plan.views(4, np.arange(400)).keys.tolist()}) == 800
+    kept = dropout_mask(keys, 510, 0.3)
+    np.testing.assert_array_equal(dropout_mask(keys[[9, 4]], 510, 0.3), kept[[9, 4]])
+    assert kept.mean() == pytest.approx(0.7, abs=0.005)
+    assert np.abs(kept.mean(axis=0) - 0.7).max() < 0.1, "no feature is dropped more often"
+    assert np.abs(np.corrcoef(kept[:40]) - np.eye(40)).max() < 0.25, "nor do two photos go together"
+    assert dropout_mask(keys, 510, 0.0).all()
+    assert dropout_mask(keys[:0], 510, 0.3).shape == (0, 510)
+    pinned = [[0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 1]]
+    assert dropout_mask(keys[:2], 6, 0.5).astype(int).tolist() == pinned, "for good"
 
 
 def test_golden_stream():

@@ -295,3 +295,16 @@ def test_best_weights_load_with_the_tutorials_three_lines(pretrained, tmp_path, 
     with torch.no_grad():
         expected = model.eval()(images(2))
         torch.testing.assert_close(m.eval()(images(2)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "regnet_y_400mf"])
+@pytest.mark.parametrize("mode", ["finetune", "feature_extract"])
+def test_scales_are_those_of_the_heads_inputs(arch, mode):
+    state = get_model(arch, weights=None).state_dict()
+    model = build_model(Config(arch=arch, mode=mode, image_size=64), Weights(state, ""), CLASSES).train()
+    photos, features = model.forward_frozen(images(3)), model._features(images(3))
+    scales = torch.rand(features.shape, generator=torch.Generator().manual_seed(0)).round() * 2
+    found = model.forward_trained(photos, scales)
+    torch.testing.assert_close(found, model.head(features * scales), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, model.forward_trained(photos))
+    torch.testing.assert_close(model.forward_trained(photos, torch.ones_like(scales)), model.forward_trained(photos))

@@ -36,7 +36,7 @@ OTHER = {
     "blur_probability": 0.2, "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
     "sampler": "balanced", "views_per_photo": 3,
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
-    "batch_size": 16, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "ema_decay": 0.9,
+    "batch_size": 16, "label_smoothing": 0.1, "dropout": 0.2, "clip_grad_norm": 1.0, "ema_decay": 0.9,
     "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001,
     "momentum": 0.5,
     "nesterov": True, "weight_decay": 0.1, "weight_decay_on": "matrices", "min_lr": 0.001,

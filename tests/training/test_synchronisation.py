@@ -93,11 +93,11 @@ def test_the_stand_in_finds_what_waits(no_waiting, waits):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("frozen_stages", [0, 4, 5])
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, frozen_stages, clip):
+@pytest.mark.parametrize(("clip", "dropout"), [(None, 0.0), (1.0, 0.3)])
+def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, frozen_stages, clip, dropout):
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(Accelerator, "device", STAND_IN)
-    config = Config(image_size=64, optimizer=optimizer, clip_grad_norm=clip, label_smoothing=0.1)
+    config = Config(image_size=64, optimizer=optimizer, clip_grad_norm=clip, label_smoothing=0.1, dropout=dropout)
     with STAND_IN:
         network = TransferModel(resnet18(num_classes=3), frozen_stages=frozen_stages, batchnorm="frozen").train()
         images = torch.zeros(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
@@ -123,7 +123,7 @@ def test_a_training_step_waits_for_nothing(no_waiting, monkeypatch, optimizer, f
 def batch(images: torch.Tensor, *, is_mixed: bool = False) -> Batch:
     labels = to_device(torch.zeros(4, dtype=torch.int64), STAND_IN)
     partners = Partners(labels, to_device(torch.ones(4), STAND_IN)) if is_mixed else None
-    return Batch(images, labels, torch.arange(4), partners)
+    return Batch(images, labels, torch.arange(4), partners, np.arange(4).astype(np.uint64))
 
 
 def test_the_loss_of_mixed_photos_waits_for_nothing(no_waiting):
