@@ -24,6 +24,8 @@ from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
 from pipelines.model.average import follow
 from pipelines.model.network import TransferModel, average_batchnorm_statistics
+from pipelines.report import write_page
+from pipelines.run import figures
 from pipelines.run.checkpoint import Checkpoints, Stateful, UnreadablePhotos
 from pipelines.run.folder import describe_model
 from pipelines.run.predictions import write_predictions
@@ -117,6 +119,8 @@ def main(arguments: list[str]) -> None:
         if not progress.has_best:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
         recorder.finish()
+        if checked.state.is_main_process:
+            figures.attempt("report.html", partial(write_page, run.folder))
         session.write_status("finished", exit_code=0)
         checked.say(partial(end_report, checked, components, progress, time.perf_counter() - started))
 

@@ -10,25 +10,21 @@ needs no tracker: it reads run folders.
 """
 
 import argparse
-import base64
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
-from pipelines.data.decode import pixels_of_file
-from pipelines.data.layout import folder_of_csv
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
 from pipelines.files import atomic_write, begins_with, check_replaceable
-from pipelines.inference import read_preprocess
+from pipelines.report import photo_address
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder
 from pipelines.run.pairing import Pairing, pair
@@ -38,8 +34,6 @@ from pipelines.run.significance import LEVEL, mean_interval
 from pipelines.run_files import Description, read_description, read_run_config, read_status, to_json
 from pipelines.text import check_printed, counted, listed, printable
 from pipelines.training.evaluation import BEST_BY
-
-from PIL import Image
 
 _NOT_COMPARED = {"run", "runs", "overwrite", "prepare", "compare_to"}
 _OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "patience", "weights", "dataset"}) - {"seed"}
@@ -312,7 +306,10 @@ def _page(content: dict[str, Any], runs: Sequence[Run], first: Run) -> str:
         comparison["differing"] = comparison["differing"][:most]
         for photo in comparison["differing"]:
             path = photo["path"]
-            shown[path] = photo["picture"] = shown[path] if path in shown else _picture(first, path)
+            if path not in shown:
+                own = first.description
+                shown[path] = photo_address(own, first.folder, path, _PICTURE) if own else ""
+            photo["picture"] = shown[path]
     # Within a script, "<" might end it; JSON may spell it so.
     return _PAGE.read_text("utf-8").replace("DATA", to_json(content | of_the_page).replace("<", "\\u003c"))
 
@@ -323,28 +320,6 @@ def _curves(run: Run) -> dict[str, list[list[float]]]:
         rows = [[row["epoch"], row[key]] for row in run.rows if row.get(key) is not None]
         found[key] = rows[:: max(1, -(-len(rows) // _CURVE))]
     return found
-
-
-def _picture(run: Run, path: str) -> str:
-    """A photo as the run's network sees it, as an address that holds it, or "" where there is none to show.
-
-    A run from elsewhere names any path: only what is below its data is looked at.
-    """
-    parts = PurePosixPath(path)
-    if run.description is None or parts.is_absolute() or ".." in parts.parts or not run.description["data"]:
-        return ""
-    data = Path(run.description["data"])
-    try:
-        root = data if data.is_dir() else folder_of_csv(data)
-    except (OSError, UserError):
-        return ""
-    preprocess = read_preprocess(run.description, str(run.folder / "model.json"))
-    pixels = pixels_of_file(str(root / path), preprocess, whole=False)
-    if isinstance(pixels, str):
-        return ""
-    written = io.BytesIO()
-    Image.fromarray(pixels).resize((_PICTURE, _PICTURE)).save(written, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ COMMANDS = (
     "inspect_data",
     "lr_finder",
     "replay",
+    "report",
     "review",
     "wandb_sync",
 )  # addresses that people type

@@ -45,6 +45,29 @@ def keep_photos(index_file: Path, file: BinaryIO) -> None:
     np.savez_compressed(file, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
 
 
+def kept_counts(kept: Path) -> dict[str, dict[str, int]]:
+    """How many photos of each class `keep_photos` has noted, by split; {} where there is no such file, or it is
+    damaged."""
+    try:
+        _refuse_packed(kept)
+        with np.load(kept, allow_pickle=False) as file:
+            splits, labels = json.loads(file["about"].tobytes())["splits"], file["labels"]
+        counts, first = dict[str, dict[str, int]](), 0
+        for name, classes, number in splits:
+            of_class = np.bincount(labels[first : first + number], minlength=len(classes))
+            counts[str(name)] = dict(zip(map(str, classes), of_class.tolist(), strict=True))
+            first += number
+    except _DAMAGE:
+        return {}
+    return counts
+
+
+def _refuse_packed(kept: Path) -> None:
+    with zipfile.ZipFile(kept) as packed:
+        if sum(entry.file_size for entry in packed.infolist()) > _MOST_PACKED * os.path.getsize(kept) + (1 << 20):
+            raise ValueError("much more than was ever written into it")
+
+
 def _check_columns(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
     """Errors of _DAMAGE where they do not belong together."""
     names, classes, numbers = zip(*about["splits"], strict=True)
@@ -78,9 +101,7 @@ def in_known_positions(index_file: Path, kept: Path, bad: Collection[str]) -> tu
     header, now = _read_index(index_file)
     used = sum(number for name, _, number in header["splits"] if name in _USED)
     try:
-        with zipfile.ZipFile(kept) as packed:
-            if sum(entry.file_size for entry in packed.infolist()) > _MOST_PACKED * os.path.getsize(kept) + (1 << 20):
-                raise ValueError("much more than was ever written into it")
+        _refuse_packed(kept)
         with np.load(kept, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
             if about["format"] > _FORMAT:

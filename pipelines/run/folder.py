@@ -44,7 +44,8 @@ from pydantic import ValidationError
 
 # What a run leaves, by name: of a folder, what is in it.
 _OWN_FILES = re.compile(
-    r"\.?(config\.yaml|status\.json|metrics\.jsonl|best\.pt|model\.json|predictions\.csv|photos\.npz|bad_photos\.json)"
+    r"\.?(config\.yaml|status\.json|metrics\.jsonl|best\.pt|model\.json|predictions\.csv|photos\.npz|bad_photos\.json"
+    r"|report\.html)"
     r"(\.tmp)?"
     r"|wandb_id|STOP|\.sync\.lock"
 )

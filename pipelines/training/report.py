@@ -179,6 +179,7 @@ def end_report(checked: Checked, components: Components, progress: Progress, sec
         *lines,
         f"best weights: {run.best}",
         f"figures:      {run.figures}",
+        f"page:         {run.folder / 'report.html'}",
         f"next:         accelerate launch evaluate.py {run.folder}",
     ]
 

@@ -180,7 +180,16 @@ def test_overwrite_never_removes_what_is_no_run(run, capsys):
 
 def test_overwrite_removes_only_what_a_run_has_written(run, capsys):
     run.create(Config())
-    ours = ["best.pt", ".best.pt.tmp", "model.json", "metrics.jsonl", "wandb_id", "wandb/offline-run-1/x"]
+    ours = [
+        "best.pt",
+        ".best.pt.tmp",
+        "report.html",
+        ".report.html.tmp",
+        "model.json",
+        "metrics.jsonl",
+        "wandb_id",
+        "wandb/offline-run-1/x",
+    ]
     ours += ["checkpoints/epoch-0001-step-00000005/state.pt", "checkpoints/.unfinished/x", "tensorboard/events"]
     ours += ["figures/curves.png", "figures/predictions_test.png", "figures/explanations_val.png"]
     ours += ["export/model.onnx", "export/README.md"]
