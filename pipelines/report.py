@@ -36,6 +36,7 @@ from pipelines.run.resume import spelled
 from pipelines.run_files import Description, read_description, read_run_config
 from pipelines.text import counted, printable
 from pipelines.text import spelled as name_in_files
+from pipelines.training.calibration import calibration_line
 from pipelines.training.evaluation import BEST_BY, confusion_pairs, wilson_interval
 
 import numpy as np
@@ -49,6 +50,7 @@ _WORST, _EXAMPLES = 12, 12
 _LARGEST_FIGURE = 200_000  # bytes of a figure of the run's
 _MATRIX, _CLASSES, _CONFUSIONS = 20, 60, 20  # classes whose matrix is shown; rows of the other two tables
 _LARGEST_ANSWERS = 32 << 20  # bytes of predictions.csv, some 200,000 photos
+_THRESHOLDS = 20
 _POINTS = 300  # of a curve
 _LONGEST = 120  # characters of a name
 _NOT_SHOWN = {"run", "runs", "overwrite", "prepare"}
@@ -244,18 +246,28 @@ def _chart(name: str, unit: str, lines: Sequence[tuple[str, str, list[tuple[floa
     return f'<div class="card"><p><b>{name}</b></p>{drawing}<p class="legend quiet">{legend}</p></div>'
 
 
-def _calibration(folder: Path, description: Mapping[str, Any]) -> list[str]:
-    """Where the run has a temperature: it, and the picture of how often confidences are right."""
-    if "temperature" not in description:
+def _calibration(folder: Path, description: Description) -> list[str]:
+    """What was found of the confidences: in words, as the run's picture, and from where on answers are unsure."""
+    found = description["calibration"]
+    if found is None:
         return []
-    picture = folder / "figures" / "calibration.png"
+    parts = ["<h2>Calibration</h2>", f"<p>{_text(calibration_line(found, description['temperature']), 600)}</p>"]
     with suppress(OSError):
+        picture = folder / "figures" / "calibration.png"
         content = picture.read_bytes() if picture.stat().st_size <= _LARGEST_FIGURE else b""
         if content.startswith(b"\x89PNG"):
-            told = f"Logits are divided by {description['temperature']:.3g} before confidences are made of them."
-            image = f'<img class="wide" src="{_address(content, "png")}" alt="how often confidences are right">'
-            return ["<h2>Calibration</h2>", f"<p>{told}</p>", image]
-    return []
+            parts.append(f'<img class="wide" src="{_address(content, "png")}" alt="how often confidences are right">')
+    rows = [
+        [
+            _percent(each["wanted"]),
+            f"{each['below']:.2f}",
+            f"{each['kept']:,} of {each['photos']:,}",
+            f"{each['right']:,}",
+        ]
+        for each in description["unsure"][:_THRESHOLDS]
+    ]
+    heads = ["wanted of the sure answers", "unsure below", "photos kept", "of them right"]
+    return [*parts, _table(heads, rows)] if rows else parts
 
 
 def _classes(folder: Path, description: Description, answers: Predictions | None) -> list[str]:

@@ -43,9 +43,9 @@ def run(tmp_path, photo_folder) -> Callable[..., Path]:
             rows.append(",".join([f"val/{place}/{at // 2:02}.jpg", "val", label, *cells]) + "\n")
         (folder / "predictions.csv").write_text(HEADER + "".join(rows))
         scores = DESCRIPTION["scores"] | {"correct": 17, "count": 20, "epoch": 3, "val/top1": 0.85, "val/loss": 0.4}
-        (folder / "model.json").write_text(
-            json.dumps(DESCRIPTION | {"data": str(data), "classes": list(names), "scores": scores})
-        )
+        description = DESCRIPTION | {"data": str(data), "classes": list(names), "scores": scores}
+        description |= {"temperature": 1.0, "calibration": None, "unsure": []}
+        (folder / "model.json").write_text(json.dumps(description))
         metrics = []
         for epoch in range(1, 1 + epochs):
             at = {"epoch": epoch, "global_step": 10 * epoch}
@@ -138,6 +138,22 @@ def test_photos_that_take_too_long_are_left_out(run, run_here, monkeypatch):
     page = written(run_here, run())
     assert "<img" not in page
     assert "Worst validation photos" in page
+
+
+def test_it_has_the_calibration_where_there_is_one(run, run_here):
+    folder = run()
+    reliability = {"loss": 0.4, "ece": 0.0312, "bins": [[20, 0.8, 0.85]]}
+    found = {"photos": 20, "folds": 5, "reason": "", "before": reliability, "after": reliability | {"ece": 0.0123}}
+    unsure = [{"wanted": 0.95, "below": 0.75, "photos": 20, "kept": 12, "right": 11}]
+    description = json.loads((folder / "model.json").read_text())
+    description |= {"temperature": 1.5, "calibration": found, "unsure": unsure}
+    (folder / "model.json").write_text(json.dumps(description))
+    text = words(written(run_here, folder))
+    assert "logits / 1.5; calibration error 0.0312 before and 0.0123 after" in text
+    assert "95.0 % 0.75 12 of 20 11" in text
+    (folder / "figures").mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "figures" / "calibration.png")
+    assert 'class="wide" src="data:image/png;base64,' in written(run_here, folder)
 
 
 def test_answers_to_very_many_photos_are_left_out_and_that_is_said(run, run_here, monkeypatch):
