@@ -17,6 +17,7 @@ COMMANDS = (
     "compare",
     "inspect_data",
     "lr_finder",
+    "repeat",
     "replay",
     "report",
     "review",

@@ -73,19 +73,19 @@ def class_weights_of(setting: str, labels: np.ndarray, classes: int) -> np.ndarr
     return np.where(counts, len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
 
 
-def folds_of(labels: np.ndarray) -> np.ndarray:
-    """int64 [N]: the fold, 0 to at most 4, in which each photo is held out; -1 for the only photo of its class.
+def folds_of(labels: np.ndarray, folds: int = _MOST_FOLDS) -> np.ndarray:
+    """int64 [N]: the fold, from 0 on, in which each photo is held out; -1 for the only photo of its class.
 
-    A fold has of each class a fifth, to one photo. Of a class with two or more photos some are always left to learn
-    from, so that a rare class does not make the folds fewer for all. Which photos, the plan's bits decide, by a key of
-    its own: the head is the same for every seed.
+    A fold has of each class an equal part, to one photo. Of a class with two or more photos some are always left to
+    learn from, so that a rare class does not make the folds fewer for all. Which photos, the plan's bits decide, by a
+    key of its own: the head is the same for every seed.
     """
-    folds = np.full(len(labels), -1)
+    found = np.full(len(labels), -1)
     order = np.lexsort((random_bits(FOLDS, np.arange(len(labels))), labels))
     held_out = order[np.bincount(labels)[labels[order]] > 1]
     # A class goes on where the one before has ended, so that the folds are of one size.
-    folds[held_out] = np.arange(len(held_out)) % _MOST_FOLDS
-    return folds
+    found[held_out] = np.arange(len(held_out)) % folds
+    return found
 
 
 def choose_and_fit(

@@ -1,0 +1,189 @@
+"""Folds and seeds: each photo is held out once, what is finished is not repeated, and a stop ends all in one line."""
+
+import csv
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import train
+from pipelines import repeat
+from pipelines.config import Config
+from pipelines.data.dataset import load_dataset, scan_dataset
+from pipelines.distributed.exits import run_script
+from pipelines.errors import MachineError, Stopped, UserError
+from pipelines.repeat import Result, Training, _group, _without, table
+from pipelines.run_files import read_run_config
+from tests.helpers.runs import SMALL
+
+import pytest
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[list[str]]:
+    """The flags of each training, which is done in this process."""
+    commands: list[list[str]] = []
+
+    def in_this_process(command: list[str], training: Training) -> None:
+        assert command[0] == sys.executable
+        commands.append(command[2:])
+        assert run_script(train.main, command[2:]) == 0
+
+    monkeypatch.setattr(repeat, "_train", in_this_process)
+    return commands
+
+
+@pytest.mark.slow
+def test_every_training_photo_is_held_out_once_and_what_is_finished_is_not_repeated(
+    trained, photos, tmp_path, run_here
+):
+    before = sorted(photos.rglob("*"))
+    # Validation photos have no part.
+    flags = [*SMALL, "--epochs=1", "--batch-size", "4", "--data", photos, "--runs", tmp_path, "--run", "cv"]
+    command = ["--folds=2", "--seeds", "2", "--seed=5", *flags, "--json", tmp_path / "found.json"]
+    done = run_here(repeat, *command)
+    assert done.returncode == 0, done.stderr
+    names = [f"cv-fold{fold}-seed{seed}" for fold in (1, 2) for seed in (5, 6)]
+    assert [f"--run={name}" in each for name, each in zip(names, trained, strict=True)] == [True] * 4
+    assert sorted(photos.rglob("*")) == before
+
+    own = load_dataset(scan_dataset(photos, tmp_path / "index", 0.2)).splits["train"]
+    held_out = []
+    for fold in (1, 2):
+        file = tmp_path / "cv-folds" / f"fold{fold}.csv"
+        with open(file, newline="", encoding="utf-8") as opened:
+            of_fold = [row["path"] for row in csv.DictReader(opened) if row["split"] == "val"]
+        splits = load_dataset(scan_dataset(file, tmp_path / "index", 0.2)).splits
+        assert (len(splits["val"]), len(splits["train"])) == (len(of_fold), len(own) - len(of_fold))
+        held_out += of_fold
+    assert sorted(held_out) == sorted(f"photos/{own.path_below_root(at).decode()}" for at in range(len(own)))
+
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [each["run"] for each in found["runs"]] == [str(tmp_path / name) for name in names]
+    assert (found["folds"], found["seeds"]) == (2, 2)
+    for each in found["runs"]:
+        scores = json.loads((Path(each["run"]) / "model.json").read_text())["scores"]
+        assert (each["best"], each["photos"]) == (scores["val/top1"], scores["count"])
+        assert read_run_config(Path(each["run"])).seed == each["seed"]
+
+    trained.clear()
+    (tmp_path / "cv-fold2-seed5" / "status.json").unlink()  # as if it had been cut off
+    again = run_here(repeat, *command)
+    assert again.returncode == 0, again.stderr
+    assert [next(flag for flag in each if flag.startswith("--run=")) for each in trained] == ["--run=cv-fold2-seed5"]
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    table_of = done.stdout.rpartition("run ")[2]
+    assert again.stdout.rpartition("run ")[2] == table_of
+    refused = run_here(repeat, *command, "--momentum=0.5")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "was started with other settings (momentum)" in refused.stderr
+    (tmp_path / "cv-folds" / "fold1.csv").write_text("path,label,split\n")
+    refused = run_here(repeat, *command)
+    assert "fold1.csv has other photos in its fold: give another --run name" in refused.stderr
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--folds=1"], "one run repeats nothing"),
+        (["--folds=0", "--seeds=4"], "--folds and --seeds are 1 or more"),
+        (["--folds=two"], "invalid int value"),
+        (["--data=x"], "give the runs a name with --run"),
+        (["--run=r", "--overwrite"], "--overwrite is not for several runs: give another --run name"),
+        (["--run=r", "--prepare"], "--prepare is not for several runs"),
+        (["--run=r", "--lr=fast"], "lr"),
+        (["--run=r", "--folds=9", "--data=shapes.csv"], "shapes.csv"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_made(flags, told, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    done = run_here(repeat, *flags, f"--runs={tmp_path}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert told in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_folds_than_photos_are_refused(photos, tmp_path, run_here):
+    done = run_here(repeat, "--folds=50", "--run=r", "--data", photos, f"--runs={tmp_path / 'runs'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "cannot be in 50 folds: give fewer --folds" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_each_run_has_its_own_flags_and_all_one_group(monkeypatch):
+    flags = ["--seed", "3", "--lr=0.1", "--run=x", "--compile", "--data", "a.csv", "--config", "c.yaml"]
+    assert _without(flags, ["--seed", "--run", "--data"]) == ["--lr=0.1", "--compile", "--config", "c.yaml"]
+    assert _without(flags, ["--seed", "--run"])[2:4] == ["--data", "a.csv"]
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    assert _group(Config(run="cv")) == ["--group=cv"]
+    assert _group(Config(run="cv", group="mine")) == _group(Config(run="cv", tracker="none")) == []
+    monkeypatch.setenv("WANDB_RUN_GROUP", "another")
+    assert _group(Config(run="cv")) == []
+
+
+def test_the_interval_is_over_folds_and_of_one_fold_over_seeds():
+    def results(values: list[list[float]]) -> list[Result]:
+        return [
+            Result(Training(fold, seed, Path(f"runs/r-{fold}-{seed}"), None), value, value / 2, 10)
+            for fold, of_fold in enumerate(values, start=1)
+            for seed, value in enumerate(of_fold)
+        ]
+
+    lines, found = table(results([[0.8, 0.9], [0.9, 1.0], [0.7, 0.8]]), "val/top1")
+    assert found["best"]["mean"] == pytest.approx(0.85)
+    assert found["best"]["spread"] == pytest.approx(0.1)  # of 0.85, 0.95 and 0.75
+    assert found["best"]["interval"] == pytest.approx([0.85 - 4.30265 * 0.1 / 3**0.5, 0.85 + 4.30265 * 0.1 / 3**0.5])
+    assert found["best"]["spread_of_seeds"] == pytest.approx(0.1 / 2**0.5)
+    assert found["last"]["mean"] == pytest.approx(0.425)
+    assert "over 3 folds, 95 % interval of the mean" in lines[-2]
+    lines, found = table(results([[0.8, 0.9]]), "val/top1")
+    assert found["best"]["spread_of_seeds"] is not None
+    assert "over 2 seeds" in lines[-2]
+
+
+def child(tmp_path: Path, text: str) -> list[str]:
+    script = tmp_path / "child.py"
+    script.write_text(text)
+    return [sys.executable, str(script)]
+
+
+TRAINING = Training(1, 0, Path("runs/cv-fold1-seed0"), None)
+
+
+@pytest.mark.parametrize(("code", "error"), [(2, UserError), (3, MachineError), (75, Stopped), (-9, MachineError)])
+def test_a_run_that_fails_ends_all(code, error, tmp_path):
+    text = f"import os, signal, sys; sys.exit({code}) if {code} > 0 else os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(error, match="the same command goes on"):
+        repeat._train(child(tmp_path, text), TRAINING)
+    repeat._train(child(tmp_path, ""), TRAINING)
+    with pytest.raises(UserError, match="--launch no-such-program: cannot be started"):
+        repeat._train(["no-such-program"], TRAINING)
+
+
+def test_a_stop_reaches_the_run_once_and_is_waited_for(tmp_path):
+    asked = tmp_path / "asked"
+    text = f"""
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+pathlib.Path({str(asked)!r}).write_text("ready")
+while not asked:
+    time.sleep(0.01)
+time.sleep(0.3)
+pathlib.Path({str(asked)!r}).write_text(str(len(asked)))
+sys.exit(75)
+"""
+
+    def ask() -> None:
+        while not asked.exists() or not asked.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(Stopped, match="stopped in runs/cv-fold1-seed0: the same command goes on"):
+        repeat._train(child(tmp_path, text), TRAINING)
+    assert asked.read_text() == "1"
