@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from pipelines.cache import cache_folder
 from pipelines.config import Config, ScriptParser
-from pipelines.data.appearance import Appearance, alike, copies, look_at, thumbnail
+from pipelines.data.appearance import Appearance, alike, copies, likeness, look_at, thumbnail
 from pipelines.data.dataset import Dataset
 from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.headers import FAULTS
@@ -49,7 +49,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-_ALIKE = 0.985  # of the same photo, coded again, resized or mirrored; others are below (docs/review.md)
+ALIKE = 0.985  # of the same photo, coded again, resized or mirrored; others are below (docs/review.md)
 _DARK, _BRIGHT = 0.25, 0.75  # grey levels that 19 of 20 pixels are below, and above
 _BLURRED = 30.0  # variance of the Laplacian
 _SHOWN = 48  # photos of a sheet
@@ -162,12 +162,11 @@ def _find_copies(photos: AllPhotos, looks: list[Appearance], findings: dict[str,
     order = [split.name for split in photos.splits]
     preferred = sorted(order, key=lambda name: (name == "train", name == "val"))
     numbers = np.repeat([preferred.index(name) for name in order], [len(split) for split in photos.splits])
-    pairs, likeness = alike(np.concatenate([seen.prints for seen in looks]), _ALIKE)
-    known = {(one, other): value for (one, other), value in zip(pairs.tolist(), likeness.tolist(), strict=True)}
-    for photo, original in copies(pairs, numbers.tolist()).items():
+    prints = np.concatenate([seen.prints for seen in looks])
+    for photo, original in copies(alike(prints, ALIKE), numbers.tolist()).items():
         name = "copy" if numbers[photo] == numbers[original] else "copy_across_splits"
-        pair = (min(photo, original), max(photo, original))
-        findings[name].append(Found(photo, min(1.0, known.get(pair, _ALIKE)), other=original))
+        score = float(likeness(prints[photo : photo + 1], prints[original : original + 1])[0, 0])
+        findings[name].append(Found(photo, min(1.0, score), other=original))
 
 
 def _by_network(
@@ -182,7 +181,12 @@ def _by_network(
             notes.append(line)
     weights = read_weights(config)
     if "train" not in dataset.splits or weights.state is None:
-        notes.append("wrong labels of training photos, outliers: not looked for: the run began with random weights")
+        why = (
+            "the run began with random weights (--weights names others)"
+            if weights.state is None
+            else "there is no split train"
+        )
+        notes.append(f"wrong labels of training photos, outliers: not looked for: {why}")
     else:
         train = [split.name for split in photos.splits].index("train")
         features, line = _features(config, dataset, photos, weights, state)
@@ -271,11 +275,12 @@ def _save_sheet(sheet: Path, name: str, found: Review, lines: dict[int, int]) ->
     images, captions = [], []
     for each in found.findings[name][:_SHOWN]:
         photos, label = found.photos, found.photos.label
-        squares = [thumbnail(*photos.at(photo), _TILE) for photo in (each.photo, each.other) if photo >= 0]
+        pair = [each.photo, *([each.other] if each.other >= 0 else [])]
+        squares = [thumbnail(*photos.at(photo), _TILE) for photo in pair]
         told = f"line {lines[each.photo]}: {Path(photos.path(each.photo)).name}"
         below = f"{photos.at(each.photo)[0].name}: {label(each.photo)}"
         if each.other >= 0:
-            below += f" | {photos.at(each.other)[0].name}: {label(each.other)}"
+            below += f"\n= {Path(photos.path(each.other)).name}\n{photos.at(each.other)[0].name}: {label(each.other)}"
         elif each.new_label:
             below += f"\nrather {each.new_label} ({each.score:.2f})"
         else:

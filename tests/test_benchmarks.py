@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import accuracy, forward, gpu, tutorial
+from benchmarks import accuracy, forward, gpu, review, tutorial
 from pipelines.distributed.hardware import machine
+from pipelines.model.label_errors import LabelErrors
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,3 +216,20 @@ def test_a_dry_run_tries_the_code_of_every_check(tmp_path):
     assert (done.returncode, wrong) == (0, {}), done.stdout + done.stderr
     assert [row["name"] for row in page["checks"]] == [check.name for check in gpu.CHECKS]
     assert (tmp_path / "page.md").read_text().startswith(gpu.DRY)
+
+
+def test_a_review_is_scored_by_what_was_planted():
+    labels, is_wrong = review.with_wrong_labels(np.repeat([0, 1, 2], 20), 3, 0.1, seed=1)
+    assert is_wrong.sum() == 6
+    assert ((labels != np.repeat([0, 1, 2], 20)) == is_wrong).all()
+    first, second, *others = np.flatnonzero(is_wrong)
+    suggested, margins = np.full(60, -1), np.full(60, 0.5)
+    suggested[[first, 0]], margins[[first, second, *others[:2]]] = 1, -0.9
+    margins[0] = np.nan
+    is_wrong[0] = False
+    found = review.scores_of(LabelErrors(suggested, margins), is_wrong)
+    assert found["in_doubt"] == 2
+    assert found["precision"] == 0.5
+    assert found["at_number"] >= 4 / is_wrong.sum()
+    lines = review.label_table([{"set": "a", "split": "train", "seeds": [found, found]}])
+    assert lines[-1].startswith(f"| a | train | {is_wrong.sum()} | {found['at_number']:.2f} ± 0.00 | 2 | 0.50 |")

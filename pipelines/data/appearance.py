@@ -21,6 +21,7 @@ SIDE = 256  # pixels of the shorter side
 _GRID = 32  # a photo is squeezed to so many grey pixels a side, whatever its shape
 _WAVES = 14  # of the cosine transform of these, along each side
 _BLOCK = 2048  # photos that are compared with others at once
+_MOST_LINKS = 32  # of a photo with those of another block, in the mean
 DIMENSIONS = _WAVES * _WAVES - 1
 
 
@@ -91,24 +92,35 @@ def _print_of(grey: np.ndarray) -> np.ndarray:
     return waves / length if length > _GRID else np.zeros_like(waves)
 
 
-def alike(prints: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of photos that look alike, or as one's mirror image: int64 [P, 2], the first of a pair being smaller,
-    and float32 [P], how much, from `least` to 1. prints: as `Appearance` has them. All pairs are compared."""
-    even, odd = (np.ascontiguousarray(prints[:, which]) for which in (~_IS_ODD, _IS_ODD))
-    pairs, likeness = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
+def likeness(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """float32 [N, M], how much photos look like others, or like their mirror images, to 1 (prints: [N] and [M])."""
+    even, odd = ones[:, ~_IS_ODD] @ others[:, ~_IS_ODD].T, ones[:, _IS_ODD] @ others[:, _IS_ODD].T
+    # As it is the odd waves add to the likeness, and of a mirror image they take away.
+    return even + np.abs(odd)
+
+
+def alike(prints: np.ndarray, least: float) -> np.ndarray:
+    """int64 [P, 2], the pairs of photos whose `likeness` is `least` or more, the first of a pair being smaller.
+
+    prints: as `Appearance` has them. All pairs are compared. Where very many are alike, as the frames of a film, only
+    some are told, by which each is still linked to another one.
+    """
+    pairs = [np.empty((0, 2), np.int64)]
     starts = range(0, len(prints), _BLOCK)
     with tqdm(total=len(starts) * (len(starts) + 1) // 2, desc="duplicates", leave=False, disable=None) as progress:
         for top in starts:
             for left in range(top, len(prints), _BLOCK):
-                rows, columns = slice(top, top + _BLOCK), slice(left, left + _BLOCK)
-                # As it is the odd waves add to the likeness, and of a mirror image they take away.
-                products = even[rows] @ even[columns].T + np.abs(odd[rows] @ odd[columns].T)
-                first, second = np.nonzero(products >= least)
-                is_one = first + top < second + left
-                pairs.append(np.stack([first + top, second + left], axis=1)[is_one])
-                likeness.append(products[first, second][is_one])
+                is_alike = likeness(prints[top : top + _BLOCK], prints[left : left + _BLOCK]) >= least
+                if top == left:
+                    is_alike = np.triu(is_alike, 1)
+                if np.count_nonzero(is_alike) > _MOST_LINKS * _BLOCK:
+                    second = np.flatnonzero(is_alike.any(axis=0))
+                    first = is_alike[:, second].argmax(axis=0)
+                else:
+                    first, second = np.nonzero(is_alike)
+                pairs.append(np.stack([first + top, second + left], axis=1))
                 progress.update()
-    return np.concatenate(pairs), np.concatenate(likeness)
+    return np.concatenate(pairs)
 
 
 def copies(pairs: np.ndarray, priorities: Sequence[int]) -> dict[int, int]:

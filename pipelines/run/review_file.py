@@ -9,6 +9,7 @@ import csv
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from pipelines.data.dataset import Split
@@ -66,9 +67,15 @@ class AllPhotos:
 
 def check_names(photos: AllPhotos) -> None:
     """UserError where a CSV file cannot spell a name so that it is read as the same one."""
-    texts = [name for split in photos.splits for name in (split.name, *split.classes)]
-    for text in (*texts, *map(photos.path, range(len(photos)))):
-        if text != text.strip() or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+    names = (name for split in photos.splits for name in (split.name, *split.classes))
+    for text in chain(names, map(photos.path, range(len(photos)))):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            is_said = False
+        else:
+            is_said = text == text.strip()
+        if not is_said:
             raise UserError(
                 f"review: a CSV file cannot say {printable(text)!r}, which is no UTF-8 or has a blank at an end: "
                 "rename it"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.data.appearance import alike, copies, look_at, thumbnail
+from pipelines.data.appearance import alike, copies, likeness, look_at, thumbnail
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 
 import numpy as np
@@ -52,8 +52,7 @@ def names_of(split: Split) -> list[str]:
 
 def test_planted_photos_are_told_from_the_others(planted):
     names, seen = names_of(planted), look_at(planted, "looking")
-    pairs, likeness = alike(seen.prints, 0.985)
-    found = {(names[one], names[other]) for one, other in pairs}
+    found = {(names[one], names[other]) for one, other in alike(seen.prints, 0.985)}
     assert found == {
         ("00.jpg", "coded.jpg"),
         ("01.jpg", "half.png"),
@@ -63,7 +62,7 @@ def test_planted_photos_are_told_from_the_others(planted):
         ("05.jpg", "bright.jpg"),
         ("06.jpg", "large.jpg"),
     }
-    assert (likeness <= 1.001).all()
+    assert 0.985 < likeness(seen.prints[:1], seen.prints[names.index("coded.jpg")][None])[0, 0] <= 1.001
     dark, bright, blurred = seen.lightest < 0.25, seen.darkest > 0.75, seen.sharpness < 30
     assert [names[at] for at in np.flatnonzero(dark)] == ["black.png", "dark.jpg"]
     assert [names[at] for at in np.flatnonzero(bright)] == ["bright.jpg", "white.png"]
@@ -79,8 +78,19 @@ def test_all_pairs_are_compared_whatever_the_blocks(monkeypatch):
     prints = np.random.default_rng(0).normal(size=(10, 195)).astype(np.float32)
     prints[9], prints[4] = prints[0], prints[3]
     prints /= np.linalg.norm(prints, axis=1, keepdims=True)
-    assert sorted(map(tuple, alike(prints, 0.985)[0].tolist())) == [(0, 9), (3, 4)]
-    assert alike(prints[:0], 0.985)[0].shape == (0, 2)
+    assert sorted(map(tuple, alike(prints, 0.985).tolist())) == [(0, 9), (3, 4)]
+    assert alike(prints[:0], 0.985).shape == (0, 2)
+
+
+def test_frames_of_a_film_are_linked_and_not_all_paired(monkeypatch):
+    monkeypatch.setattr("pipelines.data.appearance._BLOCK", 8)
+    monkeypatch.setattr("pipelines.data.appearance._MOST_LINKS", 1)
+    prints = np.zeros((20, 195), np.float32)
+    prints[:, 3] = 1
+    prints[7] = np.roll(prints[7], 2)
+    pairs = alike(prints, 0.985)
+    assert len(pairs) < 60
+    assert copies(pairs, [0] * 20) == {photo: 0 for photo in range(1, 20) if photo != 7}
 
 
 def test_of_a_group_the_first_of_the_preferred_split_stays():
