@@ -148,7 +148,7 @@ def copy_row(name: str, dataset: Dataset) -> dict[str, object]:
                 written = io.BytesIO()
                 copy.save(written, "JPEG", quality=30 if way.startswith("JPEG") else 85)
                 file.write_bytes(written.getvalue())
-        copied: Split = load_dataset(scan_dataset(Path(folder), Path(folder, "cache"), 0.0)).splits["train"]
+        copied: Split = load_dataset(scan_dataset(Path(folder), Path(folder, "cache"), 0.2)).undivided().splits["all"]
         prints.append(look_at(copied, f"{name}, copies").prints)
         names = [Path(copied.path(index)) for index in range(len(copied))]
     of = [*range(len(paths)), *(int(file.stem) for file in names)]  # the photo that each is of
