@@ -239,6 +239,8 @@ def a_stopped_run_ends_as_a_whole_one(
     else:
         settings += ["--freeze", "none", "--views-per-photo", "null", "--quarter-turns", "--erase-probability", "0.5"]
         settings += ["--brightness", "0.4", "--contrast", "0.4", "--saturation", "0.4", "--hue", "0.1"]
+        settings += ["--rotation", "20", "--shear", "10", "--translation", "0.1", "--grey-probability", "0.2"]
+        settings += ["--blur-probability", "0.3", "--mixup-alpha", "0.2", "--cutmix-alpha", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALITUNE_CACHE", f"{runs}/cache")
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -267,10 +269,14 @@ def test_photos_are_altered_as_on_a_cpu():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.random((64, 3, 32, 32), dtype=np.float32)) * 4 - 2
     colours = rng.uniform((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1), (64, 4)).astype(np.float32)
-    erased = rng.integers(0, 16, (64, 4)).astype(np.int32)
-    geometry = rng.uniform((-20, -180, -0.3, -0.3), (20, 180, 0.3, 0.3), (64, 4)).astype(np.float32)
-    blurs = rng.choice(np.float32([0, 0.1, 0.25]), 64)
-    drawn = Alterations(rng.random(64) < 0.5, rng.random(64) < 0.5, geometry, colours, blurs, erased)
+    drawn = Alterations(
+        vertical_flips=rng.random(64) < 0.5,
+        transposed=rng.random(64) < 0.5,
+        geometry=rng.uniform((-10, -30, -0.2, -0.2), (10, 30, 0.2, 0.2), (64, 4)).astype(np.float32),
+        colours=colours,
+        blurs=rng.uniform(0, 0.3, 64).astype(np.float32),
+        erased=rng.integers(0, 16, (64, 4)).astype(np.int32),
+    )
     there, here = (altered(images.to(device), drawn).cpu() for device in ("cuda", "cpu"))
     assert there.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(there, here, rtol=0, atol=5e-3)
