@@ -22,13 +22,13 @@ from typing import Any
 if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
-from pipelines.config import SCHEMA, ScriptParser
+from pipelines.config import SCHEMA, ScriptParser, parse_config
 from pipelines.data.decode import pixels_of_file
 from pipelines.data.known_photos import kept_counts
 from pipelines.data.layout import folder_of_csv
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, begins_with, check_replaceable
+from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable
 from pipelines.inference import read_preprocess
 from pipelines.run.folder import RunFolder
 from pipelines.run.predictions import Predictions, predictions_of, read_predictions
@@ -369,19 +369,33 @@ def _figure(answers: Predictions, at: int, address: str) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """Those that are not the default."""
-    changed = {
-        key: value
-        for key, value in settings.items()
-        if key in SCHEMA and key not in _NOT_SHOWN and value != SCHEMA[key]["default"]
-    }
-    rows = [[_text(key), _text(spelled(value), 300)] for key, value in changed.items()]
-    note = '<p class="quiet">All others are as docs/settings.md has them.</p>'
-    return (
-        ["<h2>Settings that are not the default</h2>", _table(["setting", "value"], rows, kind=""), note]
-        if rows
-        else []
+    """Those that differ from the recipe that most of them agree with: a run keeps its settings, not its recipe."""
+    if not settings:
+        return []
+    recipe, changed = min(
+        ((name, _differences(settings, values)) for name, values in _recipes().items()), key=lambda each: len(each[1])
     )
+    if not changed:
+        return ["<h2>Settings</h2>", f"<p>All as {recipe} has them.</p>"]
+    rows = [[_text(key), _text(spelled(value), 300), _text(spelled(was), 300)] for key, (value, was) in changed.items()]
+    note = f'<p class="quiet">Compared with {recipe}, which the fewest differ from.</p>'
+    heads = ["setting", "here", recipe]
+    return [f"<h2>Settings that differ from {recipe}</h2>", _table(heads, rows, kind=""), note]
+
+
+def _recipes() -> dict[str, dict[str, Any]]:
+    """The settings of the recipes beside train.py, and what holds without a recipe."""
+    found = {}
+    for file in sorted((ROOT / "configs").glob("*.yaml")):
+        with suppress(UserError):  # as a sweep is none
+            found[f"configs/{file.name}"] = asdict(parse_config([f"--config={file}"])[0])
+    return found | {"the defaults of docs/settings.md": {key: value["default"] for key, value in SCHEMA.items()}}
+
+
+def _differences(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By setting its value in the two."""
+    keys = [key for key in settings if key in SCHEMA and key not in _NOT_SHOWN]
+    return {key: (settings[key], others[key]) for key in keys if settings[key] != others[key]}
 
 
 def _loading(folder: Path, description: Description) -> list[str]:

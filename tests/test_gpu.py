@@ -241,6 +241,7 @@ def a_stopped_run_ends_as_a_whole_one(
         settings += ["--brightness", "0.4", "--contrast", "0.4", "--saturation", "0.4", "--hue", "0.1"]
         settings += ["--rotation", "20", "--shear", "10", "--translation", "0.1", "--grey-probability", "0.2"]
         settings += ["--blur-probability", "0.3", "--mixup-alpha", "0.2", "--cutmix-alpha", "1"]
+        settings += ["--dropout", "0.2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALITUNE_CACHE", f"{runs}/cache")
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

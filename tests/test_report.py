@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import train
 from pipelines import report
-from pipelines.config import Config, dump_yaml
+from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.run.predictions import read_predictions
 from pipelines.training.evaluation import wilson_interval
 from tests.helpers.run_files import DESCRIPTION
@@ -76,7 +77,8 @@ def test_it_says_what_was_reached_and_with_which_settings(run, run_here):
     low, high = wilson_interval(8, 10)
     assert f"ant - 10 80.0 % {100 * low:.1f} to {100 * high:.1f} % 88.9 %" in text
     assert "Confusion matrix true ↓ answer → ant bee ant 8 2 bee 1 9" in text
-    assert "Settings that are not the default setting value lr 0.125 All others" in text
+    assert "Settings that differ from the defaults of docs/settings.md setting here" in text
+    assert "lr 0.125 0.01 Compared with" in text
     assert "torchvision.models.resnet18(num_classes=2)" in text
     worst = text.partition("Worst validation photos")[2]
     assert worst.split()[:4] == ["ant", "✗", "bee", "0.75"]
@@ -86,6 +88,13 @@ def test_it_says_what_was_reached_and_with_which_settings(run, run_here):
     points = re.findall(r'<polyline class="b" points="([^"]*)"', page)
     assert [len(each.split()) for each in points] == [3, 4], "a loss that was not finite is left out"
     assert "Calibration" not in text
+
+
+def test_settings_are_compared_with_the_nearest_recipe(run, run_here):
+    config, _ = parse_config(["--config=configs/quickstart.yaml", "--momentum=0.5"])
+    text = words(written(run_here, run(**{key: value for key, value in asdict(config).items() if key != "runs"})))
+    assert "Settings that differ from configs/quickstart.yaml setting here" in text
+    assert "momentum 0.5 0.9 Compared with configs/quickstart.yaml" in text
 
 
 def test_the_code_on_it_loads_the_weights(run, run_here, tmp_path):
