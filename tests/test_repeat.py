@@ -165,6 +165,7 @@ def test_a_run_that_fails_ends_all(code, error, tmp_path):
 
 
 def test_a_stop_reaches_the_run_once_and_is_waited_for(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     asked = tmp_path / "asked"
     text = f"""
 import pathlib, signal, sys, time
@@ -184,6 +185,9 @@ sys.exit(75)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=ask, daemon=True).start()
-    with pytest.raises(Stopped, match="stopped in runs/cv-fold1-seed0: the same command goes on"):
-        repeat._train(child(tmp_path, text), TRAINING)
+    try:
+        with pytest.raises(Stopped, match="stopped in runs/cv-fold1-seed0: the same command goes on"):
+            repeat._train(child(tmp_path, text), TRAINING)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert asked.read_text() == "1"
