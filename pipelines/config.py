@@ -89,8 +89,8 @@ EngineName = Annotated[Literal["auto", "dali", "nvimgcodec", "pillow"], BeforeVa
 
 _OF_EPOCHS = (
     *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
-    *("freeze", "lr", "lr_body", "optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_on"),
-    *("clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
+    *("freeze", "lr", "lr_body", "layer_decay", "optimizer", "momentum", "nesterov", "weight_decay"),
+    *("weight_decay_on", "clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
     "dropout",
@@ -265,6 +265,9 @@ class Config:
     """learning rate of the head"""
     lr_body: Annotated[float | None, Field(gt=0)] = None
     """learning rate of the body; null: that of the head"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """what the learning rate of a ResNet's stage is multiplied by in the stage before it, again and again from layer4,
+    which has lr_body, to the stem (Bao et al. 2022), as 0.7; 1: all of the body has lr_body"""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum"""
     nesterov: bool = False
@@ -322,7 +325,8 @@ class Config:
             "optimizer: adamw": (self.optimizer == "adamw", ("momentum", "nesterov")),
             "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
             f"schedule: {self.schedule}": (True, [key for key in _OF_SCHEDULE if _OF_SCHEDULE[key] != self.schedule]),
-            "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body")),
+            "freeze: layer3": (self.freeze == "layer3", ("layer_decay",)),
+            "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body", "layer_decay")),
         }
         return {key: cause for cause, (holds, keys) in causes.items() if holds for key in keys}
 
@@ -368,6 +372,8 @@ class Config:
             raise Contradiction(
                 "only a ResNet's stages can be told: give freeze none, or mode feature_extract", "arch", "freeze"
             )
+        if self.mode == "finetune" and self.layer_decay < 1 and not self.arch.startswith(STAGED):
+            raise Contradiction("only a ResNet's stages can be told: give layer_decay 1", "arch", "layer_decay")
         if self.mode == "finetune" and self.freeze == "auto" and not self.may_fit_head:
             raise Contradiction("freeze auto goes by the folds of a fitted head", "freeze", "head_init")
         frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze not in ("none", "auto"))]
@@ -408,6 +414,7 @@ GROUPS = {
         "optimizer",
         "lr",
         "lr_body",
+        "layer_decay",
         "momentum",
         "nesterov",
         "weight_decay",

@@ -3,8 +3,8 @@
     python -m pipelines.lr_finder --data photos/                                   # of the default recipe
     python -m pipelines.lr_finder --config own.yaml --batch_size 64 --highest 10   # of others; up to a rate of 10
 
-All of train.py's settings are taken; the body's rate keeps its proportion to the head's. Nothing is left behind but the
-picture. On one process.
+All of train.py's settings are taken; the body's rate, and with layer_decay each stage's, keeps its proportion to the
+head's. Nothing is left behind but the picture. On one process.
 """
 
 import math

@@ -10,7 +10,7 @@ from typing import Any
 from pipelines import config as config_module
 from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
-from pipelines.training.report import without_effect
+from pipelines.training.report import without_effect, without_effect_by_auto
 from tests.helpers.paths import ROOT
 
 import pytest
@@ -350,6 +350,7 @@ def test_a_recipe_that_is_not_there_or_no_file_or_no_text(tmp_path: Path) -> Non
         ),
         (["--cutmix_alpha=1", "--views_per_photo=4"], "features that are kept, mixed photos do not have"),
         (["--arch=vit_b_16", "--freeze=layer1"], "only a ResNet's stages can be told: give freeze none, or mode"),
+        (["--arch=vit_b_16", "--layer_decay=0.5"], "arch vit_b_16 (--arch) and layer_decay 0.5 (--layer_decay) do not"),
         (["--arch=vit_b_16", "--image_size=192"], "arch vit_b_16 (--arch) and image_size 192 (--image_size)"),
         (["--weights=none", "--freeze=stem"], "a frozen random network learns nothing"),
         (["--weights=none", "--batchnorm=frozen"], "weights none (--weights) and batchnorm frozen (--batchnorm)"),
@@ -377,6 +378,7 @@ def test_a_flag_can_contradict_a_recipe_and_settle_it(
         ["--mode=feature_extract", "--batchnorm=train"],
         ["--mode=feature_extract", "--freeze=layer3"],  # the whole body is frozen either way
         ["--freeze=layer3", "--batchnorm=sync"],
+        ["--mode=feature_extract", "--arch=vit_b_16", "--layer_decay=0.5"],
         ["--schedule=step"],
     ],
 )
@@ -501,6 +503,10 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
         ({"weight_decay_on": "matrices"}, "weight_decay_on (weight_decay: 0)"),
         ({"step_gamma": 0.5, "step_epochs": 2}, "step_epochs (schedule: cosine), step_gamma (schedule: cosine)"),
         ({"mode": "feature_extract", "lr_body": 0.1}, "lr_body (mode: feature_extract)"),
+        ({"mode": "feature_extract", "layer_decay": 0.5}, "layer_decay (mode: feature_extract)"),
+        ({"freeze": "layer3", "layer_decay": 0.5}, "layer_decay (freeze: layer3)"),
+        ({"freeze": "layer2", "layer_decay": 0.5}, None),
+        ({"epochs": 0, "head_init": "fitted", "layer_decay": 0.5}, "layer_decay (epochs: 0)"),
         ({"crop_mode": "squash", "resize": 300}, "resize (crop_mode: squash)"),
         ({"epochs": 0, "head_init": "fitted", "lr": 0.5}, "lr (epochs: 0)"),
         ({"epochs": 0, "head_init": "fitted", "mixup_alpha": 0.2}, "mixup_alpha (epochs: 0)"),
@@ -508,3 +514,12 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
 )
 def test_what_plays_no_part_is_said(settings, line):
     assert without_effect(Config(**settings)) == ([f"without effect: {line}"] if line else [])
+
+
+@pytest.mark.parametrize(("come_to", "is_idle"), [("layer3", True), ("none", False)])
+def test_what_plays_no_part_by_what_auto_has_come_to_is_said(come_to, is_idle):
+    auto = Config(freeze="auto", head_init="auto", layer_decay=0.5)
+    resolved = dataclasses.replace(auto, freeze=come_to)
+    line = "without effect: layer_decay (freeze: layer3)"
+    assert without_effect_by_auto(auto, resolved) == ([line] if is_idle else [])
+    assert without_effect_by_auto(resolved, resolved) == []  # it was said at the start

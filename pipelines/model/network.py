@@ -70,6 +70,11 @@ class TransferModel(nn.Module):
             for part in self._layers(STAGES[:frozen_stages]):
                 part.requires_grad_(False)
 
+    def trained_stages(self) -> dict[str, list[nn.Parameter]]:
+        """Of a ResNet, the parameters of each stage that is trained, the last stage first."""
+        stages = reversed(STAGES[self._frozen_stages :])
+        return {stage: [value for part in self._layers([stage]) for value in part.parameters()] for stage in stages}
+
     @property
     def head(self) -> nn.Linear:
         return self.network.get_submodule(self.head_name)

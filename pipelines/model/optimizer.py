@@ -44,22 +44,26 @@ class Schedule:
         return global_step % self.steps_per_epoch == 0 or global_step == self.total_steps
 
     def set_rates(self, optimizer: torch.optim.Optimizer, global_step: int) -> dict[str, float]:
-        """The rates of the update at `global_step` (0 is the first), as `lr/head` and `lr/body`."""
+        """The rates of the update at `global_step` (0 is the first), as `learning_rates` has them."""
         return set_learning_rates(optimizer, lr_factor(self.config, self.steps_per_epoch, global_step))
 
 
 def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimizer:
     """SGD or AdamW over the trained parameters, in the groups "head" and (where the body is trained) "body".
 
+    With `layer_decay` "body" is the last stage alone, and those before it are groups of their own, "layer3" to "stem".
     Each is two groups of that name where only matrices decay: those, and the vectors.
     """
     head = list(model.head.parameters())
     body = [each for each in model.parameters() if each.requires_grad and not any(each is own for own in head)]
-    groups = [{"params": head, "name": "head", "base_lr": config.lr}]
-    if body:
-        groups.append(
-            {"params": body, "name": "body", "base_lr": config.lr if config.lr_body is None else config.lr_body}
-        )
+    lr_body = config.lr if config.lr_body is None else config.lr_body
+    groups: list[dict[str, Any]] = [{"params": head, "name": "head", "base_lr": config.lr}]
+    if config.layer_decay < 1:
+        for depth, (stage, values) in enumerate(model.trained_stages().items()):
+            rate = lr_body * config.layer_decay**depth
+            groups.append({"params": values, "name": stage if depth else "body", "base_lr": rate})
+    elif body:
+        groups.append({"params": body, "name": "body", "base_lr": lr_body})
     if config.weight_decay_on == "matrices":
         groups = [part for group in groups for part in _matrices_and_vectors(group)]
     for group in groups:
@@ -96,14 +100,14 @@ def lr_factor(config: Config, steps_per_epoch: int, global_step: int) -> float:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Sets every group's learning rate to `factor` times its base; returns them as `lr/head` and `lr/body`."""
+    """Sets every group's learning rate to `factor` times its base; returns them as `learning_rates` does."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return learning_rates(optimizer)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rates that are set, as `lr/head` and `lr/body`."""
+    """The rates that are set, as `lr/head`, `lr/body` and, with `layer_decay`, `lr/layer3` and so on to `lr/stem`."""
     return {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
 
 

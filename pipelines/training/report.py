@@ -43,6 +43,12 @@ def without_effect(config: Config) -> list[str]:
     return ["without effect: " + ", ".join(f"{key} ({why})" for key, why in idle.items())] if idle else []
 
 
+def without_effect_by_auto(config: Config, resolved: Config) -> list[str]:
+    """The same line where what `auto` has come to adds to it, as where freeze is layer3 now."""
+    line = without_effect(resolved)
+    return line if line != without_effect(config) else []
+
+
 def beginning_report(checked: Checked, built: InitialModel) -> list[str]:
     """Before anything is computed: settings, photos, head, folder."""
     no_head = head_report(checked.config, built.why_not_fitted, checked.weights, built.has_own_head)
@@ -68,6 +74,7 @@ def training_report(checked: Checked, components: Components) -> list[str]:
         jump = rate_jump(components.resolved_config, schedule.steps_per_epoch, saved["global_step"], rates)
     return [
         *([components.start.reason] if components.start.reason and schedule.epochs else []),
+        *(without_effect_by_auto(checked.config, components.resolved_config) if schedule.epochs else []),
         *_setup_report(checked, components),
         *components.features.report(),
         *store_report(components.features, components.validation_features),

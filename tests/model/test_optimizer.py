@@ -66,6 +66,54 @@ def test_frozen_parameters_are_not_in_the_optimizer(frozen_stages):
     assert {id(value) for group in groups for value in group["params"]} == trained
 
 
+STAGE_OF = {"conv1": "stem", "bn1": "stem", "fc": "head", "layer4": "body"}  # of others the name itself
+
+
+@pytest.mark.parametrize("decays", ["all", "matrices"])
+@pytest.mark.parametrize(
+    ("frozen_stages", "rates"),
+    [
+        (0, {"head": 0.1, "body": 0.02, "layer3": 0.01, "layer2": 0.005, "layer1": 0.0025, "stem": 0.00125}),
+        (3, {"head": 0.1, "body": 0.02, "layer3": 0.01}),
+        (4, {"head": 0.1, "body": 0.02}),
+        (5, {"head": 0.1}),
+    ],
+)
+def test_each_stage_learns_more_slowly_than_the_one_after_it(frozen_stages, rates, decays):
+    network = model(frozen_stages)
+    config = Config(lr=0.1, lr_body=0.02, layer_decay=0.5, weight_decay=0.3, weight_decay_on=decays)
+    optimizer = make_optimizer(network, config)
+    found = {id(value): (group["name"], group["lr"]) for group in optimizer.param_groups for value in group["params"]}
+    trained = [(name, value) for name, value in network.network.named_parameters() if value.requires_grad]
+    assert len(trained) == len(found) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, value in trained:
+        own = name.partition(".")[0]
+        stage = STAGE_OF.get(own, own)
+        assert found[id(value)] == (stage, pytest.approx(rates[stage])), name
+        vector = decays == "matrices" and value.ndim == 1
+        (decay,) = {
+            group["weight_decay"] for group in optimizer.param_groups if any(value is own for own in group["params"])
+        }
+        assert decay == (0 if vector else 0.3), name
+    halved = set_learning_rates(optimizer, 0.5)
+    assert list(halved) == [f"lr/{name}" for name in rates]
+    assert halved == pytest.approx({f"lr/{name}": rate / 2 for name, rate in rates.items()})
+
+
+def test_without_lr_body_the_last_stage_learns_as_fast_as_the_head():
+    rates = set_learning_rates(make_optimizer(model(2), Config(lr=0.1, layer_decay=0.7)), 1)
+    assert rates == pytest.approx({"lr/head": 0.1, "lr/body": 0.1, "lr/layer3": 0.07, "lr/layer2": 0.049})
+
+
+def test_without_layer_decay_the_groups_are_those_of_runs_before_it():
+    """Whose checkpoints have them: the order of the parameters is what a state is loaded by."""
+    network = model(0)
+    body = [id(value) for name, value in network.network.named_parameters() if not name.startswith("fc.")]
+    groups = make_optimizer(network, Config(layer_decay=1.0)).param_groups
+    assert [group["name"] for group in groups] == ["head", "body"]
+    assert [id(value) for value in groups[1]["params"]] == body
+
+
 def test_adamw():
     optimizer = make_optimizer(model(0), Config(optimizer="adamw", weight_decay=0.05))
     assert isinstance(optimizer, torch.optim.AdamW)
