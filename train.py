@@ -69,7 +69,9 @@ def main(arguments: list[str]) -> None:
             **({"scaler": accelerator.scaler} if accelerator.scaler else {}),  # of fp16
             **({"average": components.average} if components.average else {}),
         }
-        checkpoints = Checkpoints(run, checked.dataset, accelerator, checkpoint_parts, components.decisions)
+        checkpoints = Checkpoints(
+            run, checked.dataset, accelerator, checkpoint_parts, components.decisions, config.keep_checkpoints
+        )
         if saved:
             checkpoints.load(saved)
         if progress.global_step < schedule.total_steps:  # max_steps may have ended an epoch early

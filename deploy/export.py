@@ -37,7 +37,7 @@ from pipelines.model.weights import Weights, read_run_weights
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
 from pipelines.run_files import read_description, read_run_config, what_auto_came_to
-from pipelines.text import counted, printable
+from pipelines.text import counted, listed, printable
 from pipelines.training.evaluation import confusion_pairs, wilson_interval
 
 import numpy as np
@@ -368,7 +368,7 @@ tags: [image-classification, {arch}]
 
 # {name}
 
-A {arch} that tells {count} classes apart: {classes}.
+A {arch} that tells {count} classes apart: {classes}.{averaged}
 
 ## Scores
 
@@ -472,6 +472,7 @@ def _facts(
         "count": len(classes),
         "classes": ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else ""),
         "class_list": repr(classes),
+        "averaged": _averaged(description["average_of"]),
         "scores": _scores(description["scores"], test_flips=description["test_flips"]),
         "data": "\n".join(_data(description, dataset)),
         "recipe": _recipe(config),
@@ -521,6 +522,12 @@ def _model_card(facts: Mapping[str, Any], graph: str, check: Check, opset: int, 
         checked=counted(check.count, "photo"),
         largest=check.largest,
     )
+
+
+def _averaged(average_of: Sequence[str]) -> str:
+    if not average_of:
+        return ""
+    return f"\n\nIts weights are a mean of trained ones, of {listed(average_of)}, and the recipe below is the first's."
 
 
 def _scores(scores: Mapping[str, Any], *, test_flips: bool) -> str:

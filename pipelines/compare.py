@@ -36,7 +36,7 @@ from pipelines.text import check_printed, counted, listed, printable
 from pipelines.training.evaluation import BEST_BY
 
 _NOT_COMPARED = {"run", "runs", "overwrite", "prepare", "compare_to"}
-_OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "patience", "weights", "dataset"}) - {"seed"}
+_OF_A_RECIPE = (REFUSED | {"epochs", "max_steps", "patience", "weights", "dataset", "average_of"}) - {"seed"}
 _WIDEST = 28  # characters of a cell
 _ABSENT = "-"
 _PAGE = Path(__file__).with_name("compare.html")
@@ -131,6 +131,7 @@ def read_run(folder: Path) -> Run:
     run = RunFolder(folder)
     settings = {key: value for key, value in asdict(read_run_config(folder)).items() if key not in _NOT_COMPARED}
     description = read_description(folder, "compare") if (folder / "model.json").exists() else None
+    settings["average_of"] = ", ".join(description["average_of"] if description else []) or _ABSENT
     settings["dataset"] = (description["dataset_fingerprint"][:8] if description else "") or _ABSENT
     status, name = read_status(folder), folder.resolve().name
     return Run(folder, description, name, settings, run.read_metrics(), status["state"] if status else _ABSENT)

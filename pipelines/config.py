@@ -129,6 +129,8 @@ class Config:
     """ask PyTorch for the same bits every time, at some cost in speed"""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10
     """minutes from one checkpoint to the next; one is written at every epoch's end as well"""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """how many checkpoints stay, the last ones; pipelines.soup --last averages them"""
 
     data: Text | None = None
     """the photos: a folder ROOT/SPLIT/CLASS/*, a CSV path,label[,split] or `shapes`, a folder that is drawn here; null:
@@ -388,7 +390,9 @@ class Config:
 SCHEMA: dict[str, dict[str, Any]] = TypeAdapter(Config).json_schema()["properties"]
 
 GROUPS = {
-    "Run": ["run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes"],
+    "Run": [
+        *("run", "runs", "overwrite", "prepare", "seed", "deterministic", "checkpoint_minutes", "keep_checkpoints"),
+    ],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
         *("image_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),

@@ -243,7 +243,9 @@ def unsure_below(run: Path, wanted: float | None) -> Unsure | None:
     if found := unsure_for(description, wanted):
         return found
     if not description["calibration"]:
-        raise UserError(f"--unsure-for: {run / 'model.json'} has no thresholds: it is of an earlier version")
+        raise UserError(
+            f"--unsure-for: {run / 'model.json'} has no thresholds: it is of an earlier version, or an average"
+        )
     there = listed([f"{each['wanted']:g}" for each in description["unsure"]]) or "none"
     raise UserError(f"--unsure-for {wanted:g}: the surest answers to the validation photos are not; there is: {there}")
 

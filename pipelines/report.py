@@ -34,7 +34,7 @@ from pipelines.run.folder import RunFolder
 from pipelines.run.predictions import Predictions, predictions_of, read_predictions
 from pipelines.run.resume import spelled
 from pipelines.run_files import Description, read_description, read_run_config
-from pipelines.text import counted, printable
+from pipelines.text import counted, listed, printable
 from pipelines.text import spelled as name_in_files
 from pipelines.training.calibration import calibration_line
 from pipelines.training.evaluation import BEST_BY, confusion_pairs, wilson_interval
@@ -158,9 +158,12 @@ def _interval(correct: int, count: int) -> str:
 def _head(folder: Path, description: Description) -> list[str]:
     versions = [f"{name} {version}" for name, version in islice(description["versions"].items(), 8)]
     classes = counted(len(description["classes"]), "class")
+    network = f"{description['arch']} for {classes}"
+    if description["average_of"]:
+        network += f" · the mean of {listed(description['average_of'])}"
     return [
         f"<h1>{_text(folder.resolve().name)}</h1>",
-        f'<p class="quiet">{_text(description["arch"])} for {classes} · {_text(", ".join(versions), 400)}</p>',
+        f'<p class="quiet">{_text(network, 400)} · {_text(", ".join(versions), 400)}</p>',
     ]
 
 

@@ -35,6 +35,7 @@ _ADDED_TO_MODEL = {
     "temperature": 1.0,
     "calibration": None,
     "unsure": [],
+    "average_of": [],
 }
 _ADDED_TO_PREPROCESSING = {"transparency": "ignored", "crop_mode": "center", "shrink": None}
 MEANT_BEFORE = {"transparency": "ignored"}  # settings that have another default
@@ -136,7 +137,8 @@ class Unsure(TypedDict):
 @with_config(_READING)
 class Description(Preprocessing):
     """model.json. scores: the best evaluation's row of metrics.jsonl, with the counts `correct` and `count`, of photos
-    with their mirror images where test_flips says so. temperature: what logits are divided by."""
+    with their mirror images where test_flips says so. temperature: what logits are divided by. average_of: the names of
+    the runs or checkpoints whose mean the weights are; none for those of a training."""
 
     format: int
     arch: Arch
@@ -145,6 +147,7 @@ class Description(Preprocessing):
     temperature: Annotated[float, Field(ge=0.25, le=4)]
     calibration: SavedCalibration | None
     unsure: list[Unsure]
+    average_of: list[str]
     scores: Annotated[dict[str, Number | str], AfterValidator(_check_scores)]
     data: str
     dataset_fingerprint: str

@@ -21,6 +21,7 @@ COMMANDS = (
     "replay",
     "report",
     "review",
+    "soup",
     "wandb_sync",
 )  # addresses that people type
 LAYERS = ("base", "distributed", "data", "model", "run", "tracking", "training", "commands")  # what docs/design.md says

@@ -109,6 +109,11 @@ def read_weights_file(path: Path, arch: str, named: str = "weights") -> Weights:
         raise UserError(
             f"{named}: {path} is cut off, or not a file that holds tensors and nothing else{detail}: {_WANTED}"
         ) from None
+    return take_weights(content, arch, path, named)
+
+
+def take_weights(content: Any, arch: str, path: Path, named: str = "weights") -> Weights:
+    """As `read_weights_file`, of what was in the file."""
     tensors = _tensors(content)
     if not tensors:
         raise UserError(f"{named}: {path} does not hold a state_dict (names -> tensors) of a {arch}: {_WANTED}")

@@ -33,6 +33,7 @@ from pipelines.errors import UserError
 from pipelines.files import file_digest
 from pipelines.model.network import TransferModel
 from pipelines.model.tensors import load_tensors
+from pipelines.model.weights import Weights, take_weights
 from pipelines.run.folder import BEST_FILES, RunFolder, cannot_save, versions
 from pipelines.run_files import CHECKPOINT_FORMAT, NewerFormat, checkpoint_folders, read_progress, to_json
 from pipelines.text import printable
@@ -41,7 +42,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-_KEPT = 2
 _MOST_NAMES = 1 << 26  # bytes; of each process's statistics too
 _FOLDER, _STATE, _PROGRESS = "checkpoints", "state.pt", "progress.json"
 _OF_PYTORCH = (torch.nn.Module, torch.optim.Optimizer, torch.amp.GradScaler)
@@ -139,7 +139,7 @@ class Checkpoints:
     """The checkpoints of a run. All methods are called on all processes; the main process reads and writes.
 
     parts: all that a training needs to go on, by name, among them its TransferModel as "model". decisions: JSON, what
-    was settled when the run began.
+    was settled when the run began. kept: how many stay, the last ones.
     """
 
     def __init__(
@@ -149,6 +149,7 @@ class Checkpoints:
         accelerator: Accelerator,
         parts: Mapping[str, Stateful],
         decisions: Mapping[str, Any],
+        kept: int = 2,
     ) -> None:
         self._run = run
         self._folder = run.folder / _FOLDER
@@ -157,11 +158,12 @@ class Checkpoints:
         self._tensors = {name: part for name, part in parts.items() if isinstance(part, _OF_PYTORCH)}
         self._others = {name: part for name, part in parts.items() if name not in self._tensors}
         self._decisions = decisions
+        self._kept = kept
         networks = {name: part for name, part in parts.items() if isinstance(part, TransferModel)}
         self._networks = {"" if name == "model" else f"{name}.": network for name, network in networks.items()}
 
     def save(self) -> None:
-        """Writes a checkpoint and removes all but the last two.
+        """Writes a checkpoint and removes all but the last ones.
 
         MachineError where the disk is full; the earlier checkpoints stay whole.
         """
@@ -234,7 +236,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
             shutil.rmtree(unfinished, ignore_errors=True)
             raise cannot_save(target, error) from None
-        for old in checkpoint_folders(self._folder)[:-_KEPT]:
+        for old in checkpoint_folders(self._folder)[: -self._kept]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _restore_best(self, folder: Path) -> None:
@@ -276,6 +278,19 @@ def newest_checkpoint(run: RunFolder, dataset: Dataset) -> dict[str, Any] | None
             "or start the run anew with --overwrite"
         )
     return None
+
+
+def trained_weights(folder: Path, arch: str, named: str) -> Weights:
+    """The network of a checkpoint as it was trained, and not its moving average. UserError where it is damaged."""
+    try:
+        _read(folder)
+        content = load_tensors(folder / _STATE, most_names=_MOST_NAMES)["model"]
+    except UserError as error:
+        raise UserError(f"{named}: {folder} is damaged: {error}") from None
+    except Exception as error:  # of PyTorch and its unpickler, of many kinds
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"{named}: {folder} is damaged, or gone ({reason})") from None
+    return take_weights(content, arch, folder / _STATE, named)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ REPORTED = {  # whoever changes it wants what it changes: the length of the run,
 # The photos themselves decide, and the first weights' digest.
 CHECKED_ELSEWHERE = {"data", "val_fraction", "class_names", "weights"}
 IGNORED = {
-    *("run", "runs", "overwrite", "prepare", "checkpoint_minutes"),
+    *("run", "runs", "overwrite", "prepare", "checkpoint_minutes", "keep_checkpoints"),
     *("loader_threads", "memory_gb", "prefetch", "cache_gb"),
     *("tracker", "project", "tags", "group", "alerts", "log_model", "compare_to"),
 }

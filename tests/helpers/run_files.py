@@ -21,6 +21,7 @@ DESCRIPTION: dict[str, Any] = {
         "after": {"loss": 0.25, "ece": 0.0, "bins": [[4, 0.75, 0.75]]},
     },
     "unsure": [{"wanted": 0.99, "below": 0.75, "photos": 4, "kept": 3, "right": 3}],
+    "average_of": [],
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
     "scores": {"epoch": 3, "global_step": 9, "val/loss": 0.5, "val/top1": 0.75, "correct": 3, "count": 4},
