@@ -95,7 +95,7 @@ _OF_EPOCHS = (
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
     "dropout",
 )
-_OF_SCHEDULE = {"step_epochs": "step", "step_gamma": "step", "min_lr": "cosine"}
+_OF_SCHEDULE = {"step_epochs": ("step",), "step_gamma": ("step",), "min_lr": ("cosine", "one_cycle")}
 
 
 class Contradiction(ValueError):
@@ -279,16 +279,18 @@ class Config:
     weight_decay_on: Literal["all", "matrices"] = "all"
     """what decays; matrices: what has two dimensions or more, and so neither biases nor the weights of normalisation
     (He et al. 2019)"""
-    schedule: Literal["constant", "step", "cosine"] = "cosine"
-    """course of the learning rate after the warm-up"""
+    schedule: Literal["constant", "step", "cosine", "one_cycle"] = "cosine"
+    """course of the learning rate after the warm-up; one_cycle: up from lr/25 along a cosine, and down along another,
+    with the momentum as it is (Smith 2018)"""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """schedule cosine: the head's learning rate at the end; the body's falls in proportion"""
+    """schedules cosine and one_cycle: the head's learning rate at the end, 0 meaning lr/250000 with one_cycle; the
+    body's falls in proportion"""
     step_epochs: Annotated[int, Field(ge=1)] = 5
     """schedule step: epochs from one drop to the next"""
     step_gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """schedule step: what a drop multiplies the learning rate by"""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """epochs over which the learning rate rises to its full value"""
+    """epochs over which the learning rate rises to its full value; 0 with schedule one_cycle: 0.3 of epochs"""
 
     best_by: Literal["top1", "balanced"] = "top1"
     """which validation accuracy best.pt is the best of; balanced: the mean recall, so that each class counts the same
@@ -326,7 +328,7 @@ class Config:
             "crop_mode: squash": (self.crop_mode == "squash", ("resize",)),
             "optimizer: adamw": (self.optimizer == "adamw", ("momentum", "nesterov")),
             "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
-            f"schedule: {self.schedule}": (True, [key for key in _OF_SCHEDULE if _OF_SCHEDULE[key] != self.schedule]),
+            f"schedule: {self.schedule}": (True, [key for key, of in _OF_SCHEDULE.items() if self.schedule not in of]),
             "freeze: layer3": (self.freeze == "layer3", ("layer_decay",)),
             "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body", "layer_decay")),
         }

@@ -500,6 +500,8 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
         ({"optimizer": "adamw", "nesterov": True}, "nesterov (optimizer: adamw)"),
         ({"schedule": "step", "min_lr": 0.001}, "min_lr (schedule: step)"),
         ({"schedule": "constant", "min_lr": 0.001}, "min_lr (schedule: constant)"),
+        ({"schedule": "one_cycle", "min_lr": 0.001}, None),
+        ({"schedule": "one_cycle", "step_gamma": 0.5}, "step_gamma (schedule: one_cycle)"),
         ({"weight_decay_on": "matrices"}, "weight_decay_on (weight_decay: 0)"),
         ({"step_gamma": 0.5, "step_epochs": 2}, "step_epochs (schedule: cosine), step_gamma (schedule: cosine)"),
         ({"mode": "feature_extract", "lr_body": 0.1}, "lr_body (mode: feature_extract)"),

@@ -6,23 +6,13 @@ from tests.helpers.runs import SMALL, ask_at, newest, one_error_line, rows, same
 import pytest
 import torch
 
+STEPS = ["--epochs", "1", "--batch-size", "4", "--log-every", "2", "--schedule", "one_cycle"]  # 5
+RATES = ["--lr", "0.02", "--lr-body", "0.01", "--weight-decay", "0.01", "--weight-decay-on", "matrices"]
+
 
 @pytest.mark.slow
 def test_a_stop_changes_nothing_and_another_decay_is_refused(photos, tmp_path, run_here, monkeypatch):
-    command = [
-        *SMALL,
-        "--data",
-        photos,
-        "--runs",
-        tmp_path,
-        "--epochs",
-        1,
-        "--batch-size",
-        4,
-        "--log-every",
-        2,
-    ]  # 5 steps
-    command += ["--lr", 0.02, "--lr-body", 0.01, "--weight-decay", 0.01, "--weight-decay-on", "matrices"]
+    command = [*SMALL, *STEPS, *RATES, "--data", photos, "--runs", tmp_path]
     decayed = [*command, "--layer-decay", 0.5]
     succeeded(run_here(train, *decayed, "--run", "whole"))
     whole = tmp_path / "whole"

@@ -11,6 +11,8 @@ from pipelines.model.network import TransferModel
 
 import torch
 
+_RISE, _FIRST, _LAST = 0.3, 1 / 25, 1 / 25e4  # of one cycle: its share of the steps, and its ends, as PyTorch's
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -84,8 +86,11 @@ def lr_factor(config: Config, steps_per_epoch: int, global_step: int) -> float:
     """What the base learning rates are multiplied by for the update at `global_step` (0 is the first).
 
     Linear warm-up over `warmup_epochs`, then `constant`, `step` (x step_gamma every step_epochs epochs, as StepLR) or
-    `cosine` (to min_lr at the end of `epochs`; Loshchilov & Hutter 2017, without restarts).
+    `cosine` (to min_lr at the end of `epochs`; Loshchilov & Hutter 2017, without restarts). `one_cycle` has a warm-up
+    of its own (as OneCycleLR; Smith 2018).
     """
+    if config.schedule == "one_cycle":
+        return _one_cycle(config, steps_per_epoch, global_step)
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     if global_step < warmup_steps:
         return (global_step + 1) / (warmup_steps + 1)
@@ -94,9 +99,24 @@ def lr_factor(config: Config, steps_per_epoch: int, global_step: int) -> float:
     if config.schedule == "cosine":
         assert config.epochs != "auto"
         remaining = max(1, config.epochs * steps_per_epoch - warmup_steps)
-        lowest = config.min_lr / config.lr
-        return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * (global_step - warmup_steps) / remaining))
+        return _along_cosine(1.0, config.min_lr / config.lr, global_step - warmup_steps, remaining)
     return 1.0
+
+
+def _one_cycle(config: Config, steps_per_epoch: int, global_step: int) -> float:
+    assert config.epochs != "auto"
+    last = config.epochs * steps_per_epoch - 1
+    peak = max(0.0, (config.warmup_epochs or _RISE * config.epochs) * steps_per_epoch - 1)
+    if global_step < peak:
+        return _along_cosine(_FIRST, 1.0, global_step, peak)
+    if last <= peak:  # of one step, or all warm-up: it does not fall
+        return 1.0
+    return _along_cosine(1.0, config.min_lr / config.lr or _LAST, global_step - peak, last - peak)
+
+
+def _along_cosine(start: float, end: float, step: float, steps: float) -> float:
+    """Half a wave from `start`, at step 0, to `end`, at `steps`."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

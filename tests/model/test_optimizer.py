@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 from torchvision.models import resnet18
 
 STEPS = 7  # an epoch
@@ -176,6 +176,25 @@ def test_cosine_ends_at_min_lr():
     assert lr_factor(config, STEPS, 6 * STEPS) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("min_lr", [0.0, 0.005])
+def test_one_cycle_is_pytorchs(warmup_epochs, min_lr):
+    config = Config(epochs=6, schedule="one_cycle", lr=0.5, warmup_epochs=warmup_epochs, min_lr=min_lr)
+    given = {"pct_start": warmup_epochs / 6} if warmup_epochs else {}
+    given |= {"final_div_factor": 4.0} if min_lr else {}  # of lr/25
+    expected = torchs(OneCycleLR, 6 * STEPS, max_lr=1.0, total_steps=6 * STEPS, cycle_momentum=False, **given)
+    assert factors(config) == pytest.approx(expected, rel=1e-9)
+    assert factors(config)[0] == pytest.approx(1 / 25)
+    assert factors(config)[-1] == pytest.approx(min_lr / 0.5 if min_lr else 1 / 25 / 1e4)
+
+
+def test_one_cycle_of_few_steps():
+    assert factors(Config(epochs=1, schedule="one_cycle"), 1) == [1.0]
+    assert factors(Config(epochs=2, schedule="one_cycle"), 1) == pytest.approx([1.0, 1 / 25e4])
+    rising = factors(Config(epochs=1, warmup_epochs=1, schedule="one_cycle"), 3)
+    assert rising == pytest.approx([1 / 25, 0.5 * (1 + 1 / 25), 1.0])
+
+
 def test_constant():
     assert set(factors(Config(epochs=3, schedule="constant"))) == {1.0}
 
@@ -194,7 +213,7 @@ def test_the_warm_up_rises_evenly_and_meets_the_schedule(schedule):
 
 
 @given(
-    schedule=st.sampled_from(["constant", "step", "cosine"]),
+    schedule=st.sampled_from(["constant", "step", "cosine", "one_cycle"]),
     epochs=st.integers(1, 8),
     steps=st.integers(1, 9),
     warmup=st.floats(0, 1),

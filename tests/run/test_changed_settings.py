@@ -257,6 +257,9 @@ def test_a_rate_that_is_off_its_course_is_said_with_both_values():
         "lr: the last step was at 9.87e-06 and the next is at 0.005, as the cosine schedule is over 20 epochs now"
     ]
     assert "last step was at 0.00594 and the next is at 0.00875" in rate_jump(twenty, 5, 23, last(ten, 23))[0]
+    cycle, longer = Config(schedule="one_cycle"), Config(schedule="one_cycle", epochs=20)
+    assert rate_jump(cycle, 5, 23, last(cycle, 23)) == []
+    assert "as the one_cycle schedule is over 20 epochs now" in rate_jump(longer, 5, 23, last(cycle, 23))[0]
     for schedule in ("constant", "step"):
         old, new = Config(schedule=schedule), Config(schedule=schedule, epochs=20)
         assert rate_jump(new, 5, 50, last(old, 50)) == [], schedule
