@@ -444,26 +444,35 @@ class RunFolder:
             with ExitStack() as renamed_last:
                 if write_predictions:
                     write_predictions(renamed_last.enter_context(atomic_write(self.predictions)))
+                description_file = renamed_last.enter_context(atomic_write(self.folder / "model.json"))
+                _write_text(description_file, _as_text(description))
                 with atomic_write(self.best) as partial:
                     with open(partial, "wb") as file:
                         torch.save(state, file)
                     self.predictions.unlink(missing_ok=True)  # a kill from here on leaves none of other weights
         except (OSError, RuntimeError) as error:  # PyTorch tells of a full disk by either
             raise cannot_save(self.best, error) from None
-        self._write_json("model.json", description)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        self._write(name, to_json(content, indent=2) + "\n")
+        self._write(name, _as_text(content))
 
     def _write(self, name: str, text: str) -> None:
         if not self._writes:
             return
         try:
             with atomic_write(self.folder / name) as partial:
-                # A folder's name need not be UTF-8: what is not, JSON reads back from its escape.
-                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+                _write_text(partial, text)
         except OSError as error:
             raise cannot_save(self.folder / name, error) from None
+
+
+def _as_text(content: Mapping[str, Any]) -> str:
+    return to_json(content, indent=2) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    # A folder's name need not be UTF-8: what is not, JSON reads back from its escape.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from pipelines.config import Config, dump_yaml, parse_config
 from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
@@ -449,6 +450,26 @@ def test_a_failed_save_keeps_the_earlier_best_weights(run):
     assert torch.equal(torch.load(run.best, weights_only=True)["weight"], network.weight)
     assert json.loads((run.folder / "model.json").read_text()) == {"epoch": 1}
     assert files(run.folder) == ["best.pt", "config.yaml", "figures", "model.json", "status.json"]
+
+
+def test_no_space_for_model_json_keeps_the_weights_that_it_is_of(run, monkeypatch):
+    """Its temperature and thresholds are theirs."""
+    run.create(Config())
+    run.save_best(torch.nn.Linear(1, 1), {"epoch": 1}, lambda path: path.write_text("first"))
+    before = {path.name: path.read_bytes() for path in run.best_files()}
+    write_text = Path.write_text
+
+    def full(self: Path, *arguments: Any, **options: Any) -> int:
+        if "model.json" in self.name:
+            raise OSError(28, "No space left on device")
+        return write_text(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(MachineError, match="what was saved before is whole"):
+            run.save_best(torch.nn.Linear(2, 1), {"epoch": 2}, lambda path: path.write_text("second"))
+    assert {path.name: path.read_bytes() for path in run.best_files()} == before
+    assert len(before) == 3
 
 
 def test_best_weights_are_contiguous_whatever_the_memory_format(run):
