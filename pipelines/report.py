@@ -27,7 +27,7 @@ from pipelines.data.decode import pixels_of_file
 from pipelines.data.known_photos import kept_counts
 from pipelines.data.layout import folder_of_csv
 from pipelines.distributed.exits import run_script
-from pipelines.errors import UserError
+from pipelines.errors import MachineError, UserError
 from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable
 from pipelines.inference import read_preprocess
 from pipelines.run.folder import RunFolder
@@ -68,7 +68,8 @@ def main(arguments: list[str]) -> None:
 
 
 def write_page(folder: Path) -> None:
-    """UserError where a file of the run is damaged, or something else is called report.html."""
+    """UserError where a file of the run is damaged, or something else is called report.html; MachineError where it
+    cannot be written, as on a full disk."""
     path = folder / "report.html"
     check_replaceable(path, begins_with(_PAGE.read_text("utf-8").partition("\n")[0]))
     content = page_of(folder).encode()
@@ -76,7 +77,7 @@ def write_page(folder: Path) -> None:
         with atomic_write(path) as partial:
             partial.write_bytes(content)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): make room or mend the folder") from None
+        raise MachineError(f"{path}: cannot be written ({error.strerror}): make room or mend the folder") from None
 
 
 def page_of(folder: Path) -> str:
@@ -109,15 +110,16 @@ def page_of(folder: Path) -> str:
         *_settings(settings),
         *_loading(folder, description),
     ]
-    name = _text(folder.resolve().name)
-    return _PAGE.read_text("utf-8").replace("TITLE", name, 1).replace("BODY", "\n".join(parts), 1)
+    name = _text(folder.resolve().name)  # last, as it may be BODY
+    return _PAGE.read_text("utf-8").replace("BODY", "\n".join(parts), 1).replace("TITLE", name, 1)
 
 
 def photo_address(description: Description, folder: Path, path: str, side: int) -> str:
     """A photo as the network of the run in `folder` sees it, a JPEG of side x side in a data: URL; "" where there is
     none to show.
 
-    A run from elsewhere names any path: only what is below its data is looked at.
+    A run from elsewhere names what it likes: no path leads out of the folder that its model.json calls its data, but
+    that may be any folder here.
     """
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or not description["data"]:
@@ -178,7 +180,8 @@ def _scores(description: Description, answers: Predictions | None) -> list[str]:
     if (balanced := scores.get("val/balanced_top1")) is not None:
         cards.append(("balanced", _percent(balanced), "mean recall of the classes"))
     if (loss := scores.get("val/loss")) is not None:
-        cards.append(("loss", f"{loss:.4f}", "cross-entropy"))
+        undivided = ", of logits that no temperature divides" if description["temperature"] != 1 else ""
+        cards.append(("loss", f"{loss:.4f}", f"cross-entropy{undivided}"))
     if answers and len(answers):
         commonest = int(np.bincount(answers.labels).max()) / len(answers)
         cards.append(("the commonest class alone", _percent(commonest), "what always answering it would reach"))
@@ -200,11 +203,13 @@ def _scores(description: Description, answers: Predictions | None) -> list[str]:
 def _curves(rows: Sequence[Mapping[str, Any]], best_by: str) -> list[str]:
     training = [row["epoch"] for row in rows if row.get("train/loss") is not None and "epoch" in row]
     unit = "epoch" if len(set(training)) == len(training) else "global_step"
-    balanced = [("balanced", best_by, "c")] if best_by != "val/top1" else []
+    of_average = best_by.replace("val/", "ema/")
+    balanced = [("balanced", best_by, "b dashed"), ("averaged, balanced", of_average, "c dashed")]
     charts = [
-        ("loss", [("train", "train/loss", "a"), ("validation", "val/loss", "b"), ("averaged", "ema/loss", "c")]),
-        ("accuracy", [("train", "train/top1", "a"), ("validation", "val/top1", "b"), *balanced]),
+        (name, [("train", f"train/{key}", "a"), ("validation", f"val/{key}", "b"), ("averaged", f"ema/{key}", "c")])
+        for name, key in (("loss", "loss"), ("accuracy", "top1"))
     ]
+    charts[1][1].extend(balanced if best_by != "val/top1" else [])
     drawn = []
     for name, lines in charts:
         found = [(label, kind, _points(rows, unit, key)) for label, key, kind in lines]
@@ -218,7 +223,7 @@ def _points(rows: Iterable[Mapping[str, Any]], unit: str, key: str) -> list[tupl
     pairs = [(row.get(unit), row.get(key)) for row in rows]
     found = [(float(x), float(y)) for x, y in pairs if isinstance(x, int) and isinstance(y, int | float)]
     found = [(x, y) for x, y in found if math.isfinite(y)]
-    return found[:: max(1, -(-len(found) // _POINTS))]
+    return [*found[: -1 : max(1, -(-len(found) // _POINTS))], *found[-1:]]
 
 
 def _chart(name: str, unit: str, lines: Sequence[tuple[str, str, list[tuple[float, float]]]]) -> str:
@@ -257,13 +262,14 @@ def _calibration(folder: Path, description: Description) -> list[str]:
     parts = ["<h2>Calibration</h2>", f"<p>{_text(calibration_line(found, description['temperature']), 600)}</p>"]
     with suppress(OSError):
         picture = folder / "figures" / "calibration.png"
-        content = picture.read_bytes() if picture.stat().st_size <= _LARGEST_FIGURE else b""
+        has_one = picture.is_file() and picture.stat().st_size <= _LARGEST_FIGURE  # a pipe would never end
+        content = picture.read_bytes() if has_one else b""
         if content.startswith(b"\x89PNG"):
             parts.append(f'<img class="wide" src="{_address(content, "png")}" alt="how often confidences are right">')
     rows = [
         [
             _percent(each["wanted"]),
-            f"{each['below']:.2f}",
+            f"{each['below']:.4f}",
             f"{each['kept']:,} of {each['photos']:,}",
             f"{each['right']:,}",
         ]

@@ -134,6 +134,12 @@ class Unsure(TypedDict):
     right: Count
 
 
+def _check_kept(unsure: Unsure) -> Unsure:
+    if not unsure["right"] <= unsure["kept"] <= unsure["photos"]:
+        raise ValueError("right must be at most kept, and kept at most photos")
+    return unsure
+
+
 @with_config(_READING)
 class Description(Preprocessing):
     """model.json. scores: the best evaluation's row of metrics.jsonl, with the counts `correct` and `count`, of photos
@@ -146,7 +152,7 @@ class Description(Preprocessing):
     test_flips: bool
     temperature: Annotated[float, Field(ge=0.25, le=4)]
     calibration: SavedCalibration | None
-    unsure: list[Unsure]
+    unsure: list[Annotated[Unsure, AfterValidator(_check_kept)]]
     average_of: list[str]
     scores: Annotated[dict[str, Number | str], AfterValidator(_check_scores)]
     data: str

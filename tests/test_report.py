@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -90,6 +91,33 @@ def test_it_says_what_was_reached_and_with_which_settings(run, run_here):
     assert "Calibration" not in text
 
 
+def test_the_curves_have_the_average_and_the_last_epoch(run, run_here, monkeypatch):
+    monkeypatch.setattr(report, "_POINTS", 3)
+    folder = run(best_by="balanced")
+    with open(folder / "metrics.jsonl", "a") as file:
+        for epoch in range(5, 9):
+            at = {"epoch": epoch, "global_step": 10 * epoch, "val/top1": epoch / 10, "val/balanced_top1": 0.5}
+            file.write(json.dumps(at | {"ema/top1": 0.25, "ema/balanced_top1": epoch / 8}) + "\n")
+    page = written(run_here, folder)
+    legends = re.findall(r'<p class="legend quiet">(.*?)</p>', page)
+    assert [words(f"<body>{each}") for each in legends] == [
+        "train validation",
+        "train validation averaged balanced averaged, balanced",
+    ]
+    points = re.findall(r'<polyline class="c dashed" points="([^"]*)"', page)
+    assert points[0].split()[0].startswith("217.4,"), "of epoch 5 of 1 to 8"
+    assert points[0].split()[-1] == "346.0,12.0", "epoch 8, the highest of all"
+
+
+@pytest.mark.parametrize("name", ["BODY", "TITLE"])
+def test_a_run_may_have_any_name(name, run, run_here):
+    folder = run()
+    folder = folder.rename(folder.with_name(name))
+    page = written(run_here, folder)
+    assert f"<title>{name}</title>" in page
+    assert words(page).startswith(f"{name} resnet18")
+
+
 def test_settings_are_compared_with_the_nearest_recipe(run, run_here):
     config, _ = parse_config(["--config=configs/quickstart.yaml", "--momentum=0.5"])
     text = words(written(run_here, run(**{key: value for key, value in asdict(config).items() if key != "runs"})))
@@ -153,14 +181,19 @@ def test_it_has_the_calibration_where_there_is_one(run, run_here):
     folder = run()
     reliability = {"loss": 0.4, "ece": 0.0312, "bins": [[20, 0.8, 0.85]]}
     found = {"photos": 20, "folds": 5, "reason": "", "before": reliability, "after": reliability | {"ece": 0.0123}}
-    unsure = [{"wanted": 0.95, "below": 0.75, "photos": 20, "kept": 12, "right": 11}]
+    unsure = [{"wanted": 0.95, "below": 0.9987, "photos": 20, "kept": 12, "right": 11}]
     description = json.loads((folder / "model.json").read_text())
     description |= {"temperature": 1.5, "calibration": found, "unsure": unsure}
     (folder / "model.json").write_text(json.dumps(description))
     text = words(written(run_here, folder))
     assert "logits / 1.5; calibration error 0.0312 before and 0.0123 after" in text
-    assert "95.0 % 0.75 12 of 20 11" in text
+    assert "each by the others of 5 folds" in text
+    assert "95.0 % 0.9987 12 of 20 11" in text
+    assert "0.4000 cross-entropy, of logits that no temperature divides" in text
     (folder / "figures").mkdir()
+    os.mkfifo(folder / "figures" / "calibration.png")
+    assert "<img class" not in written(run_here, folder)
+    (folder / "figures" / "calibration.png").unlink()
     Image.new("RGB", (30, 20)).save(folder / "figures" / "calibration.png")
     assert 'class="wide" src="data:image/png;base64,' in written(run_here, folder)
 

@@ -91,6 +91,8 @@ def test_what_a_reader_of_the_weights_needs_must_be_there(key, tmp_path):
         ("calibration", {"photos": 3}),
         ("calibration", DESCRIPTION["calibration"] | {"after": {"loss": 0.5, "ece": 0.5, "bins": [[1, 0.5]]}}),
         ("unsure", [{"wanted": 0.99, "below": 1.5, "photos": 4, "kept": 3, "right": 3}]),
+        ("unsure", [{"wanted": 0.99, "below": 0.5, "photos": 4, "kept": 3, "right": 4}]),
+        ("unsure", [{"wanted": 0.99, "below": 0.5, "photos": 4, "kept": 5, "right": 3}]),
         ("image_size", 10**9),
         ("image_size", float("inf")),
         ("image_size", float("nan")),
