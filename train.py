@@ -155,7 +155,7 @@ def evaluate_and_keep_best(
     is_best = progress.keep_best({**row, **scores}, best_by, correct, len(better))
     row |= best_scores(progress.best)  # a sweep stops by it
     recorder.evaluation(row, records)
-    if is_best:
+    if is_best and checked.state.is_main_process:
         calibration = calibrate(better)
         calibrated = at_temperature(better, calibration.temperature)
         answers = partial(write_predictions, calibrated, components.validation.split, checked.classes)

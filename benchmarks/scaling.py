@@ -33,7 +33,7 @@ from pipelines.distributed.hardware import machine
 from pipelines.run.folder import versions
 from pipelines.run.predictions import read_predictions, write_predictions
 from pipelines.text import lasting_streams
-from pipelines.training.evaluation import RECORD as RECORD
+from pipelines.training.evaluation import RECORD
 
 import numpy as np
 import torch

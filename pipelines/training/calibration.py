@@ -73,33 +73,39 @@ def calibrate(records: np.ndarray) -> Calibration:
     def unused(reason: str) -> Calibration:
         return Calibration(1.0, reason, photos, folds, before, None)
 
+    if not photos:
+        return unused("there are no photos to fit one to")
     right = int((records["predicted"] == records["label"]).sum())
     if right == photos:
         answered = "photo is" if photos == 1 else "photos are"
         return unused(f"the {photos} {answered} all answered right, so that no confidence was too high")
-    losses = _losses(records)
+    losses = np.stack([_summed_losses(records[fold::folds]) for fold in range(folds)])
     temperature = _fitted(losses.sum(axis=0))
     if temperature in (_TRIED[0], _TRIED[-1]):
         return unused(f"the loss falls as far as temperatures are tried, to {temperature:g}")
-    of_fold = np.arange(photos) % folds
-    without = [_fitted(losses[of_fold != fold].sum(axis=0)) for fold in range(folds)]
-    after = reliability(at_temperature(records, np.array(without)[of_fold]))
+    calibrated = records.copy()
+    for fold in range(folds):
+        others = _fitted(losses.sum(axis=0) - losses[fold])
+        calibrated[fold::folds] = at_temperature(records[fold::folds], others)
+    after = reliability(calibrated)
     if after.loss >= before.loss:
         with_and_without = f"{after.loss:.4f} with one and {before.loss:.4f} without"
         return unused(f"photos that it was not fitted to have a loss of {with_and_without}")
     return Calibration(float(f"{temperature:.4g}"), "", photos, folds, before, after)
 
 
-def at_temperature(records: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
-    """The records as they would be with all logits divided once more. temperature: float, or float [N] by photo, from 1
-    / LARGEST_TEMPERATURE on. The answers are the same; margins and normalisers stay those of the undivided logits.
+def at_temperature(records: np.ndarray, temperature: float) -> np.ndarray:
+    """The records as they would be with all logits divided once more, at 1 as they are. temperature: from 1 /
+    LARGEST_TEMPERATURE to it. The answers are the same; margins and normalisers stay those of the undivided logits.
     """
-    changed, inverse = records.copy(), 1 / np.asarray(temperature)
-    normaliser = np.maximum(0, (records["normalisers"] * _weights(np.asarray(temperature))).sum(axis=1))
+    if temperature == 1:
+        return records
+    changed = records.copy()
+    normaliser = np.maximum(0, records["normalisers"] @ _weights(np.array([temperature]))[0])
     changed["confidence"] = np.exp(-normaliser)
-    changed["loss"] = np.maximum(0, normaliser - records["margin"] * inverse)
+    changed["loss"] = np.maximum(0, normaliser - records["margin"] / temperature)
     highest = np.maximum(records["probabilities"][:, :1], np.finfo(np.float32).tiny)
-    ratios = (records["probabilities"] / highest).astype(np.float64) ** inverse.reshape(-1, 1)
+    ratios = (records["probabilities"] / highest).astype(np.float64) ** (1 / temperature)
     changed["probabilities"] = changed["confidence"][:, None] * ratios
     return changed
 
@@ -154,13 +160,13 @@ def unsure_line(found: Unsure) -> str:
 def calibration_line(calibration: SavedCalibration, temperature: float) -> str:
     """What model.json says of it, in a line."""
     photos = counted(calibration["photos"], "validation photo")
-    before, after = calibration["before"], calibration["after"]
+    before, after, folds = calibration["before"], calibration["after"], calibration["folds"]
     if after is None:
         reason = calibration["reason"]
         return f"confidence: as the network gives it, no temperature: {reason} (calibration error {before['ece']:.4f})"
     return (
         f"confidence: logits / {temperature:g}; calibration error {before['ece']:.4f} before and {after['ece']:.4f} "
-        f"after, loss {before['loss']:.4f} and {after['loss']:.4f} ({photos}, each by the others of {FOLDS} folds)"
+        f"after, loss {before['loss']:.4f} and {after['loss']:.4f} ({photos}, each by the others of {folds} folds)"
     )
 
 
@@ -173,9 +179,10 @@ def calibration_panels(
     return {"before": before, f"after: logits / {temperature:g}": after}
 
 
-def _losses(records: np.ndarray) -> np.ndarray:
-    """float64 [N, points]: each photo's loss at TEMPERATURES."""
-    return records["normalisers"].astype(np.float64) - records["margin"][:, None] / TEMPERATURES
+def _summed_losses(records: np.ndarray) -> np.ndarray:
+    """float64 [points]: the sum of the photos' losses at TEMPERATURES."""
+    sums = records["normalisers"].sum(axis=0, dtype=np.float64)
+    return sums - records["margin"].sum(dtype=np.float64) / TEMPERATURES
 
 
 def _fitted(losses: np.ndarray) -> float:
@@ -184,6 +191,6 @@ def _fitted(losses: np.ndarray) -> float:
 
 
 def _weights(temperature: np.ndarray) -> np.ndarray:
-    """float64 [..., points]: what is known at TEMPERATURES, times these and summed, is what holds at `temperature`."""
+    """float64 [n, points]: what is known at TEMPERATURES, times these and summed, is what holds at n temperatures."""
     place = np.log(temperature) / np.log(LARGEST_TEMPERATURE)
     return chebvander(place, len(TEMPERATURES) - 1) @ _AT_POINTS

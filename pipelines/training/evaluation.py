@@ -22,8 +22,9 @@ from accelerate.utils import gather_object
 from torch.nn import functional
 from tqdm import tqdm
 
-# Chebyshev's points, between which what depends on a temperature is interpolated (Trefethen 2013, chapter 5).
-LARGEST_TEMPERATURE, _POINTS = 4.0, 24
+# Chebyshev's points, between which what depends on a temperature is interpolated (Trefethen 2013, chapter 5). So many,
+# as confidence over 22,000 classes that are nearly equal rivals would be 0.003 off between 24, and is 0.00002.
+LARGEST_TEMPERATURE, _POINTS = 4.0, 40
 TEMPERATURES = LARGEST_TEMPERATURE ** np.cos((np.arange(_POINTS) + 0.5) * np.pi / _POINTS)
 _AT_ONCE = 1 << 20  # logits
 
