@@ -42,6 +42,7 @@ from pipelines.run import figures
 from pipelines.run.folder import refuse_links
 from pipelines.run.heat import laid_over
 from pipelines.run.predictions import write_predictions
+from pipelines.run.resume import spelled
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.text import check_printed, counted, listed, printable
 from pipelines.tracking.wandb import add_to_summary, check_tracked
@@ -93,6 +94,9 @@ def main(arguments: list[str]) -> None:
             print(note)
         if config.test_flips:
             print("test_flips: an answer is the mean of a photo's logits and its mirror image's")
+        if description and description["temperature"] != 1 and description["test_flips"] != config.test_flips:
+            own = spelled(description["test_flips"])
+            print(f"temperature: fitted to answers with the run's own test_flips {own}, and not to these")
         processes = counted(accelerator.num_processes, "process")
         print(f"{processes} on {accelerator.device.type}; loader: {engine} ({reason})")
     temperature = description["temperature"] if description else 1.0

@@ -36,6 +36,7 @@ from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, read_run_weights
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
+from pipelines.run.resume import spelled
 from pipelines.run_files import read_description, read_run_config, what_auto_came_to
 from pipelines.text import counted, listed, printable
 from pipelines.training.evaluation import confusion_pairs, wilson_interval
@@ -481,7 +482,7 @@ def _facts(
         **_geometry(preprocess),
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
-        "confidence": _confidence(description["temperature"], description["calibration"]),
+        "confidence": _confidence(description, test_flips=reference.test_flips),
         "mirrored": "Its logits are the mean of a picture's and its mirror image's (`test_flips`).\n"
         if reference.test_flips
         else "",
@@ -545,14 +546,18 @@ def _scores(scores: Mapping[str, Any], *, test_flips: bool) -> str:
         return "Not known: the run's `model.json` has none."
 
 
-def _confidence(temperature: float, calibration: Mapping[str, Any] | None) -> str:
+def _confidence(description: Mapping[str, Any], *, test_flips: bool) -> str:
+    calibration, own = description["calibration"], description["test_flips"]
     if calibration is None or calibration["after"] is None:
         return "Confidences are the softmax of the network's logits; no temperature was fitted."
     before, after = calibration["before"], calibration["after"]
+    temperature = description["temperature"]
+    others = f" All this is of the run's own `test_flips: {spelled(own)}`, which the graph differs in."
     return (
         f"Confidences are the softmax of logits / {temperature:g} (Guo et al. 2017); the graph divides by itself. "
         f"The calibration error is {before['ece']:.4f} without and {after['ece']:.4f} with a temperature, on the "
         f"validation photos, each by one that was fitted on the others of {calibration['folds']} folds."
+        f"{others if test_flips != own else ''}"
     )
 
 

@@ -37,10 +37,10 @@ from pipelines.config import SCHEMA, ScriptParser, engine_name
 from pipelines.data.decode import photo_of_file, view_of_file
 from pipelines.data.engines.factory import choose_engine
 from pipelines.data.preprocess import Preprocess
-from pipelines.distributed.exits import run_script
+from pipelines.distributed.exits import DISK_ERRORS, run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import start_processes
-from pipelines.errors import UserError
+from pipelines.errors import MachineError, UserError
 from pipelines.files import begins_with, check_replaceable
 from pipelines.inference import Answer, explainer, find_photos, open_run, unsure_below
 from pipelines.run import figures
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     run = open_run(options.run, device, engine=engine, threads=cpu_cores(), **settings)
     mirrored = ", each with its mirror image" if run.test_flips else ""
     explain = explainer(run) if options.explain else None
-    unsure = unsure_below(options.run, options.unsure_for)
+    unsure = unsure_below(options.run, options.unsure_for, test_flips=run.test_flips)
     files = f"{counted(len(paths), 'file')}{mirrored}"
     _say(f"{printable(options.run)} on {files}, {device.type}; loader: {engine} ({reason})")
 
@@ -157,7 +157,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _prepare_folder(folder: Path, photos: list[str]) -> None:
-    """Makes it. UserError where it cannot, or where pictures would lie among the photos: next time they were some."""
+    """Makes it. UserError where it cannot, or where pictures would lie among the photos: next time they were some;
+    MachineError where the disk is full."""
     wanted = folder.resolve()
     for photo in map(Path, photos):
         place = photo if photo.is_dir() else photo.parent
@@ -166,7 +167,8 @@ def _prepare_folder(folder: Path, photos: list[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--explain {folder}: cannot be made ({error.strerror}): give another folder") from None
+        kind = MachineError if error.errno in DISK_ERRORS else UserError
+        raise kind(f"--explain {folder}: cannot be made ({error.strerror}): give another folder") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"--explain {folder}: cannot be written to: give another folder")
 

@@ -100,9 +100,6 @@ def main(arguments: list[str]) -> None:
     import_extra("uvicorn")
     import_extra("starlette")
     facts = describe(options.run)
-    if unsure := unsure_below(options.run, options.unsure_for):
-        facts["unsure"] = unsure
-        print(unsure_line(unsure), flush=True)
     # One thread for each photo, and several photos at a time: the cores are not shared out twice.
     torch.set_num_threads(1)
     if options.weights == "onnx":
@@ -112,6 +109,9 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--test-flips {wanted}: the graph was made otherwise: export.py --test-flips {wanted}")
     else:
         classifier = open_run(options.run, torch.device("cpu"), test_flips=options.test_flips)
+    if unsure := unsure_below(options.run, options.unsure_for, test_flips=classifier.test_flips):
+        facts["unsure"] = unsure
+        print(unsure_line(unsure), flush=True)
     listener = _listen(options.host, options.port)
     names = _names(options.host, listener, options.allow_host)
     _allow_files()

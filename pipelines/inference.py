@@ -30,6 +30,7 @@ from pipelines.files import file_digest
 from pipelines.model.gradcam import GradCam
 from pipelines.model.network import TransferModel, restore_model
 from pipelines.model.weights import read_run_weights
+from pipelines.run.resume import spelled
 from pipelines.run_files import Unsure, check_preprocessing, read_description
 from pipelines.text import listed, printable
 from pipelines.training.calibration import unsure_for
@@ -233,13 +234,21 @@ def explainer(classifier: Classifier) -> Callable[[np.ndarray, Answer], np.ndarr
     return explain
 
 
-def unsure_below(run: Path, wanted: float | None) -> Unsure | None:
+def unsure_below(run: Path, wanted: float | None, *, test_flips: bool) -> Unsure | None:
     """Below which confidence an answer is unsure, so that the others are as often right as `wanted`, of UNSURE_FOR, as
-    the run's validation photos say. UserError where they do not; None without `wanted`.
+    the run's validation photos say. UserError where they do not, or were answered otherwise; None without `wanted`.
+
+    test_flips: whether answers are of both views, which the run's own setting says for its thresholds.
     """
     if wanted is None:
         return None
     description = read_description(run, "run")
+    if test_flips != description["test_flips"]:
+        own, here = map(spelled, (description["test_flips"], test_flips))
+        raise UserError(
+            f"--unsure-for: the thresholds of {run} are of answers with test_flips {own}, and these are with {here}: "
+            "leave --test-flips out, of export.py too"
+        )
     if found := unsure_for(description, wanted):
         return found
     if not description["calibration"]:

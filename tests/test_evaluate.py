@@ -235,6 +235,7 @@ def test_a_run_with_test_flips_is_evaluated_with_them(photos, random_weights, ru
     best = read(run / "model.json")["scores"]
     assert read(run / "model.json")["test_flips"] is True
     assert (run / "metrics.jsonl").read_text().count("val/loss") == 2
+    (run / "model.json").write_text(json.dumps(read(run / "model.json") | {"temperature": 1.5}))
 
     found = []
     for processes, more in ((1, []), (2, []), (1, ["--test-flips=false"])):
@@ -242,6 +243,8 @@ def test_a_run_with_test_flips_is_evaluated_with_them(photos, random_weights, ru
         done = run_here(evaluate, *arguments) if processes == 1 else run_script("evaluate.py", *arguments, processes=2)
         assert done.returncode == 0, done.stderr
         assert ("test_flips: an answer is the mean" in done.stdout) == (not more)
+        told = "temperature: fitted to answers with the run's own test_flips true, and not to these"
+        assert (told in done.stdout) == bool(more)
         found.append(read(tmp_path / "scores.json"))
     mirrored, on_two, plain = found
     assert [scores["test_flips"] for scores in found] == [True, True, False]

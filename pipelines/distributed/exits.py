@@ -21,7 +21,7 @@ import torch.distributed as dist
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 _POLL_SECONDS = 0.2
 _FAILED = "dalitune/failed"  # where a process that fails alone leaves its line
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
 
 
@@ -86,7 +86,7 @@ def _exit_status_of(error: BaseException) -> ExitStatus:
         return ExitStatus(printable(str(error)), error.exit_code, error.bad_photo)
     if isinstance(error, KeyboardInterrupt):
         return ExitStatus("interrupted", 130)
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return ExitStatus(f"{error.filename or 'disk'}: {error.strerror}", MachineError.exit_code)
     if isinstance(error, torch.OutOfMemoryError):
         line = "the GPU's memory is full: add --max-batch-per-device auto, or lower --eval-batch-per-device"

@@ -263,5 +263,8 @@ def test_answers_are_marked_as_unsure_below_the_runs_own_threshold(trained_run, 
         done = run_here(*command, wanted)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert told in done.stderr
+    done = run_here(*command, "0.99", "--test-flips")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--unsure-for: the thresholds of" in done.stderr
     (run / "model.json").write_text(json.dumps(description | {"unsure": [], "calibration": None}))
     assert "it is of an earlier version" in run_here(*command, "0.99").stderr

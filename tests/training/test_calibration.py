@@ -1,6 +1,11 @@
 """Temperatures and thresholds, beside what PyTorch says of the logits themselves."""
 
+import json
+
+from deploy import export
 from pipelines.config import UNSURE_FOR
+from pipelines.errors import UserError
+from pipelines.inference import unsure_below
 from pipelines.training.calibration import (
     FOLDS,
     at_temperature,
@@ -11,6 +16,7 @@ from pipelines.training.calibration import (
     unsure_thresholds,
 )
 from pipelines.training.evaluation import RECORD, _outcomes, _records, calibration_error
+from tests.helpers.run_files import DESCRIPTION
 
 import numpy as np
 import pytest
@@ -58,6 +64,18 @@ def test_records_at_a_temperature_are_those_of_divided_logits(classes):
         np.testing.assert_allclose(back["confidence"], before["confidence"], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(("classes", "off"), [(1000, 5e-6), (22_000, 5e-5)])
+def test_confidence_among_very_many_equal_rivals_is_exact(classes, off):
+    """As label smoothing leaves them: the sum over them changes fast with the temperature."""
+    logits = torch.full((1, classes), -np.log(0.9 * classes / 0.1))
+    logits[0, 0] = 0
+    records = records_of(logits, torch.zeros(1, dtype=torch.long))
+    for temperature in np.geomspace(0.26, 3.9, 60).tolist():
+        expected = (logits.double() / temperature).softmax(dim=1).max().item()
+        assert at_temperature(records, temperature)["confidence"][0] == pytest.approx(expected, abs=off, rel=0)
+    np.testing.assert_array_equal(at_temperature(records, 1.0), records)
+
+
 def test_no_photo_is_reported_by_a_temperature_that_it_took_part_in():
     logits, labels = drawn(150, 3, 2.0)
     found = calibrate(records_of(logits, labels))
@@ -70,7 +88,8 @@ def test_no_photo_is_reported_by_a_temperature_that_it_took_part_in():
     assert found.after is not None
     assert found.after.loss == pytest.approx(losses.mean().item(), rel=1e-3)
     assert found.after.loss < found.before.loss
-    told = calibration_line(found.described(), found.temperature)  # type: ignore[arg-type]
+    told = calibration_line(found.described() | {"folds": 7}, found.temperature)  # type: ignore[arg-type]
+    assert "(150 validation photos, each by the others of 7 folds)" in told
     assert told.startswith(f"confidence: logits / {found.temperature:g}; calibration error {found.before.ece:.4f} ")
 
 
@@ -92,6 +111,7 @@ def test_where_the_photos_tell_no_temperature_none_is_used():
         assert "no temperature: " in calibration_line(found.described(), 1.0)  # type: ignore[arg-type]
     nothing = calibrate(np.zeros(0, RECORD))
     assert (nothing.temperature, nothing.before.bins) == (1.0, [])
+    assert nothing.reason == "there are no photos to fit one to"
 
 
 def test_a_class_without_photos_changes_nothing():
@@ -109,6 +129,19 @@ def test_bins_have_every_photo_once_and_make_the_calibration_error():
     gaps = [count * abs(accuracy - confidence) for count, confidence, accuracy in found.bins]
     assert sum(gaps) / 500 == pytest.approx(found.ece, abs=1e-6)
     assert found.ece == calibration_error(records)
+
+
+def test_a_calibration_is_of_the_runs_own_views_alone(tmp_path):
+    """Which --test-flips, or a graph that was exported with it, may differ in."""
+    (tmp_path / "model.json").write_text(json.dumps(DESCRIPTION))
+    assert unsure_below(tmp_path, 0.99, test_flips=False) == DESCRIPTION["unsure"][0]
+    with pytest.raises(
+        UserError, match="answers with test_flips false, and these are with true: leave --test-flips out"
+    ):
+        unsure_below(tmp_path, 0.99, test_flips=True)
+    assert unsure_below(tmp_path, None, test_flips=True) is None
+    on_the_card = [export._confidence(DESCRIPTION, test_flips=each) for each in (False, True)]
+    assert on_the_card[1].removeprefix(on_the_card[0]).startswith(" All this is of the run's own `test_flips: false`")
 
 
 def answered(confidence: list[float], right: list[int]) -> np.ndarray:
