@@ -12,13 +12,14 @@ and so on. Ctrl-C saves and ends; the same command goes on: what is finished is 
 import argparse
 import csv
 import io
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -31,7 +32,7 @@ from pipelines.cache import cache_folder
 from pipelines.config import SCHEMA, Config, ScriptParser, not_named, parse_config
 from pipelines.data.dataset import Dataset, Split, load_dataset, scan_dataset
 from pipelines.data.samples import locate
-from pipelines.distributed.exits import Terminated, run_script
+from pipelines.distributed.exits import DISK_ERRORS, Terminated, run_script
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable
 from pipelines.model.logistic_regression import folds_of
@@ -60,12 +61,14 @@ class Training:
 @dataclass(frozen=True)
 class Result:
     """Of a finished run, on its validation photos: the accuracy that chose its best epoch there, that of the last one,
-    and how many photos there are."""
+    NaN where the network had diverged by then, and how many photos there are. averaged: whether the best is of the
+    averaged weights, as the last never is."""
 
     training: Training
     best: float
     last: float
     photos: int
+    averaged: bool = False
 
 
 def main(arguments: list[str]) -> None:
@@ -108,6 +111,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.folds < 1 or options.seeds < 1 or options.folds * options.seeds < 2:
         parser.error("--folds and --seeds are 1 or more, and one run repeats nothing")
     if options.json:
+        if not (options.json.parent.is_dir() and os.access(options.json.parent, os.W_OK)):
+            parser.error(f"--json: {options.json.parent} is no folder that can be written to")
         check_replaceable(options.json, begins_with('{\n  "repeated": '))
     return options, flags
 
@@ -149,19 +154,26 @@ def _without(flags: list[str], names: Sequence[str]) -> list[str]:
 
 
 def _write_folds(dataset: Dataset, folds: int, files: Sequence[Path]) -> None:
-    """The folds' CSV files and the link to the photos. UserError where there are others for other photos already."""
+    """The folds' CSV files and the link to the photos. UserError where there are others for other photos already, or a
+    fold would hold out nothing; MachineError where the disk is full."""
     whole = dataset.undivided()
     split = whole.splits.get("all") or whole.splits.get("train")
     if split is None:
         raise UserError(f"repeat: {printable(dataset.root)} has no split 'train', whose photos would be in folds")
     fewest = min(split.class_counts().values(), default=0)
-    if len(split) < folds:
-        raise UserError(f"repeat: {counted(len(split), 'photo')} cannot be in {folds} folds: give fewer --folds")
+    of_photo = folds_of(split.labels, folds)
+    alone = int((of_photo < 0).sum())
+    told = f"; {alone} of them, each the only one of a class, would train in all" if alone else ""
+    if len(split) - alone < folds:
+        raise UserError(f"repeat: {counted(len(split), 'photo')} cannot be in {folds} folds{told}: give fewer --folds")
     if fewest < folds:
         print(f"repeat: the smallest class has {counted(fewest, 'photo')}: some folds hold out none of it", flush=True)
-    of_photo = folds_of(split.labels, folds)
     folder = files[0].parent
-    texts = {folder / f"fold{fold + 1}.csv": fold_csv(split, of_photo == fold) for fold in range(folds)}
+    # Bytes, as a name may have a \r in it, which reading text makes a \n of.
+    contents = {
+        folder / f"fold{fold + 1}.csv": fold_csv(split, of_photo == fold).encode("utf-8", "surrogateescape")
+        for fold in range(folds)
+    }
     link, root = folder / _PHOTOS, os.fsdecode(split.root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,26 +181,31 @@ def _write_folds(dataset: Dataset, folds: int, files: Sequence[Path]) -> None:
             link.symlink_to(root, target_is_directory=True)
         if os.path.realpath(link) != os.path.realpath(root):
             raise UserError(f"repeat: {printable(link)} leads to other photos: give another --run name")
-        for file, text in texts.items():
-            if file.exists() and file.read_text("utf-8", "surrogateescape") != text:
+        for file, content in contents.items():
+            if file.exists() and file.read_bytes() != content:
                 raise UserError(f"repeat: {printable(file)} has other photos in its fold: give another --run name")
             if not file.exists():
                 with atomic_write(file) as partial:
-                    partial.write_text(text, "utf-8", "surrogateescape")
+                    partial.write_bytes(content)
     except OSError as error:
-        raise UserError(f"repeat: {printable(folder)}: cannot be written to ({error.strerror})") from None
+        kind = MachineError if error.errno in DISK_ERRORS else UserError
+        raise kind(f"repeat: {printable(folder)}: cannot be written to ({error.strerror})") from None
     shown = ", ".join(str(int((of_photo == fold).sum())) for fold in range(folds))
-    print(f"folds: of {counted(len(split), 'photo')} {shown} are held out in turn", flush=True)
+    told = f"; {alone} train in all, each the only one of its class" if alone else ""
+    print(f"folds: of {counted(len(split), 'photo')} {shown} are held out in turn{told}", flush=True)
 
 
 def fold_csv(split: Split, held_out: np.ndarray) -> str:
     """`path,label,split`, with paths below the link to the photos. held_out: bool [N], of the split's photos."""
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("path", "label", "split"))
+    plain = csv.writer(text, lineterminator="\n")
+    # Before Python 3.13 a \r is quoted only where lines end with one, and read as a line's end where it is not.
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    plain.writerow(("path", "label", "split"))
     for index, label in enumerate(split.labels.tolist()):
         path = f"{_PHOTOS}/{split.path_below_root(index).decode('utf-8', 'surrogateescape')}"
-        rows.writerow((path, split.classes[label], "val" if held_out[index] else "train"))
+        row = (path, split.classes[label], "val" if held_out[index] else "train")
+        (quoted if "\r" in "".join(row) else plain).writerow(row)
     return text.getvalue()
 
 
@@ -203,18 +220,20 @@ def _is_finished(training: Training, flags: list[str]) -> bool:
 
 def _train(command: Sequence[str], training: Training) -> None:
     """One run of train.py, which a request to stop is passed on to, once for each."""
-    try:
-        child = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes from here alone, and so once
-    except OSError as error:
-        raise UserError(f"--launch {printable(command[0])}: cannot be started ({error.strerror})") from None
     is_asked = False
-    while child.returncode is None:
+    with _hangup_asks_to_stop():
         try:
-            child.wait()
-        except (KeyboardInterrupt, Terminated):
-            is_asked = True
-            with suppress(ProcessLookupError):
-                (os.killpg if hasattr(os, "killpg") else os.kill)(child.pid, signal.SIGINT)
+            child = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes from here alone, and so once
+        except OSError as error:
+            raise UserError(f"--launch {printable(command[0])}: cannot be started ({error.strerror})") from None
+        while child.returncode is None:
+            try:
+                child.wait()
+            except (KeyboardInterrupt, Terminated):
+                is_asked = True
+                if hasattr(os, "killpg"):  # on Windows there are no sessions: the console has told the child
+                    with suppress(ProcessLookupError):
+                        os.killpg(child.pid, signal.SIGINT)
     if is_asked or child.returncode == Stopped.exit_code:
         raise Stopped(f"repeat: stopped in {training.folder}: the same command goes on")
     if child.returncode:
@@ -223,12 +242,32 @@ def _train(command: Sequence[str], training: Training) -> None:
         raise UserError(told) if child.returncode == UserError.exit_code else MachineError(told)
 
 
+@contextmanager
+def _hangup_asks_to_stop() -> Iterator[None]:
+    """A terminal that is closed tells this process alone, and its run, in a session of its own, would go on."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) is not signal.SIG_DFL:  # nohup ignores it
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        signal.signal(hangup, signal.SIG_IGN)  # a shell may tell it as well
+        raise Terminated
+
+    signal.signal(hangup, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(hangup, signal.SIG_DFL)
+
+
 def _result(training: Training, best_by: str) -> Result:
     scores: Mapping[str, Any] = read_description(training.folder, "repeat")["scores"]
-    rows = [row for row in read_rows(training.folder / "metrics.jsonl") if row.get(best_by) is not None]
-    if best_by not in scores or not rows:
+    values = [row[best_by] for row in read_rows(training.folder / "metrics.jsonl") if best_by in row]
+    if best_by not in scores or not values:
         raise UserError(f"repeat: {training.folder} has no {best_by} in its metrics.jsonl and model.json")
-    return Result(training, scores[best_by], rows[-1][best_by], scores["count"])
+    last = math.nan if values[-1] is None else values[-1]
+    return Result(training, scores[best_by], last, scores["count"], averaged=bool(scores.get("averaged")))
 
 
 def table(results: Sequence[Result], best_by: str) -> tuple[list[str], dict[str, Any]]:
@@ -241,13 +280,18 @@ def table(results: Sequence[Result], best_by: str) -> tuple[list[str], dict[str,
     for result in results:
         name = printable(result.training.folder.name)
         columns = f"{result.best:{5 + len(best_by)}.4f}  {result.last:{5 + len(best_by)}.4f}"
-        lines.append(f"{name:<{width}}  {result.photos:6}  {columns}")
+        averaged = "  best of averaged weights" if result.averaged else ""
+        lines.append(f"{name:<{width}}  {result.photos:6}  {columns}{averaged}")
     by_fold: dict[int, list[Result]] = {}
     for result in results:
         by_fold.setdefault(result.training.fold, []).append(result)
     summary: dict[str, Any] = {"best_by": best_by, "folds": len(by_fold), "seeds": len(results) // len(by_fold)}
     for which in ("best", "last"):
         values = [[getattr(each, which) for each in runs] for runs in by_fold.values()]
+        if diverged := sum(math.isnan(value) for of_fold in values for value in of_fold):
+            summary[which] = None
+            lines.append(f"{which} {best_by}: no mean, as {counted(diverged, 'run')} had diverged by then (nan)")
+            continue
         units = [fmean(runs) for runs in values] if len(values) > 1 else values[0]
         of_seeds = fmean(stdev(runs) for runs in values) if len(values[0]) > 1 else None
         low, high = mean_interval(units)
@@ -263,7 +307,7 @@ def table(results: Sequence[Result], best_by: str) -> tuple[list[str], dict[str,
 def _as_json(result: Result) -> dict[str, Any]:
     training = result.training
     told = {"run": printable(training.folder), "fold": training.fold, "seed": training.seed, "photos": result.photos}
-    return told | {"best": result.best, "last": result.last}
+    return told | {"best": result.best, "last": result.last, "averaged": result.averaged}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pipelines.distributed.exits import run_script
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.repeat import Result, Training, _group, _without, table
 from pipelines.run_files import read_run_config
+from tests.helpers.run_files import DESCRIPTION
 from tests.helpers.runs import SMALL
 
 import pytest
@@ -97,6 +98,7 @@ def test_every_training_photo_is_held_out_once_and_what_is_finished_is_not_repea
         (["--run=r", "--prepare"], "--prepare is not for several runs"),
         (["--run=r", "--lr=fast"], "lr"),
         (["--run=r", "--folds=9", "--data=shapes.csv"], "shapes.csv"),
+        (["--run=r", "--data=x", "--json=nowhere/found.json"], "--json: nowhere is no folder that can be written to"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_made(flags, told, tmp_path, monkeypatch, run_here):
@@ -112,6 +114,43 @@ def test_more_folds_than_photos_are_refused(photos, tmp_path, run_here):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "cannot be in 50 folds: give fewer --folds" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_no_fold_is_empty_where_classes_have_one_photo(photo_folder, tmp_path, capsys):
+    photos = photo_folder({"train": {f"class{at}": 1 + (at == 9) for at in range(10)}})
+    dataset = load_dataset(scan_dataset(photos, tmp_path / "index", 0.2))
+    files = [tmp_path / "runs" / "cv-folds" / f"fold{fold}.csv" for fold in range(1, 6)]
+    with pytest.raises(UserError, match="11 photos cannot be in 5 folds; 9 of them, each the only one of a class"):
+        repeat._write_folds(dataset, 5, files)
+    assert not (tmp_path / "runs").exists()
+    repeat._write_folds(dataset, 2, files[:2])
+    assert "of 11 photos 1, 1 are held out in turn; 9 train in all, each the only" in capsys.readouterr().out
+
+
+def test_a_carriage_return_in_a_name_is_read_back(photo_folder, tmp_path):
+    photos = photo_folder({"train": {"ant": 3, "bee": 3}})
+    (photos / "train" / "ant" / "00.jpg").rename(photos / "train" / "ant" / "a\rb.jpg")
+    dataset = load_dataset(scan_dataset(photos, tmp_path / "index", 0.2))
+    files = [tmp_path / "cv-folds" / f"fold{fold}.csv" for fold in (1, 2)]
+    for _ in range(2):  # the second time they are there
+        repeat._write_folds(dataset, 2, files)
+    found = load_dataset(scan_dataset(files[0], tmp_path / "index", 0.2)).splits.values()
+    paths = [split.path_below_root(at) for split in found for at in range(len(split))]
+    assert len(paths) == 6
+    assert b"photos/train/ant/a\rb.jpg" in paths
+    assert '"photos/train/ant/a\rb.jpg","ant","' in files[0].read_bytes().decode()
+
+
+def test_a_full_disk_is_the_machines(photo_folder, tmp_path, monkeypatch):
+    dataset = load_dataset(scan_dataset(photo_folder({"train": {"ant": 3}}), tmp_path / "index", 0.2))
+    for number, kind in ((28, MachineError), (13, UserError)):
+
+        def fail(path: Path, _: bytes, number: int = number) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "write_bytes", fail)
+        with pytest.raises(kind, match="cannot be written to"):
+            repeat._write_folds(dataset, 3, [tmp_path / "cv-folds" / "fold1.csv"])
 
 
 def test_each_run_has_its_own_flags_and_all_one_group(monkeypatch):
@@ -145,6 +184,26 @@ def test_the_interval_is_over_folds_and_of_one_fold_over_seeds():
     assert "over 2 seeds" in lines[-2]
 
 
+def test_the_last_epoch_is_the_last_one_and_whose_the_best_is_is_told(tmp_path):
+    trainings = [Training(1, seed, tmp_path / f"r-seed{seed}", None) for seed in range(2)]
+    for training, last in zip(trainings, (None, 0.5), strict=True):
+        training.folder.mkdir()
+        scores = DESCRIPTION["scores"] | {"averaged": training.seed}
+        (training.folder / "model.json").write_text(json.dumps(DESCRIPTION | {"scores": scores}))
+        rows = [{"epoch": at, "global_step": at, "val/top1": value} for at, value in ((1, 0.75), (2, last))]
+        rows.append({"epoch": 3, "global_step": 3, "train/loss": 1.0})
+        (training.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = [repeat._result(training, "val/top1") for training in trainings]
+    assert [result.averaged for result in results] == [False, True]
+    assert results[1].last == 0.5
+    lines, found = table(results, "val/top1")
+    assert lines[2].split() == ["r-seed0", "4", "0.7500", "nan"]
+    assert lines[3].endswith("  0.5000  best of averaged weights")
+    assert lines[-1] == "last val/top1: no mean, as 1 run had diverged by then (nan)"
+    assert found["last"] is None
+    assert found["best"]["mean"] == 0.75
+
+
 def child(tmp_path: Path, text: str) -> list[str]:
     script = tmp_path / "child.py"
     script.write_text(text)
@@ -164,8 +223,11 @@ def test_a_run_that_fails_ends_all(code, error, tmp_path):
         repeat._train(["no-such-program"], TRAINING)
 
 
-def test_a_stop_reaches_the_run_once_and_is_waited_for(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+@pytest.mark.parametrize(
+    ("number", "handler"), [(signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)]
+)
+def test_a_stop_reaches_the_run_once_and_is_waited_for(number, handler, tmp_path):
+    before = signal.signal(number, handler)  # a shell's background job has SIGINT ignored, nohup's SIGHUP
     asked = tmp_path / "asked"
     text = f"""
 import pathlib, signal, sys, time
@@ -182,12 +244,13 @@ sys.exit(75)
     def ask() -> None:
         while not asked.exists() or not asked.read_text():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=ask, daemon=True).start()
     try:
         with pytest.raises(Stopped, match="stopped in runs/cv-fold1-seed0: the same command goes on"):
             repeat._train(child(tmp_path, text), TRAINING)
     finally:
-        signal.signal(signal.SIGINT, before)
+        assert signal.getsignal(number) == handler
+        signal.signal(number, before)
     assert asked.read_text() == "1"
