@@ -8,6 +8,7 @@ keep, drop, or relabel, to what stands in new_label. Nothing is written into the
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from pipelines.text import check_printed, counted, printable, spelled
 from pipelines.training.held_out import (
     Features,
     features_of,
+    fitted_to,
     held_out_probabilities,
     in_order_of_chance,
     most_photos,
@@ -97,13 +99,14 @@ def main(arguments: list[str]) -> None:
         raise UserError("review: it is for one process: start it with python -m pipelines.review")
     dataset = open_dataset(state, config)
     root = dataset.root.resolve()
-    if root == folder.resolve() or root in folder.resolve().parents:
+    # A run's own folder may lie there, as beside a CSV file: the training has written into it too.
+    if options.out and (root == folder.resolve() or root in folder.resolve().parents):
         raise UserError(f"{printable(folder)}: is in the folder of the photos: give an --out elsewhere")
     found = review(run, config, dataset, state)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}): give another --out") from None
+        raise UserError(f"{printable(folder)}: cannot be made ({error.strerror}): give another --out") from None
     write_review(table, found.photos, found.findings, str(root))
     lines = {photo: number for number, photo in enumerate(order_of(found.findings), start=2)}
     print(*found.notes, "", sep="\n")
@@ -114,7 +117,7 @@ def main(arguments: list[str]) -> None:
         drawn = drawn and figures.attempt(sheet.name, lambda: _save_sheet(sheet, name, found, lines))  # noqa: B023
         print(f"{counted(count, 'photo'):>12}  {_TITLES[name]}{f': {printable(sheet)}' if drawn else ''}")
     print(f"\nall photos: {printable(table)}: write keep, drop or relabel into its column action, and then")
-    print(f"  accelerate launch train.py --data {printable(table)}", flush=True)
+    print(f"  accelerate launch train.py --data {printable(shlex.quote(str(table)))}", flush=True)
     check_printed()
 
 
@@ -195,7 +198,9 @@ def _by_network(
         labels, classes = split.labels[own.positions], len(split.classes)
         probabilities = held_out_probabilities(own, labels, classes, config.class_weights)
         if probabilities is None:
-            notes.append("wrong labels of training photos: not looked for: too few of a class for folds")
+            can_be_fitted = len(fitted_to(labels, classes, own.rows.shape[2], len(own.rows))[0])
+            why = "too few of a class for folds" if can_be_fitted else "a head for so many classes would take too long"
+            notes.append(f"wrong labels of training photos: not looked for: {why}")
         else:
             all_of_them = np.full((len(split), classes), np.nan)
             all_of_them[own.positions] = probabilities
@@ -260,7 +265,7 @@ def _features(
     most, total = most_photos(network.head.in_features, views), len(photos)
     features = {}
     for number, split in enumerate(photos.splits):
-        kept = len(split) if total <= most else most * len(split) // total
+        kept = len(split) if total <= most else -(-most * len(split) // total)
         chosen = np.sort(in_order_of_chance(len(split))[:kept])
         with torch.no_grad():
             features[number] = features_of(network, split, chosen, engine, accelerator, config, store, views=views)

@@ -143,16 +143,29 @@ def test_a_csv_of_two_classes_with_one_and_two_photos(run, run_here, data, tmp_p
     (data / "few.csv").write_text(
         "path,label,split\ntrain/red/0.jpg,r,train\ntrain/red/1.jpg,r,train\ntrain/blue/0.jpg,b,train\nval/red/0.jpg,r,val\n"
     )
-    folder = run(data=str(data / "few.csv"))
-    said = succeeded(run_here(review, folder, "--out", tmp_path / "out"))
+    shutil.move(tmp_path / "data", tmp_path / "runs" / "data")  # beside the CSV's folder is where runs/ lies
+    (tmp_path / "runs" / "data" / "few.csv").rename(tmp_path / "few.csv")
+    table = (tmp_path / "few.csv").read_text().replace("train/", "runs/data/train/").replace("val/", "runs/data/val/")
+    (tmp_path / "few.csv").write_text(table)
+    folder = run(data=str(tmp_path / "few.csv"))
+    said = succeeded(run_here(review, folder))
     assert "which knows 0 of 1 photo" in said
-    assert len(rows_of(tmp_path / "out" / "photos.csv")) == 4
+    rows = folder / "review" / "photos.csv"
+    assert len(rows_of(rows)) == 4
+    rows.write_text("".join(rows.read_text("utf-8-sig").splitlines(keepends=True)[:-1]))
+    assert "has been edited" in one_error_line(run_here(review, folder)), "a row is gone"
 
 
-def test_of_too_many_photos_some_are_looked_at(run, run_here, monkeypatch):
+def test_of_too_many_photos_some_are_looked_at(run, data, run_here, monkeypatch):
     monkeypatch.setattr(review, "most_photos", lambda features, views: 24)
     folder = run()
     assert "24 of the 49 photos" in succeeded(run_here(review, folder))
+    for path in sorted((data / "val").rglob("*"), reverse=True):  # a split of one photo beside many
+        if path.name not in ("blue", "0.jpg") or path.parent.name in ("green", "red"):
+            path.rmdir() if path.is_dir() else path.unlink()
+    monkeypatch.setattr(review, "fitted_to", lambda *_: (np.zeros(0, np.int64), 1))
+    monkeypatch.setattr(review, "held_out_probabilities", lambda *_: None)
+    assert "a head for so many classes would take too long" in succeeded(run_here(review, folder))
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run, data, run_here, tmp_path):

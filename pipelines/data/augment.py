@@ -30,11 +30,12 @@ def altered(images: torch.Tensor, alterations: Alterations) -> torch.Tensor:
         images = torch.where(_of(each.transposed, images), images.transpose(2, 3), images)
     if (is_moved := (each.geometry != 0).any(axis=1)).any():
         images = _changed(images, is_moved, lambda some: _moved(some, each.geometry[is_moved]))
-    if (each.colours != (1, 1, 1, 0)).any():
+    if (is_coloured := (each.colours != (1, 1, 1, 0)).any(axis=1)).any():
         mean, std = (
             to_device(torch.tensor(values), images.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
         )
-        images = (_coloured(images * std + mean, each.colours) - mean) / std
+        colours = each.colours[is_coloured]
+        images = _changed(images, is_coloured, lambda some: (_coloured(some * std + mean, colours) - mean) / std)
     if (is_blurred := each.blurs > 0).any():
         images = _changed(images, is_blurred, lambda some: _blurred(some, each.blurs[is_blurred]))
     if each.erased.any():
@@ -101,7 +102,9 @@ def _coloured(images: torch.Tensor, colours: np.ndarray) -> torch.Tensor:
     its own values. images: float32 [n, 3, H, W] in [0, 1], or a little beyond by rounding."""
     brightness, contrast, saturation, hue = (_of(column, images) for column in colours.T)
     images = (images * brightness).clamp(0, 1)
-    images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp(0, 1)
+    # One sum after the other: of a single image PyTorch would share one sum of both among threads, and round otherwise.
+    average = _grey(images).mean(3, keepdim=True).mean(2, keepdim=True)
+    images = torch.lerp(average, images, contrast).clamp(0, 1)
     images = torch.lerp(_grey(images), images, saturation).clamp(0, 1)
     return _turned_hue(images, hue) if colours[:, 3].any() else images
 

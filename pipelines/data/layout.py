@@ -47,9 +47,6 @@ _MARKS = (
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 ACTIONS = ("keep", "drop", "relabel")  # of a row of a review
 _OF_A_REVIEW = {"finding", "action"}  # both: a CSV file may have an "action" of its own
-# Of pipelines.review, for a person to edit. A file is one by the first two; another may have an "action" of its own.
-REVIEW_COLUMNS = ("finding", "action", "new_label", "folder")
-ACTIONS = ("keep", "drop", "relabel")
 _ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]*://|[A-Za-z]:[\\/]")  # a URL, a path on a drive of Windows
 _BLANKS_BEHIND_QUOTE = re.compile(r'" +(?=[,;\t\r\n]|$)')
 _EVENTS = "events.out.tfevents"  # TensorBoard's
@@ -440,6 +437,7 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
     seen: set[bytes] = set()
     meant: dict[str, str] = {}  # split -> as it is spelled
     labels, new_labels = set[str](), dict[str, str]()  # the latter with the line
+    left = set[str]()  # splits that a review drops not all of
     done: Counter[str] = Counter()
     mended = 0
     where, reader = f"{printable(file)}, line 1", None
@@ -496,6 +494,7 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                         continue
                     if action == "relabel":
                         new_labels.setdefault(label, where)
+                    left.add(split)
                 yield split, label, path
     except UnicodeError as error:
         raise UserError(f"{printable(file)}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
@@ -509,6 +508,11 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
         raise UserError(
             f"{new_labels[unknown[0]]}: new_label {printable(unknown[0])} is the label of no photo; correct it, or "
             "write it into the column label for a class of its own"
+        )
+    if done and (gone := [meant[split] for split in meant if split not in left]):
+        raise UserError(
+            f"{printable(file)}: all photos of split {printable(gone[0])!r} are dropped: keep some, or "
+            "delete these rows for data without it"
         )
     if done["drop"] or done["relabel"]:
         left_out = counted(done["drop"], "photo is left out", "photos are left out")

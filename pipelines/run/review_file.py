@@ -6,7 +6,9 @@ that something was found of first.
 """
 
 import csv
+import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -74,28 +76,36 @@ def check_names(photos: AllPhotos) -> None:
         except UnicodeEncodeError:
             is_said = False
         else:
-            is_said = text == text.strip()
+            # What Python's writer leaves unquoted, and what a reader of blanks behind quotes would take for one.
+            is_said = text == text.strip() and not re.search(r'\r|" +(?=[,;\t\n]|$)', text)
         if not is_said:
             raise UserError(
-                f"review: a CSV file cannot say {printable(text)!r}, which is no UTF-8 or has a blank at an end: "
-                "rename it"
+                f"review: a CSV file cannot say {printable(text)!r}, which is no UTF-8, or has a blank at an end or "
+                "behind a quote, or a carriage return: rename it"
             )
 
 
 def check_unedited(file: Path) -> None:
-    """UserError where there is a file that a person has written into, or another one."""
+    """UserError where there is a file that is not as `write_review` has left it."""
     if not file.exists():
         return
     try:
-        with open(file, encoding="utf-8-sig", newline="") as opened:
-            rows = csv.DictReader(opened)
-            is_own = tuple(rows.fieldnames or ()) == HEADER and all(row["action"] == "keep" for row in rows)
-    except (OSError, ValueError, csv.Error):
+        is_own = _digest_file(file).read_text("utf-8").split()[0] == _digest(file)
+    except (OSError, ValueError, IndexError):
         is_own = False
     if not is_own:
         raise UserError(
             f"{printable(file)} has been edited, or is none of a review: it is not replaced; give another --out"
         )
+
+
+def _digest_file(file: Path) -> Path:
+    """For `sha256sum -c`; by it an edited file is known."""
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def order_of(findings: dict[str, list[Found]]) -> dict[int, list[tuple[str, Found]]]:
@@ -116,8 +126,10 @@ def write_review(file: Path, photos: AllPhotos, findings: dict[str, list[Found]]
             table = csv.writer(opened, lineterminator="\n")
             table.writerow(HEADER)
             table.writerows(_rows(photos, by_photo, folder))
+        with atomic_write(_digest_file(file)) as partial:
+            partial.write_text(f"{_digest(file)}  {file.name}\n", "utf-8")
     except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}): give another --out") from None
+        raise UserError(f"{printable(file)}: cannot be written ({error.strerror}): give another --out") from None
 
 
 def _rows(

@@ -97,16 +97,15 @@ def test_blur_is_torchvisions():
         torch.testing.assert_close(found[place], expected, rtol=0, atol=1e-4)
 
 
-def test_what_becomes_of_a_photo_depends_on_no_other():
+@pytest.mark.parametrize(("size", "asked"), [(33, MORE), (33, Augmentation(grey_probability=0.5)), (224, ALL)])
+def test_what_becomes_of_a_photo_depends_on_no_other(size, asked):
     """So that the bits are the same in any micro-batch."""
-    photos = torch.randn(7, 3, 33, 33, generator=torch.Generator().manual_seed(0))
-    plan = TrainPlan(
-        np.tile([60, 80], (7, 1)), seed=3, image_size=33, crop_scale_min=0.5, flip_probability=0.5, augmentation=MORE
-    )
+    photos = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(0))
+    plan = plan_of(asked, 7, image_size=size)
     alterations = plan.views(0, np.arange(7)).alterations
     assert alterations
     whole = altered(photos, alterations)
-    for first, last in ((0, 1), (1, 4), (4, 7)):
+    for first, last in (*((at, at + 1) for at in range(7)), (1, 4), (4, 7)):
         some = altered(photos[first:last], alterations.select(np.arange(first, last)))
         assert torch.equal(some, whole[first:last])
 

@@ -298,6 +298,7 @@ def test_a_review_that_nobody_has_edited_is_the_data(tmp_path: Path) -> None:
         ("0.jpg,a,train,copy,1,,relabel,", "line 2: relabel, and no new_label: fill it in, or keep or drop the photo"),
         ("0.jpg,a,train,copy,1,,relabel,bess", "line 2: new_label bess is the label of no photo; correct it"),
         ("../0.jpg,a,train,copy,1,,keep,", "line 2: ../0.jpg is not in"),
+        ("0.jpg,a,val,copy,1,,drop,", "photos.csv: all photos of split 'val' are dropped: keep some"),
     ],
 )
 def test_a_review_that_cannot_be_done_is_refused(tmp_path: Path, row: str, told: str) -> None:
