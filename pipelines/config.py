@@ -378,6 +378,8 @@ class Config:
             )
         if self.mode == "finetune" and self.layer_decay < 1 and not self.arch.startswith(STAGED):
             raise Contradiction("only a ResNet's stages can be told: give layer_decay 1", "arch", "layer_decay")
+        if self.compile and self.dropout and self.mode == "finetune" and not self.arch.startswith(STAGED):
+            raise Contradiction("only a ResNet is compiled with dropout before its head", "compile", "dropout")
         if self.mode == "finetune" and self.freeze == "auto" and not self.may_fit_head:
             raise Contradiction("freeze auto goes by the folds of a fitted head", "freeze", "head_init")
         frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze not in ("none", "auto"))]

@@ -39,6 +39,12 @@ ENGINES = [pytest.param(name, marks=[pytest.mark.slow] if name == "dali" else []
 # Grey levels of 255 between a GPU's decoder and Pillow: on average, and the share of values that are 4 apart at most.
 MEAN_LEVELS, WITHIN_4 = 1.0, 0.99
 
+# All that a plan may draw besides crop and flip; photos of few views are not mixed.
+DRAWN = ["--vertical-flip-probability", "0.5", "--quarter-turns", "--rotation", "20", "--shear", "10"]
+DRAWN += ["--translation", "0.1", "--brightness", "0.4", "--contrast", "0.4", "--saturation", "0.4", "--hue", "0.1"]
+DRAWN += ["--grey-probability", "0.2", "--blur-probability", "0.3", "--erase-probability", "0.5", "--dropout", "0.2"]
+MIXED = ["--mixup-alpha", "0.2", "--cutmix-alpha", "1"]
+
 KINDS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "progressive": {"progressive": True},
@@ -210,6 +216,7 @@ def no_step_waits_for_the_gpu(device: str, engine: str, root: str, runs: str, we
 
     freeze, views = ("layer3", "2") if few_views else ("layer2", "null")
     settings = ["--data", root, "--weights", weights, "--freeze", freeze, "--views-per-photo", views]
+    settings += DRAWN if few_views else [*DRAWN, *MIXED]
     settings += ["--head-init", "zeros", "--loader", engine, "--log-every", "1"]
     settings += ["--epochs", "3", "--batch-size", "16", "--image-size", "64", "--resize", "72"]
     with pytest.MonkeyPatch.context() as patch:
@@ -235,13 +242,9 @@ def a_stopped_run_ends_as_a_whole_one(
     settings += ["--epochs", "3", "--batch-size", "16", "--image-size", "64", "--resize", "72", "--log-every", "1"]
     settings += ["--lr", "0.01", "--ema-decay", "0.9", "--sampler", "balanced", "--tracker", "none", "--runs", runs]
     if few_views:
-        settings += ["--freeze", "layer3", "--views-per-photo", "2"]
+        settings += ["--freeze", "layer3", "--views-per-photo", "2", *DRAWN]
     else:
-        settings += ["--freeze", "none", "--views-per-photo", "null", "--quarter-turns", "--erase-probability", "0.5"]
-        settings += ["--brightness", "0.4", "--contrast", "0.4", "--saturation", "0.4", "--hue", "0.1"]
-        settings += ["--rotation", "20", "--shear", "10", "--translation", "0.1", "--grey-probability", "0.2"]
-        settings += ["--blur-probability", "0.3", "--mixup-alpha", "0.2", "--cutmix-alpha", "1"]
-        settings += ["--dropout", "0.2"]
+        settings += ["--freeze", "none", "--views-per-photo", "null", *DRAWN, *MIXED]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALITUNE_CACHE", f"{runs}/cache")
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
