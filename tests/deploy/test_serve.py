@@ -451,12 +451,12 @@ def test_those_who_asked_for_little_come_first():
     workers = object.__new__(decoding.Decoders)
     workers._turn, workers._closed, workers._workers = threading.Condition(), False, [None] * 3
     workers._spent = {"greedy": (5.0, time.monotonic())}
-    jobs = [decoding._Job("", "greedy", number) for number in range(4)]
-    jobs += [decoding._Job("", "new", 4, pixels=20_000_000), decoding._Job("", "new", 5, pixels=1000)]
+    jobs = [decoding._Job("", "greedy", number, print) for number in range(4)]
+    jobs += [decoding._Job("", "new", 4, print, pixels=20_000_000), decoding._Job("", "new", 5, print, pixels=1000)]
     workers._waiting, workers._running = list(jobs), []
     assert [workers._take() for _ in range(3)] == [jobs[5], jobs[4], jobs[0]]
     assert not any(map(workers._may_run, jobs[1:4]))  # one worker is free for somebody else
-    workers._waiting.append(decoding._Job("", "newer", 6))
+    workers._waiting.append(decoding._Job("", "newer", 6, print))
     assert workers._take().address == "newer"
 
 
