@@ -145,7 +145,8 @@ def test_names_that_are_no_text_and_a_class_that_val_lacks(make_run, photo_folde
     assert found["balanced_top1"] == pytest.approx(np.mean(recalls))
     assert found["majority_top1"] == 0.75
     pictures = {path.name for path in (run / "figures").iterdir()}
-    assert pictures == {"confusion_matrix_val.png", "predictions_val.csv", "predictions_val.png"}
+    answers = {"predictions_val.csv", "predictions_val.png"}
+    assert pictures == {"calibration_val.png", "confusion_matrix_val.png", *answers}
     answers_of_all = read_predictions(run / "figures" / "predictions_val.csv")
     assert (len(answers_of_all), int(answers_of_all.right.sum())) == (found["count"], found["correct"])
     assert set(answers_of_all.classes) == set(found["classes"])
@@ -163,7 +164,7 @@ def test_the_page_and_programs_get_printable_names(make_run, photo_folder) -> No
     classifier = open_run(run, torch.device("cpu"))
     assert list(classifier.classes) == classes
     assert json.loads(JSONResponse(serve.describe(run)).body)["classes"] == classes
-    assert export._properties(classifier)["classes"] == json.dumps(classes)
+    assert export._properties(classifier, 1.0)["classes"] == json.dumps(classes)
 
 
 def test_of_many_classes_json_has_the_pairs(monkeypatch, make_run, flat, run_here, tmp_path: Path) -> None:
