@@ -16,6 +16,7 @@ from pipelines.inference import Answer, PictureClassifier, ViewClassifier, answe
 from pipelines.model.weights import read_run_weights
 from pipelines.run_files import read_description
 from tests.helpers.corpus import encoded, exif, picture
+from tests.helpers.run_files import DESCRIPTION
 
 import numpy as np
 import onnx
@@ -104,9 +105,7 @@ def test_the_cards_own_code_runs(exported_run, tmp_path, monkeypatch, capsys):
 
 def test_any_class_name_survives_the_cards_code():
     names = ["👩‍🌾", 'a "bee\'s"', "back\\slash", "{brace}", "Käfer", "蚂蚁"]
-    description = {"arch": "resnet18", "classes": names, "scores": {}, "data": None, "versions": {}}
-    description |= {"temperature": 1.0, "calibration": None}
-    description |= {"dataset_fingerprint": "0", "test_flips": False}
+    description = DESCRIPTION | {"classes": names, "scores": {}, "data": None}
     preprocess = Preprocess(resize=256, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
     model = PictureClassifier(tuple(names), preprocess, lambda pictures: pictures)
     facts = export._facts(Path("run"), description, None, None, model)
