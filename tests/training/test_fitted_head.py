@@ -74,7 +74,7 @@ def test_without_an_epoch_the_fit_is_the_whole_training(command, tmp_path, run_h
     folds = [fit[f"head/top1_fold_{number}"] for number in range(1, 6)]
     assert fit["head/top1"] == pytest.approx(sum(folds) / 5)
     assert evaluation["best/val_top1"] == evaluation["val/top1"]
-    drawn = {"train_batch", "head_penalty", "curves", "confusion_matrix", "per_class"}
+    drawn = {"train_batch", "head_penalty", "curves", "calibration", "confusion_matrix", "per_class"}
     assert {path.stem for path in (run / "figures").iterdir()} == drawn
     assert json.loads((run / "model.json").read_text())["scores"]["val/top1"] == evaluation["val/top1"]
     assert (status(run)["state"], status(run)["epoch"]) == ("finished", 0)
