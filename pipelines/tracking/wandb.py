@@ -1,6 +1,8 @@
 """Weights & Biases as a tracker: one run there for each run folder, online where that can be, else offline."""
 
 import csv
+import errno
+import logging
 import os
 import secrets
 import shlex
@@ -101,6 +103,8 @@ class WandbTracker(Tracker):
             "settings": _wandb_settings(),
         }
         self._accelerator.init_trackers(self._names.project, dict(self._settings), {"wandb": options})
+        for handler in logging.getLogger("wandb").handlers:  # its debug.log: on a full disk a trace for each line
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
 
     def send(self, row: Mapping[str, Any], pictures: Mapping[str, Path]) -> None:
         import wandb
@@ -137,6 +141,9 @@ class WandbTracker(Tracker):
         except TimeoutError:
             say(f"wandb: the server has not taken everything; send the rest later with: {later}")
             return
+        except OSError as error:  # of its debug.log, as that is closed
+            if error.errno != errno.ENOSPC:
+                raise
         if run.offline and (lost := _missing(sent, folder)):
             are = counted(len(lost), "row is", "rows are")
             say(f"wandb: {are} not in {folder}: is the disk full? metrics.jsonl has them")
