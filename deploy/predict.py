@@ -12,7 +12,6 @@ the list of paths: a million photos stream through.
 """
 
 import argparse
-import csv
 import heapq
 import json
 import os
@@ -41,7 +40,7 @@ from pipelines.distributed.exits import DISK_ERRORS, run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import start_processes
 from pipelines.errors import MachineError, UserError
-from pipelines.files import begins_with, check_replaceable
+from pipelines.files import begins_with, check_replaceable, csv_rows
 from pipelines.inference import Answer, explainer, find_photos, open_run, unsure_below
 from pipelines.run import figures
 from pipelines.run.heat import laid_over
@@ -196,11 +195,9 @@ def _writers(
         file = _open(options.csv, stack, "surrogateescape")
         more = {"picture": options.explain, "unsure": options.unsure_for}
         columns = (*_COLUMNS, *(name for name, wanted in more.items() if wanted))
-        plain = csv.DictWriter(file, columns, lineterminator="\n")
-        # Before Python 3.13 a \r is quoted only where lines end with one, and read as a line's end where it is not.
-        quoted = csv.DictWriter(file, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        plain.writeheader()
-        writers.append(lambda row: (quoted if "\r" in "".join(map(str, row.values())) else plain).writerow(row))
+        write = csv_rows(file)
+        write(columns)
+        writers.append(lambda row: write([row.get(column, "") for column in columns]))
     if options.json:
         # A name that is not UTF-8 becomes JSON's escapes of its bytes, which Python reads back.
         lines = _open(options.json, stack, "backslashreplace")

@@ -1,14 +1,15 @@
 """Files of any kind."""
 
+import csv
 import errno
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipelines.errors import UserError
 
@@ -61,6 +62,18 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def csv_rows(file: TextIO) -> Callable[[Sequence[object]], None]:
+    """What writes a row of a CSV file, whatever the texts in it, so that they are read back as they are."""
+    plain = csv.writer(file, lineterminator="\n")
+    # Before Python 3.13 a \r is quoted only where lines end with one, and read as a line's end where it is not.
+    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+    def write(row: Sequence[object]) -> None:
+        (quoted if "\r" in "".join(map(str, row)) else plain).writerow(row)
+
+    return write
 
 
 def keep_json(path: Path, content: Mapping[str, Any]) -> None:

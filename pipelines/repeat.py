@@ -10,7 +10,6 @@ and so on. Ctrl-C saves and ends; the same command goes on: what is finished is 
 """
 
 import argparse
-import csv
 import io
 import math
 import os
@@ -34,7 +33,7 @@ from pipelines.data.dataset import Dataset, Split, load_dataset, scan_dataset
 from pipelines.data.samples import locate
 from pipelines.distributed.exits import DISK_ERRORS, Terminated, run_script
 from pipelines.errors import MachineError, Stopped, UserError
-from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable
+from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable, csv_rows
 from pipelines.model.logistic_regression import folds_of
 from pipelines.run.folder import RunFolder
 from pipelines.run.significance import mean_interval
@@ -198,14 +197,11 @@ def _write_folds(dataset: Dataset, folds: int, files: Sequence[Path]) -> None:
 def fold_csv(split: Split, held_out: np.ndarray) -> str:
     """`path,label,split`, with paths below the link to the photos. held_out: bool [N], of the split's photos."""
     text = io.StringIO()
-    plain = csv.writer(text, lineterminator="\n")
-    # Before Python 3.13 a \r is quoted only where lines end with one, and read as a line's end where it is not.
-    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    plain.writerow(("path", "label", "split"))
+    write = csv_rows(text)
+    write(("path", "label", "split"))
     for index, label in enumerate(split.labels.tolist()):
         path = f"{_PHOTOS}/{split.path_below_root(index).decode('utf-8', 'surrogateescape')}"
-        row = (path, split.classes[label], "val" if held_out[index] else "train")
-        (quoted if "\r" in "".join(row) else plain).writerow(row)
+        write((path, split.classes[label], "val" if held_out[index] else "train"))
     return text.getvalue()
 
 
