@@ -24,7 +24,7 @@ from pipelines.config import Config, ScriptParser, parse_config
 from pipelines.data.dataset import Dataset, Split, check_dataset, map_labels, spelling_notes
 from pipelines.data.decode import central_views
 from pipelines.data.engines.factory import agree_on_engine
-from pipelines.data.engines.pillow import normalised, scale_and_shift
+from pipelines.data.engines.pillow import network_input
 from pipelines.data.loader import eval_loader
 from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -150,8 +150,7 @@ def main(arguments: list[str]) -> None:
         sheet = folder / f"explanations_{split_name}.png"
 
         def heat_of(image: np.ndarray, label: int) -> np.ndarray:
-            scale, shift = (each.to(accelerator.device) for each in scale_and_shift(mean, std))
-            square = normalised(torch.from_numpy(image[None].copy()).to(accelerator.device), scale, shift)
+            square = network_input(image[None], mean, std, accelerator.device)
             return cam(square, torch.tensor([label], device=accelerator.device))[0]
 
         if figures.attempt(sheet.name, lambda: _save_explanations(sheet, records, split, names, config, heat_of)):

@@ -19,7 +19,7 @@ from pipelines.data.dataset import Split
 from pipelines.data.decode import inspect_at, pixels_of_file, split_of, undecodable, views_of_sound
 from pipelines.data.engines.base import Engine
 from pipelines.data.engines.factory import make_engine
-from pipelines.data.engines.pillow import normalised, scale_and_shift
+from pipelines.data.engines.pillow import network_input
 from pipelines.data.headers import FAULTS
 from pipelines.data.layout import Findings, photos_below
 from pipelines.data.plan import Views
@@ -149,8 +149,7 @@ class ViewClassifier:
 
     def images_of(self, squares: np.ndarray) -> torch.Tensor:
         """uint8 [n, image_size, image_size, 3] -> what the network takes."""
-        scale, shift = (each.to(self.device) for each in scale_and_shift(self.preprocess.mean, self.preprocess.std))
-        return normalised(torch.from_numpy(squares.copy()).to(self.device), scale, shift)
+        return network_input(squares, self.preprocess.mean, self.preprocess.std, self.device)
 
     def _submitted(self, split: Split, engine: Engine) -> Iterator[tuple[range, Views]]:
         with ThreadPoolExecutor(min(32, 4 * cpu_cores(), self.batch_size)) as pool:

@@ -82,6 +82,14 @@ def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[torch.
     return 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
 
 
+def network_input(
+    squares: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> torch.Tensor:
+    """uint8 [n, H, W, 3] -> `normalised`, on the device."""
+    scale, shift = (part.to(device) for part in scale_and_shift(mean, std))
+    return normalised(torch.from_numpy(squares.copy()).to(device), scale, shift)
+
+
 def normalised(pixels: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """uint8 [n, H, W, 3] -> float32 [n, 3, H, W], channels last in memory."""
     return pixels.float().mul_(scale).add_(shift).permute(0, 3, 1, 2)
