@@ -119,7 +119,7 @@ def label_rows(
     for seed in range(seeds):
         labels, is_wrong = with_wrong_labels(train.labels[own.positions], classes, share, seed)
         probabilities = held_out_probabilities(own, labels, classes, "none")
-        assert probabilities is not None
+        assert isinstance(probabilities, np.ndarray), probabilities
         rows["train"].append(scores_of(_errors(labels, probabilities), is_wrong))
         labels, is_wrong = with_wrong_labels(val.labels[features["val"].positions], classes, share, seed)
         rows["val"].append(scores_of(_errors(labels, answers), is_wrong))

@@ -41,7 +41,6 @@ from pipelines.text import check_printed, counted, printable, spelled
 from pipelines.training.held_out import (
     Features,
     features_of,
-    fitted_to,
     held_out_probabilities,
     in_order_of_chance,
     most_photos,
@@ -197,10 +196,8 @@ def _by_network(
         split, own = photos.splits[train], features[train]
         labels, classes = split.labels[own.positions], len(split.classes)
         probabilities = held_out_probabilities(own, labels, classes, config.class_weights)
-        if probabilities is None:
-            can_be_fitted = len(fitted_to(labels, classes, own.rows.shape[2], len(own.rows))[0])
-            why = "too few of a class for folds" if can_be_fitted else "a head for so many classes would take too long"
-            notes.append(f"wrong labels of training photos: not looked for: {why}")
+        if isinstance(probabilities, str):
+            notes.append(f"wrong labels of training photos: not looked for: {probabilities}")
         else:
             all_of_them = np.full((len(split), classes), np.nan)
             all_of_them[own.positions] = probabilities

@@ -6,7 +6,6 @@ that something was found of first.
 """
 
 import csv
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from pipelines.data.dataset import Split
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_write, file_digest
 from pipelines.text import printable
 
 import numpy as np
@@ -90,7 +89,7 @@ def check_unedited(file: Path) -> None:
     if not file.exists():
         return
     try:
-        is_own = _digest_file(file).read_text("utf-8").split()[0] == _digest(file)
+        is_own = _digest_file(file).read_text("utf-8").split()[0] == file_digest(file, "sha256")
     except (OSError, ValueError, IndexError):
         is_own = False
     if not is_own:
@@ -102,10 +101,6 @@ def check_unedited(file: Path) -> None:
 def _digest_file(file: Path) -> Path:
     """For `sha256sum -c`; by it an edited file is known."""
     return file.with_name(f"{file.name}.sha256")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def order_of(findings: dict[str, list[Found]]) -> dict[int, list[tuple[str, Found]]]:
@@ -127,7 +122,7 @@ def write_review(file: Path, photos: AllPhotos, findings: dict[str, list[Found]]
             table.writerow(HEADER)
             table.writerows(_rows(photos, by_photo, folder))
         with atomic_write(_digest_file(file)) as partial:
-            partial.write_text(f"{_digest(file)}  {file.name}\n", "utf-8")
+            partial.write_text(f"{file_digest(file, 'sha256')}  {file.name}\n", "utf-8")
     except OSError as error:
         raise UserError(f"{printable(file)}: cannot be written ({error.strerror}): give another --out") from None
 

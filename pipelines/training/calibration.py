@@ -80,12 +80,13 @@ def calibrate(records: np.ndarray) -> Calibration:
         answered = "photo is" if photos == 1 else "photos are"
         return unused(f"the {photos} {answered} all answered right, so that no confidence was too high")
     losses = np.stack([_summed_losses(records[fold::folds]) for fold in range(folds)])
-    temperature = _fitted(losses.sum(axis=0))
+    total = losses.sum(axis=0)
+    temperature = _fitted(total)
     if temperature in (_TRIED[0], _TRIED[-1]):
         return unused(f"the loss falls as far as temperatures are tried, to {temperature:g}")
     calibrated = records.copy()
     for fold in range(folds):
-        others = _fitted(losses.sum(axis=0) - losses[fold])
+        others = _fitted(total - losses[fold])
         calibrated[fold::folds] = at_temperature(records[fold::folds], others)
     after = reliability(calibrated)
     if after.loss >= before.loss:

@@ -98,21 +98,21 @@ def held_out_probabilities(
     classes: int,
     class_weights: str,
     stop: Callable[[], bool] = lambda: False,
-) -> np.ndarray | None:
+) -> np.ndarray | str:
     """float64 [n, C], of each photo of `features` by a head that was fitted without it: of five folds held out in turn,
-    or, of very many photos, by the one that was fitted to others. NaN of the only photo of a class. None where photos
-    are too few for folds, or too many of too many classes.
+    or, of very many photos, by the one that was fitted to others. NaN of the only photo of a class. Else why there
+    is no such head, for a line.
 
     labels: int [n]. class_weights: the setting.
     """
     views, count, numbers = features.rows.shape
     seen, views = fitted_to(labels, classes, numbers, views)
     if not len(seen):
-        return None
+        return "a head for so many classes would take too long"
     weights = class_weights_of(class_weights, labels[seen], classes)
     found = choose_and_fit(features.rows[:views, torch.from_numpy(seen)], labels[seen], weights, stop)
     if found is None or not found.accuracies.size:
-        return None
+        return "too few of a class for folds"
     logits = torch.full((count, classes), torch.nan).double()
     unseen = np.setdiff1d(np.arange(count), seen)
     logits[torch.from_numpy(seen)] = found.held_out
