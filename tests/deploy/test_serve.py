@@ -234,8 +234,10 @@ def test_model_tells_classes_scores_and_limits(one_server, exported_run):
 
 @pytest.mark.parametrize(
     ("host", "status"),
-    {"localhost": 200, "LOCALHOST.:1": 200, "127.0.0.1:8000": 200, "[::1]:8000": 200, "photos.example": 200}.items()
-    | {"evil.example": 421, "localhost.evil.example": 421, "203.0.113.5": 421, "[": 421}.items(),
+    [
+        *[(host, 200) for host in ("localhost", "LOCALHOST.:1", "127.0.0.1:8000", "[::1]:8000", "photos.example")],
+        *[(host, 421) for host in ("evil.example", "localhost.evil.example", "203.0.113.5", "[")],
+    ],
 )
 def test_a_loopback_server_knows_its_own_names_alone(one_server, host, status):
     for method, path in (("GET", "/"), ("GET", "/model"), ("POST", "/classify")):
