@@ -33,7 +33,7 @@ from pipelines.data.shrink_pass import has_room, make_copies
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.sync import on_main_process
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error
 from pipelines.files import atomic_write, begins_with, check_replaceable
 from pipelines.model.gradcam import GradCam
 from pipelines.model.network import restore_model
@@ -41,7 +41,7 @@ from pipelines.model.weights import Weights, count_classes, read_run_weights, re
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
 from pipelines.run.heat import laid_over
-from pipelines.run.predictions import write_predictions
+from pipelines.run.predictions import BEGINNING, write_predictions
 from pipelines.run.resume import spelled
 from pipelines.run_files import Description, read_description, read_run_config, to_json
 from pipelines.text import check_printed, counted, listed, printable
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     if config.shrink and not has_room([split], config):
         split = replace(split, copies=ShrunkCopies(config.shrink))  # made in memory: each photo is read once
     table = folder / f"predictions_{split_name}.csv"
-    check_replaceable(table, begins_with("path,split,label,answer,"))
+    check_replaceable(table, begins_with(BEGINNING))
     weights, notes = _read_weights(options, config.arch, dataset, split)
     classes = weights.classes or ()
     labels = map_labels(split, classes)
@@ -225,9 +225,10 @@ def _check_writable(figures_folder: Path, json_file: Path | None) -> None:
     try:
         figures_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{figures_folder}: cannot be made ({error.strerror}): give --figures DIR") from None
+        line = f"{figures_folder}: cannot be made ({error.strerror}): give --figures DIR"
+        raise write_error(error, line) from None
     for folder in (figures_folder, json_file.parent if json_file else figures_folder):
-        if not os.access(folder, os.W_OK):
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: not a folder that can be written to: give another --figures DIR or --json FILE")
 
 

@@ -36,10 +36,10 @@ from pipelines.config import SCHEMA, ScriptParser, engine_name
 from pipelines.data.decode import photo_of_file, view_of_file
 from pipelines.data.engines.factory import choose_engine
 from pipelines.data.preprocess import Preprocess
-from pipelines.distributed.exits import DISK_ERRORS, run_script
+from pipelines.distributed.exits import run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import start_processes
-from pipelines.errors import MachineError, UserError
+from pipelines.errors import UserError, write_error
 from pipelines.files import begins_with, check_replaceable, csv_rows
 from pipelines.inference import Answer, explainer, find_photos, open_run, unsure_below
 from pipelines.run import figures
@@ -166,8 +166,8 @@ def _prepare_folder(folder: Path, photos: list[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        kind = MachineError if error.errno in DISK_ERRORS else UserError
-        raise kind(f"--explain {folder}: cannot be made ({error.strerror}): give another folder") from None
+        line = f"--explain {folder}: cannot be made ({error.strerror}): give another folder"
+        raise write_error(error, line) from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"--explain {folder}: cannot be written to: give another folder")
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.distributed.exits import run_script
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error
 from pipelines.files import atomic_write, begins_with, check_replaceable
 from pipelines.report import photo_address
 from pipelines.run import figures
@@ -328,7 +328,7 @@ def _write(path: Path, text: str) -> None:
         with atomic_write(path) as partial:
             partial.write_bytes(text.encode())
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): give another name") from None
+        raise write_error(error, f"{path}: cannot be written ({error.strerror}): give another name") from None
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

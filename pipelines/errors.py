@@ -1,5 +1,9 @@
 """The ways in which a run ends before its end, each with its exit code; and what a request to stop breaks off."""
 
+import errno
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 
 class _Ending(Exception):
     exit_code: int
@@ -34,3 +38,14 @@ class Stopped(_Ending):
 
 class StopAgreed(Exception):
     """All processes break off together, as a stop was asked for: what is done is to be saved, and Stopped raised."""
+
+
+def is_disk_error(error: OSError) -> bool:
+    """Whether a disk takes no more, as a full one; where something cannot be written for another reason, a name or a
+    right is wrong."""
+    return error.errno in _DISK_ERRORS
+
+
+def write_error(error: OSError, line: str) -> UserError | MachineError:
+    """What a script ends with where an output cannot be written."""
+    return MachineError(line) if is_disk_error(error) else UserError(line)

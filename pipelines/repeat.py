@@ -31,8 +31,8 @@ from pipelines.cache import cache_folder
 from pipelines.config import SCHEMA, Config, ScriptParser, not_named, parse_config
 from pipelines.data.dataset import Dataset, Split, load_dataset, scan_dataset
 from pipelines.data.samples import locate
-from pipelines.distributed.exits import DISK_ERRORS, Terminated, run_script
-from pipelines.errors import MachineError, Stopped, UserError
+from pipelines.distributed.exits import Terminated, run_script
+from pipelines.errors import MachineError, Stopped, UserError, write_error
 from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable, csv_rows
 from pipelines.model.logistic_regression import folds_of
 from pipelines.run.folder import RunFolder
@@ -187,8 +187,7 @@ def _write_folds(dataset: Dataset, folds: int, files: Sequence[Path]) -> None:
                 with atomic_write(file) as partial:
                     partial.write_bytes(content)
     except OSError as error:
-        kind = MachineError if error.errno in DISK_ERRORS else UserError
-        raise kind(f"repeat: {printable(folder)}: cannot be written to ({error.strerror})") from None
+        raise write_error(error, f"repeat: {printable(folder)}: cannot be written to ({error.strerror})") from None
     shown = ", ".join(str(int((of_photo == fold).sum())) for fold in range(folds))
     told = f"; {alone} train in all, each the only one of its class" if alone else ""
     print(f"folds: of {counted(len(split), 'photo')} {shown} are held out in turn{told}", flush=True)

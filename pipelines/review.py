@@ -26,7 +26,7 @@ from pipelines.data.open import open_dataset
 from pipelines.data.preprocess import choose_crop_mode
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error
 from pipelines.files import check_replaceable
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.label_errors import LabelErrors, far_out, label_errors, outlier_distances
@@ -105,7 +105,8 @@ def main(arguments: list[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{printable(folder)}: cannot be made ({error.strerror}): give another --out") from None
+        line = f"{printable(folder)}: cannot be made ({error.strerror}): give another --out"
+        raise write_error(error, line) from None
     write_review(table, found.photos, found.findings, str(root))
     lines = {photo: number for number, photo in enumerate(order_of(found.findings), start=2)}
     print(*found.notes, "", sep="\n")

@@ -1,6 +1,8 @@
 """Runs on this disk side by side: what differs, what was reached, how long it took; which is better, photo by photo."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any
 import train
 from pipelines import compare
 from pipelines.config import Config, dump_yaml
+from pipelines.errors import MachineError, UserError
 from pipelines.run.predictions import read_predictions
+from pipelines.run.review_file import AllPhotos, write_review
 from pipelines.run.significance import difference_interval, mcnemar
 from pipelines.tracking.tracking import Tracking
 from tests.helpers.run_files import DESCRIPTION
@@ -307,3 +311,16 @@ def test_the_page_sorts_filters_and_draws_with_nothing_from_outside(width, answe
         assert page.evaluate("document.documentElement.scrollWidth") == width
     assert not faults
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, MachineError), (errno.EACCES, UserError)])
+def test_a_full_disk_is_the_machines_and_a_forbidden_name_the_users(monkeypatch, tmp_path, number, kind):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(kind, match=r"page\.html: cannot be written"):
+        compare._write(tmp_path / "page.html", "")
+    with pytest.raises(kind, match=r"photos\.csv: cannot be written"):
+        write_review(tmp_path / "photos.csv", AllPhotos([]), {}, str(tmp_path))
+    assert not list(tmp_path.iterdir())

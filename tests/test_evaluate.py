@@ -282,3 +282,10 @@ def test_it_shows_where_it_looks_in_the_worst_and_the_best_photos(
         probability = sureness[at] if right[at] else 1 - sureness[at]  # of the label, there being two
         assert np.exp(-loss) == pytest.approx(probability, abs=0.006)
     assert [remark.split("(")[1] for remark in remarks[::8]] == ["worst 1)", "best 1)"]
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_evaluation(make_run, flat, run_here, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("of somebody")
+    done = run_here(evaluate, make_run(flat({"ant": 1, "bee": 1})), "--json", tmp_path / "file" / "scores.json")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'file'}: not a folder that can be written to" in done.stderr

@@ -487,7 +487,7 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                     if folder is not None and row.get("folder") != folder:
                         raise UserError(f"{where}: another folder than in the rows before; one holds all photos")
                     folder = row.get("folder") or ""
-                    labels.add(label)
+                    labels.add(composed(label))
                     action, label = _reviewed(row, label, where)
                     done[action] += 1
                     if action == "drop":
@@ -504,7 +504,7 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
         where = f"{printable(file)}, line {reader.line_num + first if reader else 1}"
         raise UserError(f"{where}: not a CSV file in UTF-8 ({printable(error)}); {WANTED}") from None
     _check_spellings(printable(file), list(meant.values()))
-    if unknown := [label for label in new_labels if label not in labels]:
+    if unknown := [label for label in new_labels if composed(label) not in labels]:
         raise UserError(
             f"{new_labels[unknown[0]]}: new_label {printable(unknown[0])} is the label of no photo; correct it, or "
             "write it into the column label for a class of its own"

@@ -1,6 +1,5 @@
 """How a script ends before its end: one line on stderr, and the exit code of docs/errors.md."""
 
-import errno
 import json
 import re
 import signal
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipelines.distributed.sync import default_store, is_global_rank_zero
-from pipelines.errors import MachineError, Stopped, UserError
+from pipelines.errors import MachineError, Stopped, UserError, is_disk_error
 from pipelines.text import lasting_streams, printable
 
 import torch
@@ -21,7 +20,6 @@ import torch.distributed as dist
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 _POLL_SECONDS = 0.2
 _FAILED = "dalitune/failed"  # where a process that fails alone leaves its line
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
 
 
@@ -86,7 +84,7 @@ def _exit_status_of(error: BaseException) -> ExitStatus:
         return ExitStatus(printable(str(error)), error.exit_code, error.bad_photo)
     if isinstance(error, KeyboardInterrupt):
         return ExitStatus("interrupted", 130)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    if isinstance(error, OSError) and is_disk_error(error):
         return ExitStatus(f"{error.filename or 'disk'}: {error.strerror}", MachineError.exit_code)
     if isinstance(error, torch.OutOfMemoryError):
         line = "the GPU's memory is full: add --max-batch-per-device auto, or lower --eval-batch-per-device"

@@ -24,6 +24,7 @@ import numpy as np
 
 MOST_ANSWERS = 5
 _FIRST = ("path", "split", "label", "answer", "probability", "loss")
+BEGINNING = ",".join(_FIRST)  # of such a file
 _ROWS = 1 << 14  # made at once
 
 

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipelines.data.dataset import Split
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error
 from pipelines.files import atomic_write, file_digest
 from pipelines.text import printable
 
@@ -113,7 +113,8 @@ def order_of(findings: dict[str, list[Found]]) -> dict[int, list[tuple[str, Foun
 
 
 def write_review(file: Path, photos: AllPhotos, findings: dict[str, list[Found]], folder: str) -> None:
-    """findings: by name, the weightiest first. folder: what the paths are below. UserError where no file can be."""
+    """findings: by name, the weightiest first. folder: what the paths are below. UserError where no file can be,
+    MachineError where the disk is full."""
     by_photo = order_of(findings)
     try:
         # With the mark by which spreadsheets know UTF-8.
@@ -124,7 +125,8 @@ def write_review(file: Path, photos: AllPhotos, findings: dict[str, list[Found]]
         with atomic_write(_digest_file(file)) as partial:
             partial.write_text(f"{file_digest(file, 'sha256')}  {file.name}\n", "utf-8")
     except OSError as error:
-        raise UserError(f"{printable(file)}: cannot be written ({error.strerror}): give another --out") from None
+        line = f"{printable(file)}: cannot be written ({error.strerror}): give another --out"
+        raise write_error(error, line) from None
 
 
 def _rows(

@@ -286,6 +286,11 @@ def test_a_review_is_done_and_said(tmp_path: Path) -> None:
     assert findings.notes == ["review: 1 photo is left out, 1 of another label than before"]
 
 
+def test_a_name_may_be_spelled_as_a_mac_spells_it(tmp_path: Path) -> None:
+    rows, _ = read_review(tmp_path, "0.jpg,caf\u00e9,train,,,,,", "1.jpg,b,train,wrong_label,0.9,,relabel,cafe\u0301")
+    assert [path for _, label, path in rows if label.startswith("caf")] == ["0.jpg", "1.jpg"]
+
+
 def test_a_review_that_nobody_has_edited_is_the_data(tmp_path: Path) -> None:
     rows, findings = read_review(tmp_path, "0.jpg,a,train,,,,keep,", folder=str(tmp_path / "photos"))
     assert (rows, findings.notes) == ([("train", "a", "0.jpg")], [])
