@@ -93,8 +93,10 @@ _OF_EPOCHS = (
     *("weight_decay_on", "clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
-    "dropout",
+    *("dropout", "augment"),
 )
+# What augment light stands for: fastai's aug_transforms turn by up to 10 degrees and light by up to 0.2 as well.
+LIGHT = {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
 _OF_SCHEDULE = {"step_epochs": ("step",), "step_gamma": ("step",), "min_lr": ("cosine", "one_cycle")}
 
 
@@ -164,6 +166,10 @@ class Config:
     """smallest share of the photo that a training crop may have"""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """chance that a training photo is mirrored"""
+    augment: Literal["none", "light", "strong"] = "none"
+    """what is done to training photos besides the settings here: light, rotation 10, brightness, contrast and
+    saturation 0.2, none of which may be set by hand as well; strong, to each photo one of the 14 operations of
+    TrivialAugment (Mueller & Hutter 2021), as torchvision's TrivialAugmentWide has them"""
     vertical_flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """chance that a training photo is mirrored top to bottom, for photos without an up, as a microscope's"""
     quarter_turns: bool = False
@@ -357,6 +363,9 @@ class Config:
             raise Contradiction(
                 "each makes all classes count the same, and both would favour small ones", "sampler", "class_weights"
             )
+        for key, value in LIGHT.items():
+            if self.augment == "light" and getattr(self, key):
+                raise Contradiction(f"light sets it to {value:g}: give only one of the two", "augment", key)
         for key in ("mixup_alpha", "cutmix_alpha"):
             if getattr(self, key) and self.views_per_photo not in (None, "auto"):
                 raise Contradiction(
@@ -400,8 +409,8 @@ GROUPS = {
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
         *("image_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
-        *("vertical_flip_probability", "quarter_turns", "rotation", "shear", "translation", "brightness", "contrast"),
-        *("saturation", "hue", "grey_probability", "blur_probability", "erase_probability"),
+        *("augment", "vertical_flip_probability", "quarter_turns", "rotation", "shear", "translation", "brightness"),
+        *("contrast", "saturation", "hue", "grey_probability", "blur_probability", "erase_probability"),
         *("mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
     ],
     "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],

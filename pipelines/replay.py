@@ -21,7 +21,7 @@ from pipelines.data.dataset import Split
 from pipelines.data.loader import train_loader
 from pipelines.data.mixing import MixedViews, mixed_views
 from pipelines.data.open import open_dataset
-from pipelines.data.plan import share, train_plan
+from pipelines.data.plan import OPERATIONS, share, train_plan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_crop_mode
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_processes
@@ -147,6 +147,7 @@ def line_of(split: Split, step: Step, at: int, seen: np.ndarray) -> str:
     if each := views.alterations:
         done += ["up and down"] if each.vertical_flips[at] else []
         done += ["transposed"] if each.transposed[at] else []
+        done += [f"{OPERATIONS[each.operations[at]]} {each.magnitudes[at]:.3g}"] if each.operations[at] else []
         shear, turn, right, down = each.geometry[at].tolist()
         if each.geometry[at].any():
             done.append(f"turned by {turn:.1f} degrees, sheared by {shear:.1f}, moved by {right:+.2f}, {down:+.2f}")

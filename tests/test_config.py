@@ -348,6 +348,7 @@ def test_a_recipe_that_is_not_there_or_no_file_or_no_text(tmp_path: Path) -> Non
             ["--mixup_alpha=0.2", "--views_per_photo=4"],
             "mixup_alpha 0.2 (--mixup_alpha) and views_per_photo 4 (--",
         ),
+        (["--augment=light", "--contrast=0.5"], "augment light (--augment) and contrast 0.5 (--contrast) do not go"),
         (["--cutmix_alpha=1", "--views_per_photo=4"], "features that are kept, mixed photos do not have"),
         (["--arch=vit_b_16", "--freeze=layer1"], "only a ResNet's stages can be told: give freeze none, or mode"),
         (["--arch=vit_b_16", "--layer_decay=0.5"], "arch vit_b_16 (--arch) and layer_decay 0.5 (--layer_decay) do not"),
@@ -380,6 +381,8 @@ def test_a_flag_can_contradict_a_recipe_and_settle_it(
         ["--freeze=layer3", "--batchnorm=sync"],
         ["--mode=feature_extract", "--arch=vit_b_16", "--layer_decay=0.5"],
         ["--schedule=step"],
+        ["--augment=light", "--hue=0.1"],
+        ["--augment=strong", "--contrast=0.5"],
     ],
 )
 def test_what_goes_together_passes(argv: list[str]) -> None:
@@ -512,6 +515,7 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
         ({"crop_mode": "squash", "resize": 300}, "resize (crop_mode: squash)"),
         ({"epochs": 0, "head_init": "fitted", "lr": 0.5}, "lr (epochs: 0)"),
         ({"epochs": 0, "head_init": "fitted", "mixup_alpha": 0.2}, "mixup_alpha (epochs: 0)"),
+        ({"epochs": 0, "head_init": "fitted", "augment": "strong"}, "augment (epochs: 0)"),
     ],
 )
 def test_what_plays_no_part_is_said(settings, line):

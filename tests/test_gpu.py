@@ -19,7 +19,8 @@ from pipelines.data.augment import altered
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.data.engines.factory import make_engine
 from pipelines.data.loader import Loader
-from pipelines.data.plan import Alterations, EvalPlan, Plan, TrainPlan
+from pipelines.data.plan import Alterations, EvalPlan, Plan, TrainPlan, one_operation
+from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.distributed.exits import run_script
 from tests.helpers.corpus import encoded, exif, picture
 from tests.helpers.engines import HERE, levels
@@ -42,7 +43,8 @@ MEAN_LEVELS, WITHIN_4 = 1.0, 0.99
 # All that a plan may draw besides crop and flip; photos of few views are not mixed.
 DRAWN = ["--vertical-flip-probability", "0.5", "--quarter-turns", "--rotation", "20", "--shear", "10"]
 DRAWN += ["--translation", "0.1", "--brightness", "0.4", "--contrast", "0.4", "--saturation", "0.4", "--hue", "0.1"]
-DRAWN += ["--grey-probability", "0.2", "--blur-probability", "0.3", "--erase-probability", "0.5", "--dropout", "0.2"]
+DRAWN += ["--augment", "strong", "--grey-probability", "0.2", "--blur-probability", "0.3", "--erase-probability", "0.5"]
+DRAWN += ["--dropout", "0.2"]
 MIXED = ["--mixup-alpha", "0.2", "--cutmix-alpha", "1"]
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -271,11 +273,16 @@ def a_stopped_run_ends_as_a_whole_one(
 @NO_GPU
 def test_photos_are_altered_as_on_a_cpu():
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.random((64, 3, 32, 32), dtype=np.float32)) * 4 - 2
+    # Of whole levels, as an engine's are: what lies between two may be rounded to either.
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images = (torch.from_numpy(rng.integers(0, 256, (64, 3, 32, 32))) / 255 - mean) / std
     colours = rng.uniform((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1), (64, 4)).astype(np.float32)
+    operations, magnitudes = one_operation(rng.random((64, 3)), 32)
     drawn = Alterations(
         vertical_flips=rng.random(64) < 0.5,
         transposed=rng.random(64) < 0.5,
+        operations=operations,
+        magnitudes=magnitudes,
         geometry=rng.uniform((-10, -30, -0.2, -0.2), (10, 30, 0.2, 0.2), (64, 4)).astype(np.float32),
         colours=colours,
         blurs=rng.uniform(0, 0.3, 64).astype(np.float32),

@@ -5,6 +5,7 @@ from pathlib import Path
 import train
 from pipelines import replay
 from pipelines.data.dataset import load_dataset, scan_dataset
+from pipelines.data.plan import OPERATIONS
 from pipelines.run.folder import RunFolder
 from pipelines.run_files import read_run_config, what_auto_came_to
 from tests.helpers.runs import SMALL, succeeded
@@ -25,7 +26,7 @@ def flags(photos, tmp_path) -> list[object]:
     "more",
     [
         ["--views-per-photo", "2"],
-        ["--quarter-turns", "true", "--hue", "0.1", "--erase-probability", "0.5"],
+        ["--quarter-turns", "true", "--hue", "0.1", "--erase-probability", "0.5", "--augment", "strong"],
         ["--mixup-alpha", "0.9", "--max-batch-per-device", "3"],
     ],
 )
@@ -58,6 +59,7 @@ def test_a_step_is_what_the_training_was_given(more, flags, run_here, tmp_path, 
     assert names[: len(batch)] == batch.names(split.classes)
     assert ("mixed in" in said) == ("--mixup-alpha" in more)
     assert ("hue" in said) == ("--hue" in more)
+    assert any(f", {name} " in said for name in OPERATIONS) == ("--augment" in more)
     with Image.open(run.figures / "step_7.png") as picture:
         assert picture.width > 200
     assert len(run_here(replay, run.folder, "--step", "5").stdout.splitlines()) == 2 + 3 + 2, "a short last batch"

@@ -1,4 +1,5 @@
-"""What is done to a training photo's square behind every engine, on the device: turns, colours, blur, erased boxes.
+"""What is done to a training photo's square behind every engine, on the device: turns, one of TrivialAugment's
+operations, affine maps, colours, blur, erased boxes.
 
 The plan has drawn all of it (`plan.Alterations`), so it is the same on either engine, on any number of processes and
 after a stop. Nothing here waits for the device, and no sum runs over photos: what becomes of one depends on no other.
@@ -7,7 +8,7 @@ after a stop. Nothing here waits for the device, and no sum runs over photos: wh
 import math
 from collections.abc import Callable
 
-from pipelines.data.plan import BLUR_MOST, Alterations
+from pipelines.data.plan import BLUR_MOST, OPERATIONS, Alterations
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.distributed.copies import to_device
 
@@ -28,14 +29,11 @@ def altered(images: torch.Tensor, alterations: Alterations) -> torch.Tensor:
         images = torch.where(_of(each.vertical_flips, images), images.flip(2), images)
     if each.transposed.any():
         images = torch.where(_of(each.transposed, images), images.transpose(2, 3), images)
+    images = _operated(images, each.operations, each.magnitudes)
     if (is_moved := (each.geometry != 0).any(axis=1)).any():
         images = _changed(images, is_moved, lambda some: _moved(some, each.geometry[is_moved]))
     if (is_coloured := (each.colours != (1, 1, 1, 0)).any(axis=1)).any():
-        mean, std = (
-            to_device(torch.tensor(values), images.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        colours = each.colours[is_coloured]
-        images = _changed(images, is_coloured, lambda some: (_coloured(some * std + mean, colours) - mean) / std)
+        images = _changed(images, is_coloured, lambda some: _as_colours(some, _coloured, each.colours[is_coloured]))
     if (is_blurred := each.blurs > 0).any():
         images = _changed(images, is_blurred, lambda some: _blurred(some, each.blurs[is_blurred]))
     if each.erased.any():
@@ -66,6 +64,14 @@ def _changed(images: torch.Tensor, chosen: np.ndarray, change: Callable[[torch.T
     return images.index_copy(0, places, change(images.index_select(0, places)))
 
 
+def _as_colours(images: torch.Tensor, change: Callable[..., torch.Tensor], *values: np.ndarray) -> torch.Tensor:
+    """Normalised images, changed as colours from 0 to 1."""
+    mean, std = (
+        to_device(torch.tensor(values), images.device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return (change(images * std + mean, *values) - mean) / std
+
+
 def _moved(images: torch.Tensor, geometry: np.ndarray) -> torch.Tensor:
     """torchvision's affine, bilinear, each image by its own values; what comes in from outside is 0."""
     shear, turn = np.radians(geometry[:, :2].astype(np.float64)).T
@@ -73,7 +79,13 @@ def _moved(images: torch.Tensor, geometry: np.ndarray) -> torch.Tensor:
     # The inverse, as it says where a pixel comes from: of the shear and then the turn, whose determinant is 1.
     a, b = -np.sin(turn) * np.tan(shear) + np.cos(turn), np.cos(turn) * np.tan(shear) + np.sin(turn)
     c, d = -np.sin(turn), np.cos(turn)
-    a, b, c, d, right, down = (_of(each.astype(np.float32), images)[..., 0] for each in (a, b, c, d, right, down))
+    return _sampled(images, a, b, c, d, right, down)
+
+
+def _sampled(images: torch.Tensor, *inverse: np.ndarray) -> torch.Tensor:
+    """Bilinear, each image by its own affine map. inverse: float64 [n] each, from where a pixel comes: once it is moved
+    back by the last two, right and down, row by row of a matrix; the square reaches from -1 to 1."""
+    a, b, c, d, right, down = (_of(each.astype(np.float32), images)[..., 0] for each in inverse)
     size = images.shape[2]
     middles = (2 * torch.arange(size, device=images.device) + 1) / size - 1
     x, y = middles.view(1, 1, -1) - right, middles.view(1, -1, 1) - down
@@ -130,3 +142,89 @@ def _turned_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
         place = (hue + first) % 6
         channels.append(value - chroma * torch.minimum(place, 4 - place).clamp(0, 1))
     return torch.stack(channels, 1)
+
+
+def _operated(images: torch.Tensor, operations: np.ndarray, magnitudes: np.ndarray) -> torch.Tensor:
+    """torchvision's TrivialAugmentWide, bilinear, each image by its own operation and magnitude (`one_operation`).
+
+    Posterize, Solarize, AutoContrast and Equalize take each colour for the nearest of 256 levels, and give what
+    torchvision gives for uint8; the others round nothing, as torchvision does with floats.
+    """
+    if not operations.any():
+        return images
+    images = images.clone()
+    for names, change in _CHANGES.items():
+        is_one = operations[:, None] == [OPERATIONS.index(name) for name in names]
+        if (chosen := is_one.any(axis=1)).any():
+            places = to_device(torch.from_numpy(np.flatnonzero(chosen)), images.device)
+            values = np.where(is_one, magnitudes[:, None], 0)[chosen]
+            images.index_copy_(0, places, change(images.index_select(0, places), values))
+    return images
+
+
+def _moved_once(images: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    """By one of its values each. The top left corner stays where it is in a slant, and the middle in a turn."""
+    shear_x, shear_y, right, down, turn = values.astype(np.float64).T
+    turn, half = -np.radians(turn), images.shape[2] / 2
+    a, b = np.cos(turn), np.sin(turn) + shear_x
+    c, d = shear_y - np.sin(turn), np.cos(turn)
+    return _sampled(images, a, b, c, d, right / half - shear_x, down / half - shear_y)
+
+
+def _coloured_once(images: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    return _as_colours(images, _coloured, np.pad(1 + values, ((0, 0), (0, 1))))
+
+
+def _sharpened(images: torch.Tensor, more: np.ndarray) -> torch.Tensor:
+    """torchvision's adjust_sharpness of a factor of 1 + more, of colours from 0 to 1; the outermost rows and columns
+    stay as they are."""
+    inside = images.shape[2] - 2
+    centre = images[:, :, 1:-1, 1:-1]
+    total = 4 * centre  # one sum after the other: PyTorch's convolutions may round otherwise in another batch
+    for row in range(3):
+        for column in range(3):
+            total = total + images.narrow(2, row, inside).narrow(3, column, inside)
+    return (images + _of(more, images) * functional.pad(centre - total / 13, (1, 1, 1, 1))).clamp(0, 1)
+
+
+def _on_levels(images: torch.Tensor, change: Callable[..., torch.Tensor], *values: np.ndarray) -> torch.Tensor:
+    """Normalised images, changed as whole numbers from 0 to 255, of floats."""
+    return _as_colours(images, lambda colours: change((255 * colours).round().clamp(0, 255), *values) / 255)
+
+
+def _posterized(levels: torch.Tensor, bits: np.ndarray) -> torch.Tensor:
+    step = _of(np.exp2(8 - bits), levels)
+    return (levels / step).floor() * step
+
+
+def _solarized(levels: torch.Tensor, thresholds: np.ndarray) -> torch.Tensor:
+    return torch.where(levels >= _of(thresholds, levels), 255 - levels, levels)
+
+
+def _with_full_contrast(levels: torch.Tensor) -> torch.Tensor:
+    least, most = levels.amin((2, 3), keepdim=True), levels.amax((2, 3), keepdim=True)
+    is_flat = most == least
+    scale = torch.where(is_flat, 1, (most - least) * (1 / 255))
+    return ((levels - torch.where(is_flat, 0, least)) / scale).clamp(0, 255).floor()
+
+
+def _equalized(levels: torch.Tensor) -> torch.Tensor:
+    """By sorting, as PyTorch refuses to count into a histogram on CUDA where it is to be deterministic."""
+    flat = levels.flatten(2).contiguous()
+    ordered = flat.sort(dim=2).values
+    whole = torch.arange(256.0, device=levels.device).expand(*flat.shape[:2], 256).contiguous()
+    below = torch.searchsorted(ordered, whole)
+    step = below.gather(2, ordered[:, :, -1:].long()) // 255
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255).to(levels.dtype)
+    return torch.where(step > 0, table.gather(2, flat.long()), flat).view_as(levels)
+
+
+_CHANGES: dict[tuple[str, ...], Callable[[torch.Tensor, np.ndarray], torch.Tensor]] = {
+    ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"): _moved_once,
+    ("Brightness", "Contrast", "Color"): _coloured_once,
+    ("Sharpness",): lambda images, values: _as_colours(images, _sharpened, values[:, 0]),
+    ("Posterize",): lambda images, values: _on_levels(images, _posterized, values[:, 0]),
+    ("Solarize",): lambda images, values: _on_levels(images, _solarized, values[:, 0]),
+    ("AutoContrast",): lambda images, _: _on_levels(images, _with_full_contrast),
+    ("Equalize",): lambda images, _: _on_levels(images, _equalized),
+}

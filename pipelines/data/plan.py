@@ -15,7 +15,7 @@ what any other does, no process keeps a copy, and a resume in mid-epoch has noth
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
-from pipelines.config import Config
+from pipelines.config import LIGHT, Config
 
 import numpy as np
 
@@ -33,12 +33,34 @@ _LARGEST_EXPONENT = 700.0  # e to minus that is still above 0
 # What a draw is for. Streams of different purpose never share a bit.
 _SHUFFLE, _FLIP, _CROP, HEAD_WEIGHTS, _PART, FOLDS, _CLASS_ORDER = 1, 2, 3, 4, 5, 6, 7
 _TURN, _COLOUR, _ERASE, _MIX, _GEOMETRY, _GREY, _BLUR = 8, 9, 10, 11, 12, 13, 14
-_DROPOUT = 15
+_DROPOUT, _OPERATION = 15, 16
+
+# TrivialAugment's operations, as torchvision's TrivialAugmentWide names them: the first and the last of their
+# magnitudes, and whether its sign is drawn. Shifts are in pixels of a square of 224.
+_MAGNITUDES = {
+    "Identity": (0, 0, False),
+    "ShearX": (0, 0.99, True),
+    "ShearY": (0, 0.99, True),
+    "TranslateX": (0, 32, True),
+    "TranslateY": (0, 32, True),
+    "Rotate": (0, 135, True),
+    "Brightness": (0, 0.99, True),
+    "Color": (0, 0.99, True),
+    "Contrast": (0, 0.99, True),
+    "Sharpness": (0, 0.99, True),
+    "Posterize": (8, 2, False),
+    "Solarize": (255, 0, False),
+    "AutoContrast": (0, 0, False),
+    "Equalize": (0, 0, False),
+}
+OPERATIONS = tuple(_MAGNITUDES)
+_BINS = 31  # from an operation's first magnitude to its last
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What else is drawn for a training photo, by the settings of these names; by default nothing."""
+    """What else is drawn for a training photo, by the settings of these names; by default nothing. Of `augment` only
+    strong is drawn; light stands for some of the others."""
 
     vertical_flip_probability: float = 0.0
     quarter_turns: bool = False
@@ -52,6 +74,7 @@ class Augmentation:
     translation: float = 0.0
     grey_probability: float = 0.0
     blur_probability: float = 0.0
+    augment: str = "none"
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,7 @@ class Alterations:
     """What is done to the squares of n photos behind the engine, in this order.
 
     vertical_flips: bool [n], mirrored top to bottom. transposed: bool [n], rows become columns.
+    operations: int8 [n], places in `OPERATIONS`, 0 for none. magnitudes: float32 [n], as `one_operation` returns them.
     geometry: float32 [n, 4], degrees of a shear of the rows and of a turn clockwise about the middle, and a shift to
     the right and down in sides of the square; together one affine map.
     colours: float32 [n, 4], what brightness, contrast and saturation are multiplied by, 1 for as they are, and what is
@@ -68,6 +92,8 @@ class Alterations:
 
     vertical_flips: np.ndarray
     transposed: np.ndarray
+    operations: np.ndarray
+    magnitudes: np.ndarray
     geometry: np.ndarray
     colours: np.ndarray
     blurs: np.ndarray
@@ -274,9 +300,15 @@ class TrainPlan:
         colours[grey < asked.grey_probability, 2] = 0
         sigmas = (BLUR_LEAST + (BLUR_MOST - BLUR_LEAST) * blur[:, 1]) * self.image_size
         blurs = np.where(blur[:, 0] < asked.blur_probability, sigmas, 0)
+        operations, magnitudes = np.zeros(len(owner), np.int8), np.zeros(len(owner), np.float32)
+        if asked.augment == "strong":
+            operation = uniform(random_bits(self._seed, _OPERATION, epoch, owner[:, None], np.arange(3)))
+            operations, magnitudes = one_operation(operation, self.image_size)
         return flips, Alterations(
             vertical_flips=vertical,
             transposed=quarters % 2 == 1,
+            operations=operations,
+            magnitudes=magnitudes,
             geometry=geometry.astype(np.float32),
             colours=colours,
             blurs=blurs.astype(np.float32),
@@ -295,6 +327,8 @@ def train_plan(config: Config, sizes: np.ndarray, labels: np.ndarray) -> TrainPl
     int [N]."""
     assert config.views_per_photo != "auto"
     assert config.crop_mode != "auto"
+    asked = {field.name: getattr(config, field.name) for field in fields(Augmentation)}
+    asked |= LIGHT if config.augment == "light" else {}
     return TrainPlan(
         sizes,
         seed=config.seed,
@@ -304,7 +338,7 @@ def train_plan(config: Config, sizes: np.ndarray, labels: np.ndarray) -> TrainPl
         views_per_photo=config.views_per_photo,
         crop_mode=config.crop_mode,
         balanced_labels=labels if config.sampler == "balanced" else None,
-        augmentation=Augmentation(**{field.name: getattr(config, field.name) for field in fields(Augmentation)}),
+        augmentation=Augmentation(**asked),
         mixup_alpha=config.mixup_alpha,
         cutmix_alpha=config.cutmix_alpha,
     )
@@ -442,6 +476,28 @@ def random_box(draws: np.ndarray, size: int) -> np.ndarray:
     height, width = (np.clip(np.rint(np.sqrt(each)), 1, size) for each in (area / ratio, area * ratio))
     top, left = np.floor(draws[:, 2] * (size - height + 1)), np.floor(draws[:, 3] * (size - width + 1))
     return np.stack([top, left, height, width], axis=1).astype(np.int64)
+
+
+def one_operation(draws: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [n], places in `OPERATIONS`, each as likely, and float32 [n], their magnitudes, as TrivialAugment draws them
+    (Mueller and Hutter 2021), in torchvision's terms and from its 31 of each operation.
+
+    ShearX, ShearY: the slant's tangent. TranslateX, TranslateY: whole pixels of the square, a seventh of it at most, as
+    32 are of 224. Rotate: degrees counter-clockwise. Brightness, Color, Contrast, Sharpness: what their factor is above
+    1. Posterize: how many of 8 bits stay. Solarize: the level of 255 from which on values are inverted. Others: 0.
+    draws: float64 [n, 3] in [0, 1), for operation, magnitude and sign.
+    """
+    operations = np.floor(len(OPERATIONS) * draws[:, 0]).astype(np.int8)
+    first, last, is_signed = np.array(list(_MAGNITUDES.values())).T[:, operations]
+    magnitudes = first + (last - first) * np.floor(_BINS * draws[:, 1]) / (_BINS - 1)
+    is_shift, is_posterize = (
+        np.isin(operations, [OPERATIONS.index(name) for name in names])
+        for names in (("TranslateX", "TranslateY"), ("Posterize",))
+    )
+    magnitudes = np.where(is_shift, np.floor(magnitudes * size / 224), magnitudes)
+    magnitudes = np.where(is_posterize, np.rint(magnitudes), magnitudes)
+    magnitudes = np.where((is_signed > 0) & (draws[:, 2] < 0.5), 0 - magnitudes, magnitudes)
+    return operations, magnitudes.astype(np.float32)
 
 
 def dropout_mask(keys: np.ndarray, features: int, chance: float) -> np.ndarray:

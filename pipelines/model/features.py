@@ -205,6 +205,7 @@ class FrozenFeatures:
         if altered := views.alterations:
             colours = altered.colours.view(np.uint32)
             others += [altered.vertical_flips, altered.transposed, altered.geometry.view(np.uint32).T, colours.T]
+            others += [altered.operations, altered.magnitudes.view(np.uint32)]
             others += [altered.blurs.view(np.uint32), altered.erased.T]
         columns = [
             split.signatures,

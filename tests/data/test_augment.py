@@ -2,8 +2,17 @@
 
 from dataclasses import replace
 
+from pipelines.config import LIGHT, Config
 from pipelines.data.augment import altered
-from pipelines.data.plan import Alterations, Augmentation, TrainPlan, ViewsInOrder
+from pipelines.data.plan import (
+    OPERATIONS,
+    Alterations,
+    Augmentation,
+    TrainPlan,
+    ViewsInOrder,
+    one_operation,
+    train_plan,
+)
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers.engines import ENGINES, make_loader
 
@@ -12,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide
 from torchvision.transforms.v2 import functional as F
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -25,6 +35,7 @@ ALL = Augmentation(
     erase_probability=0.5,
 )
 MORE = replace(ALL, rotation=30, shear=10, translation=0.2, grey_probability=0.3, blur_probability=0.4)
+STRONG = Augmentation(augment="strong")
 
 
 def plan_of(augmentation: Augmentation, photos: int = 400, **settings) -> TrainPlan:
@@ -37,7 +48,19 @@ def of(count: int, **changed) -> Alterations:
     none, geometry = np.zeros(count, bool), np.zeros((count, 4), np.float32)
     colours = np.tile(np.float32([1, 1, 1, 0]), (count, 1))
     blurs, erased = np.zeros(count, np.float32), np.zeros((count, 4), np.int32)
-    return replace(Alterations(none, none, geometry, colours, blurs, erased), **changed)
+    nothing = (none, none, np.zeros(count, np.int8), np.zeros(count, np.float32), geometry, colours, blurs, erased)
+    return replace(Alterations(*nothing), **changed)
+
+
+def operations(size: int, bins: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [n] and float32 [n]: each operation at these of its 31 magnitudes, of either sign."""
+    draws = [
+        ((place + 0.5) / len(OPERATIONS), (each + 0.5) / 31, sign)
+        for place in range(len(OPERATIONS))
+        for each in bins
+        for sign in (0.2, 0.8)
+    ]
+    return one_operation(np.array(draws), size)
 
 
 @pytest.fixture
@@ -95,6 +118,109 @@ def test_blur_is_torchvisions():
     for place, sigma in ((0, 0.4), (2, 1.9)):
         expected = F.gaussian_blur(photos[place], [13, 13], [sigma, sigma])
         torch.testing.assert_close(found[place], expected, rtol=0, atol=1e-4)
+
+
+ON_LEVELS = ("Posterize", "Solarize", "AutoContrast", "Equalize")
+GEOMETRY = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
+
+def test_operations_are_trivial_augments():
+    """torchvision's TrivialAugmentWide itself: bit for bit what it makes of uint8 where grey levels are counted, else
+    what it makes of floats; and a flat photo, and one of few levels, have nothing to stretch."""
+    own = TrivialAugmentWide()
+    places, magnitudes = operations(size=26, bins=[0, 1, 7, 15, 24, 30])
+    photos = torch.randint(0, 256, (len(places), 3, 26, 26), generator=torch.Generator().manual_seed(0)).byte()
+    photos = (photos // 4 + 96).where(torch.arange(len(places)).view(-1, 1, 1, 1) % 2 == 0, photos)
+    photos[-1], photos[-2, :, 3] = 7, 200
+    normalised = (photos / 255 - MEAN) / STD
+    found = altered(normalised, of(len(places), operations=places, magnitudes=magnitudes))
+    for photo, plain, image, place, magnitude in zip(photos, normalised, found, places, magnitudes, strict=True):
+        name, value = OPERATIONS[place], float(magnitude)
+        if name in ON_LEVELS:
+            value = value / 255 if name == "Solarize" else value
+            expected = own._apply_image_or_video_transform(photo, name, value, InterpolationMode.BILINEAR, own._fill)
+            levels = (image * STD[0] + MEAN[0]) * 255
+            assert torch.equal(levels.round().byte(), expected), (name, value)
+            torch.testing.assert_close(levels, expected.float(), rtol=0, atol=1e-3)
+            continue
+        before = plain if name in GEOMETRY else photo / 255
+        expected = own._apply_image_or_video_transform(before, name, value, InterpolationMode.BILINEAR, own._fill)
+        expected = expected if name in GEOMETRY else (expected - MEAN[0]) / STD[0]
+        assert (image - expected).abs().max() < 2e-4, (name, value)
+
+
+def test_magnitudes_are_trivial_augments():
+    """All 31 of each operation, of both signs where it has any; a shift is scaled with the square."""
+    for place, (table, is_signed) in enumerate(TrivialAugmentWide._AUGMENTATION_SPACE.values()):
+        name = OPERATIONS[place]
+        chosen, found = operations(224, list(range(31)))
+        found = found[chosen == place].reshape(31, 2)
+        expected = np.zeros(31) if (magnitudes := table(31, 224, 224)) is None else magnitudes.numpy()
+        # Half of 32 is 15.999999 in torchvision's table, which it cuts off to 15.
+        expected = np.trunc(expected + 1e-5) if name.startswith("Translate") else expected
+        expected = 255 * expected if name == "Solarize" else expected
+        np.testing.assert_allclose(found[:, 1], expected, rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(found[:, 0], -found[:, 1] if is_signed else found[:, 1])
+    assert list(TrivialAugmentWide._AUGMENTATION_SPACE) == list(OPERATIONS)
+    for size, largest in ((64, 9), (224, 32), (448, 64)):
+        chosen, found = operations(size, [30])
+        assert found[chosen == OPERATIONS.index("TranslateY")].tolist() == [-largest, largest]
+
+
+def test_each_operation_magnitude_and_sign_is_drawn_as_often():
+    views = plan_of(STRONG, 56_000).views(4, np.arange(56_000))
+    assert views.alterations
+    places, magnitudes = views.alterations.operations, views.alterations.magnitudes
+    np.testing.assert_allclose(np.bincount(places, minlength=14), 4000, atol=300)
+    turns = magnitudes[places == OPERATIONS.index("Rotate")]
+    steps, counts = np.unique(np.rint(turns / 4.5), return_counts=True)
+    assert steps.tolist() == list(range(-30, 31))
+    np.testing.assert_allclose(np.delete(counts, 30), 4000 / 62, atol=35)
+    assert counts[30] == pytest.approx(4000 / 31, abs=50), "0 has no sign"
+    nothing, others = of(56_000), views.alterations
+    for name in Alterations.__dataclass_fields__.keys() - {"operations", "magnitudes"}:
+        np.testing.assert_array_equal(getattr(others, name), getattr(nothing, name))
+
+
+@pytest.mark.parametrize("asked", [MORE, Augmentation(hue=0.3)])
+def test_an_operation_is_drawn_where_it_is_asked_for_and_changes_nothing_else(asked):
+    without, both = (plan_of(each, 40).views(0, np.arange(40)) for each in (asked, replace(asked, augment="strong")))
+    assert without.alterations
+    assert both.alterations
+    assert not without.alterations.operations.any()
+    assert both.alterations.operations.any()
+    for name in Alterations.__dataclass_fields__.keys() - {"operations", "magnitudes"}:
+        np.testing.assert_array_equal(getattr(without.alterations, name), getattr(both.alterations, name))
+    np.testing.assert_array_equal(without.flips, both.flips)
+
+
+def test_light_is_the_settings_that_it_stands_for():
+    sizes, labels = np.tile([60, 80], (9, 1)), np.zeros(9, np.int64)
+    by_hand, light = (
+        train_plan(Config(**values), sizes, labels).views(0, np.arange(9)).alterations
+        for values in (LIGHT, {"augment": "light"})
+    )
+    assert by_hand
+    assert light
+    for name in Alterations.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(light, name), getattr(by_hand, name))
+
+
+@pytest.mark.parametrize("size", [33, 224])
+def test_an_operation_sees_one_photo(size):
+    """So that the bits are the same in any micro-batch."""
+    count = len(OPERATIONS)
+    places, magnitudes = operations(size, [23])
+    photos = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    photos = photos.contiguous(memory_format=torch.channels_last)
+    drawn = of(2 * count, operations=places, magnitudes=magnitudes).select(np.arange(0, 2 * count, 2))
+    whole = altered(photos, drawn)
+    for place in range(count):
+        alone = altered(photos[place : place + 1], drawn.select(np.array([place])))
+        assert torch.equal(alone[0], whole[place]), OPERATIONS[place]
+        assert torch.equal(whole[place], photos[place]) == (place == 0)
+    order = np.roll(np.arange(count), 5)
+    assert torch.equal(altered(photos[order], drawn.select(order)), whole[order])
 
 
 @pytest.mark.parametrize(("size", "asked"), [(33, MORE), (33, Augmentation(grey_probability=0.5)), (224, ALL)])
@@ -206,6 +332,12 @@ def test_golden_alterations():
     ]
     assert more.blurs.tolist() == [0.04993228614330292, 0.0, 0.02004721574485302]
     assert (more.colours[:, 2] == 0).tolist() == [True, False, True]
+    strong = plan_of(STRONG, 9, seed=7).views(2, np.arange(9)).alterations
+    assert strong
+    drawn = ["Sharpness", "Brightness", "Equalize", "AutoContrast", "Equalize", "Solarize", "TranslateY"]
+    assert [OPERATIONS[place] for place in strong.operations] == [*drawn, "ShearX", "ShearX"]
+    expected = np.float32([-0.594, 0.99, 0, 0, 0, 59.5, 0, 0, 0.429])
+    np.testing.assert_array_equal(strong.magnitudes, expected)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

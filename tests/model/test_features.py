@@ -184,6 +184,16 @@ def test_what_the_features_depend_on_tells_them_apart(resnet, split, photos, tmp
     assert a_view(split, network, store, **settings)[1] == ""
 
 
+def test_an_operation_of_a_view_tells_its_features_apart(resnet, split):
+    network, keys = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), []
+    for augment in ("none", "strong"):
+        training = open_loader(split, hue=0.1, augment=augment)
+        keys.append(open_features(network, training)._photos(0)[: len(split)])
+        drawn = training.in_order(1).plan.views(0, np.arange(len(split))).alterations
+        training.close()
+    np.testing.assert_array_equal(keys[0] != keys[1], drawn.operations > 0)
+
+
 def test_each_run_finds_bad_and_changed_photos_itself(resnet, split, tmp_path, capfd):
     network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path, 10**9)
     photo = Path(split.path(3))

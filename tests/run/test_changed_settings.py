@@ -33,7 +33,7 @@ OTHER = {
     "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
     "vertical_flip_probability": 0.5, "quarter_turns": True, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2,
     "hue": 0.1, "erase_probability": 0.5, "rotation": 10.0, "shear": 5.0, "translation": 0.1, "grey_probability": 0.2,
-    "blur_probability": 0.2, "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
+    "blur_probability": 0.2, "augment": "strong", "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
     "sampler": "balanced", "views_per_photo": 3,
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
     "batch_size": 16, "label_smoothing": 0.1, "dropout": 0.2, "clip_grad_norm": 1.0, "ema_decay": 0.9,

@@ -7,7 +7,7 @@ from pipelines.config import Config
 from pipelines.data.augment import altered
 from pipelines.data.loader import Batch, Partners, Step
 from pipelines.data.mixing import mixed
-from pipelines.data.plan import Augmentation, TrainPlan
+from pipelines.data.plan import OPERATIONS, Augmentation, TrainPlan
 from pipelines.distributed.copies import to_device
 from pipelines.model.average import average_of, follow
 from pipelines.model.features import FrozenFeatures
@@ -137,20 +137,21 @@ def test_the_loss_of_mixed_photos_waits_for_nothing(no_waiting):
 def test_what_comes_behind_a_step_and_behind_the_engine_waits_for_nothing(no_waiting):
     with STAND_IN:
         network = TransferModel(resnet18(num_classes=3), frozen_stages=0, batchnorm="train").train()
-        images = torch.zeros(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+        images = torch.zeros(99, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     average = average_of(network)
     plan = TrainPlan(
-        np.full((9, 2), 80),
+        np.full((99, 2), 80),
         seed=0,
         image_size=64,
         crop_scale_min=0.5,
         flip_probability=0.5,
-        augmentation=Augmentation(0.5, True, 0.4, 0.4, 0.4, 0.1, 0.9, 30, 10, 0.2, 0.5, 0.9),
+        augmentation=Augmentation(0.5, True, 0.4, 0.4, 0.4, 0.1, 0.9, 30, 10, 0.2, 0.5, 0.9, "strong"),
         mixup_alpha=0.2,
         cutmix_alpha=1.0,
     )
-    alterations, mixing = plan.views(0, np.arange(4)).alterations, plan.mixing(0, np.arange(4))
+    alterations, mixing = plan.views(0, np.arange(99)).alterations, plan.mixing(0, np.arange(99))
     assert alterations
+    assert set(alterations.operations) == set(range(len(OPERATIONS)))
     assert mixing
     assert mixing.boxes.any()
     with no_waiting:
