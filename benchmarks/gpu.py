@@ -277,7 +277,7 @@ def _loader(split: Split, engine: str, device: torch.device, batch: int, *, trai
     if train:
         plan = TrainPlan(split.sizes, seed=0, image_size=224, crop_scale_min=0.08, flip_probability=0.5)
     threads = max(1, (os.cpu_count() or 1) // 2)
-    executor = make_engine(engine, split, image_size=224, micro_batch=batch, device=device, threads=threads)
+    executor = make_engine(engine, split, micro_batch=batch, device=device, threads=threads)
     settings: dict[str, Any] = {
         "batch_size": batch,
         "micro_batch": batch,

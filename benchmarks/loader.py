@@ -186,7 +186,7 @@ def _plan(split: Split, view: str, run: int) -> Plan:
 
 def _planned(split: Split, run: int, *, engine: str, threads: int, view: str, options: argparse.Namespace) -> int:
     plan, size = _plan(split, view, run), options.batch_size
-    executor = make_engine(engine, split, image_size=_SIZE, micro_batch=size, device=_device(), threads=threads)
+    executor = make_engine(engine, split, micro_batch=size, device=_device(), threads=threads)
     labels = split.labels.astype(np.int64)
     loader = Loader(plan, split, labels, executor, batch_size=size, micro_batch=size, prefetch=2, device=_device())
     epochs = (batch for epoch in range(options.epochs) for step in loader.epoch(epoch) for batch in step.batches)

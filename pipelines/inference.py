@@ -113,7 +113,6 @@ class ViewClassifier:
         engine = make_engine(
             self.engine,
             split,
-            image_size=chosen.image_size,
             micro_batch=min(self.batch_size, len(paths)),
             device=self.device,
             threads=self.threads,

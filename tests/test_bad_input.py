@@ -550,7 +550,7 @@ def test_engines_decode_what_the_scan_passes(tmp_path: Path, name: str) -> None:
     write_zoo(tmp_path / "data" / "val" / "zoo", ZOO)
     split = load_dataset(scan_dataset(tmp_path / "data", tmp_path / "cache", 0.2)).splits["val"]
     rows = np.flatnonzero(split.faults == 0)
-    own = {"image_size": 64, "micro_batch": len(rows), "threads": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    own = {"micro_batch": len(rows), "threads": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     engine = make_engine(name, split, device=torch.device("cpu"), **own)
     engine.submit(EvalPlan(split.sizes, image_size=64, resize=72).views(0, rows))
     pixels = engine.fetch()
@@ -608,7 +608,7 @@ def test_a_damaged_photo_stops_neither_scan_nor_engine(
     split = Split("val", ("a",), zero, sizes, zero, os.fsencode(path.parent), blob, ends, zero, zero, kinds)
     failed = []
     for each in THREADED:
-        own = {"image_size": 64, "micro_batch": 8, "threads": 1, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        own = {"micro_batch": 8, "threads": 1, "mean": (0.5,) * 3, "std": (0.5,) * 3}
         engine = make_engine(each, split, device=torch.device("cpu"), **own)
         engine.submit(EvalPlan(sizes, image_size=64, resize=72).views(0, np.array([0])))
         pixels = engine.fetch()

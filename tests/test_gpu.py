@@ -114,7 +114,7 @@ def open_loader(device: str, engine: str, split: Split, *, train: bool = True, b
     if train:
         plan = TrainPlan(split.sizes, seed=1, image_size=224, crop_scale_min=0.08, flip_probability=0.5)
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    executor = make_engine(engine, split, image_size=224, micro_batch=batch, device=where, threads=4)
+    executor = make_engine(engine, split, micro_batch=batch, device=where, threads=4)
     settings: dict[str, Any] = {"batch_size": batch, "micro_batch": batch, "prefetch": 3, "device": where, **options}
     return Loader(plan, split, split.labels.astype(np.int64), executor, **settings)
 

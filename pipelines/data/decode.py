@@ -48,7 +48,7 @@ def pixels_of_file(path: str, preprocess: Preprocess, *, whole: bool) -> np.ndar
     if whole and views.resized[0].prod(dtype=np.int64) > LARGEST_RESIZED:
         return "too long and narrow for the ONNX graph"
     try:
-        return np.asarray(window_of(split, views, 0) if whole else view_of(split, views, 0, preprocess.image_size))
+        return np.asarray(window_of(split, views, 0) if whole else view_of(split, views, 0))
     except MemoryError:
         return TOO_COSTLY
     except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
@@ -59,7 +59,7 @@ def view_of_file(path: str, preprocess: Preprocess) -> np.ndarray:
     """uint8 [image_size, image_size, 3]: what a network sees of a sound photo. Raises whatever Pillow raises."""
     split = split_of([path], preprocess)
     inspect_at(split, 0)
-    return np.asarray(view_of(split, views_of_sound(split, preprocess, range(1)), 0, preprocess.image_size))
+    return np.asarray(view_of(split, views_of_sound(split, preprocess, range(1)), 0))
 
 
 def photo_of_file(path: str, preprocess: Preprocess) -> tuple[Image.Image, tuple[float, float, float, float]]:
@@ -68,26 +68,26 @@ def photo_of_file(path: str, preprocess: Preprocess) -> tuple[Image.Image, tuple
     split = split_of([path], preprocess)
     inspect_at(split, 0)
     views = views_of_sound(split, preprocess, range(1))
-    return window_of(split, views, 0), kept_box(views, 0, preprocess.image_size)
+    return window_of(split, views, 0), kept_box(views, 0)
 
 
-def view_of(split: Split, views: Views, position: int, image_size: int) -> Image.Image:
+def view_of(split: Split, views: Views, position: int) -> Image.Image:
     """The RGB picture, image_size x image_size, of one view.
 
     Of a larger resized window only the square that is kept is computed. Raises as `window_of` does.
     """
     # resize(box=...) computes the pixels that resizing the whole window and cutting out would give, but for roundings:
     # by the sizes Pillow chooses which axis comes first, and rounds to 8 bits in between.
-    box = kept_box(views, position, image_size)
-    picture = window_of(split, views, position).resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+    size, box = (views.image_size, views.image_size), kept_box(views, position)
+    picture = window_of(split, views, position).resize(size, Image.Resampling.BILINEAR, box=box)
     return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if views.flips[position] else picture
 
 
-def kept_box(views: Views, position: int, image_size: int) -> tuple[float, float, float, float]:
+def kept_box(views: Views, position: int) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of the square that is kept of a view, in the pixels of its window."""
     (top, left), (height, width) = views.anchors[position].tolist(), views.windows[position, 2:].tolist()
     scale_y, scale_x = height / views.resized[position, 0], width / views.resized[position, 1]
-    return left * scale_x, top * scale_y, (left + image_size) * scale_x, (top + image_size) * scale_y
+    return left * scale_x, top * scale_y, (left + views.image_size) * scale_x, (top + views.image_size) * scale_y
 
 
 def window_of(split: Split, views: Views, position: int) -> Image.Image:
@@ -194,7 +194,7 @@ def central_views(
     """What the network sees of validation photos (positions in the split): uint8 [image_size, image_size, 3] each."""
     plan = EvalPlan(split.sizes, image_size=image_size, resize=resize, crop_mode=crop_mode)
     views = plan.views(0, indices)
-    return [np.asarray(view_of(split, views, position, image_size)) for position in range(len(views))]
+    return [np.asarray(view_of(split, views, position)) for position in range(len(views))]
 
 
 def decoding_error(error: Exception) -> str:

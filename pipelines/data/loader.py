@@ -320,7 +320,6 @@ def _loader(
         make_engine(
             engine,
             split,
-            image_size=plan.image_size,
             micro_batch=largest,
             device=state.device,
             threads=decoding_threads(config),

@@ -127,6 +127,7 @@ class Views:
     resized: int32 [n, 2], height, width that the window is resized to.
     anchors: int32 [n, 2], top, left of the image_size x image_size square that is kept of the resized window.
     flips: bool [n], whether the square is mirrored left to right.
+    image_size: its side in pixels.
     alterations: None for none.
     keys: uint64 [n], random bits for what is drawn beyond the photo (`dropout_mask`); None where nothing may be.
     """
@@ -136,6 +137,7 @@ class Views:
     resized: np.ndarray
     anchors: np.ndarray
     flips: np.ndarray
+    image_size: int
     alterations: Alterations | None = None
     keys: np.ndarray | None = None
 
@@ -148,7 +150,7 @@ class Views:
         indices, windows, resized, anchors, flips = (each[chosen] for each in kept)
         alterations = self.alterations and self.alterations.select(chosen)
         keys = None if self.keys is None else self.keys[chosen]
-        return Views(indices, windows, resized, anchors, flips, alterations, keys)
+        return Views(indices, windows, resized, anchors, flips, self.image_size, alterations, keys)
 
 
 class Plan(Protocol):
@@ -277,9 +279,9 @@ class TrainPlan:
         resized = np.full((len(indices), 2), self.image_size, np.int32)
         anchors = np.zeros((len(indices), 2), np.int32)
         if self._augmentation == Augmentation():
-            return Views(indices, windows, resized, anchors, flips)
+            return Views(indices, windows, resized, anchors, flips, self.image_size)
         flips, alterations = self._altered(flips, epoch, owner)
-        return Views(indices, windows, resized, anchors, flips, alterations)
+        return Views(indices, windows, resized, anchors, flips, self.image_size, alterations)
 
     def _altered(self, flips: np.ndarray, epoch: int, owner: np.ndarray) -> tuple[np.ndarray, Alterations]:
         """What is drawn besides crop and flip, and the flips that it leaves to the engine."""
@@ -382,7 +384,8 @@ class EvalPlan:
             resized = np.floor(self._resize * sizes / sizes.min(axis=1, keepdims=True)).astype(np.int64)
         anchors = np.rint((resized - self.image_size) / 2.0).astype(np.int32)  # round half to even, as Python's round
         windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.int32)
-        return Views(indices, windows, resized.astype(np.int32), anchors, np.zeros(len(indices), bool))
+        flips = np.zeros(len(indices), bool)
+        return Views(indices, windows, resized.astype(np.int32), anchors, flips, self.image_size)
 
 
 def share(positions: int, rank: int, world_size: int) -> tuple[int, int]:

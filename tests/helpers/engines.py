@@ -46,7 +46,7 @@ def make_loader(split: Split, engine: str, plan: Plan | None = None, **options) 
     settings = {"batch_size": 8, "micro_batch": 8, "prefetch": 2, "device": CPU, **options}
     mixes = isinstance(plan, TrainPlan) and plan.mixing(0, np.arange(1)) is not None
     most = settings["micro_batch"] + MOST_OTHERS * mixes
-    executor = make_engine(engine, split, image_size=plan.image_size, micro_batch=most, device=CPU, threads=2)
+    executor = make_engine(engine, split, micro_batch=most, device=CPU, threads=2)
     return Loader(plan, split, split.labels.astype(np.int64), executor, **settings)
 
 

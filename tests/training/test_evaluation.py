@@ -161,7 +161,7 @@ def test_a_photo_that_is_missing_or_counted_twice_is_an_error(photos, network, a
         plan(split.sizes, image_size=64, resize=72),
         split,
         split.labels.astype(np.int64),
-        make_engine("pillow", split, image_size=64, micro_batch=4, device=torch.device("cpu"), threads=2),
+        make_engine("pillow", split, micro_batch=4, device=torch.device("cpu"), threads=2),
         batch_size=8,
         micro_batch=4,
         prefetch=2,

@@ -29,7 +29,6 @@ class EngineSettings:
     """
 
     split: Split
-    image_size: int
     micro_batch: int
     device: torch.device
     threads: int

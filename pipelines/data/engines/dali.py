@@ -30,9 +30,7 @@ _READERS = ("fn.decoders.image", "fn.io.file.read", "fn.peek_image_shape")  # wh
 _MOST_FAILURES = 8
 
 
-def image_pipeline(
-    *, device: str, image_size: int, mean: Sequence[float], std: Sequence[float], largest: tuple[int, int]
-) -> Any:
+def image_pipeline(*, device: str, mean: Sequence[float], std: Sequence[float], largest: tuple[int, int]) -> Any:
     """Paths and views in; float32 [n, image_size, image_size, 3] and the photos' shapes, int64 [n, 3], out.
 
     For DALI's `pipeline_def`. device: "cpu" or "gpu". largest: the height and width of the largest photo, for which a
@@ -48,6 +46,7 @@ def image_pipeline(
     }
     roi_start = fn.external_source(name="roi_start", dtype=types.FLOAT, ndim=1)
     roi_end = fn.external_source(name="roi_end", dtype=types.FLOAT, ndim=1)
+    size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
     encoded = fn.io.file.read(paths)
     if device == "gpu":
@@ -70,7 +69,7 @@ def image_pipeline(
         windows,
         roi_start=roi_start,
         roi_end=roi_end,
-        size=[image_size, image_size],
+        size=size,
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
@@ -97,9 +96,7 @@ class DaliEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._split = split = settings.split
         self._device = settings.device
-        self._image_size = settings.image_size
         self._of_pipeline = {
-            "image_size": settings.image_size,
             "mean": tuple(settings.mean),
             "std": tuple(settings.std),
             "largest": tuple(split.sizes.max(axis=0, initial=0).tolist()),
@@ -127,7 +124,7 @@ class DaliEngine:
             self._recover(error)
             return self.fetch()
         self._failures = self._failures if outputs is None else 0
-        images, sizes = self._nothing() if outputs is None else self._taken(self._pipeline, outputs)
+        images, sizes = self._nothing(views.image_size) if outputs is None else self._taken(self._pipeline, outputs)
         self._submitted.popleft()
         by_dali = np.flatnonzero(~by_pillow)
         changed = (sizes != self._split.sizes[views.indices[by_dali]]).any(axis=1)
@@ -209,7 +206,8 @@ class DaliEngine:
         # The part of the window, in its own pixels, that becomes the square.
         scale = views.windows[:, 2:] / views.resized
         pipeline.feed_input("roi_start", (views.anchors * scale).astype(np.float32))
-        pipeline.feed_input("roi_end", ((views.anchors + self._image_size) * scale).astype(np.float32))
+        pipeline.feed_input("roi_end", ((views.anchors + views.image_size) * scale).astype(np.float32))
+        pipeline.feed_input("size", np.full((len(views), 2), views.image_size, np.float32))
         pipeline.feed_input("flip", views.flips.astype(np.int32))
         pipeline.schedule_run()
 
@@ -236,8 +234,8 @@ class DaliEngine:
             self._held.popleft()
         self._held.append((images, torch.cuda.Event()))
 
-    def _nothing(self) -> tuple[torch.Tensor, np.ndarray]:
-        shape = (0, self._image_size, self._image_size, 3)
+    def _nothing(self, image_size: int) -> tuple[torch.Tensor, np.ndarray]:
+        shape = (0, image_size, image_size, 3)
         return torch.empty(shape, device=self._device).permute(0, 3, 1, 2), np.empty((0, 2), np.int32)
 
     def _recover(self, error: RuntimeError) -> None:

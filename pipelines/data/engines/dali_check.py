@@ -129,7 +129,7 @@ def child(device_name: str) -> None:
             photo.parent.mkdir(parents=True, exist_ok=True)
             photo.write_bytes(encode(_picture(number)))
         split = load_dataset(scan_dataset(Path(folder), Path(folder, "cache"), 0.01)).splits["train"]
-        options: dict[str, Any] = {"image_size": size, "micro_batch": len(split), "threads": 2}
+        options: dict[str, Any] = {"micro_batch": len(split), "threads": 2}
         options |= {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # so that pixels come out, 0 to 255
         dali = make_engine("dali", split, device=device, **options)
         pillow = make_engine("pillow", split, device=torch.device("cpu"), **options)

@@ -88,7 +88,6 @@ def make_engine(
     name: str,
     split: Split,
     *,
-    image_size: int,
     micro_batch: int,
     device: torch.device,
     threads: int,
@@ -96,7 +95,7 @@ def make_engine(
     std: Sequence[float] = IMAGENET_STD,
 ) -> Engine:
     """The engine `name` for the photos of a split, with `threads` threads on the CPU."""
-    settings = EngineSettings(split, image_size, micro_batch, device, threads, mean, std)
+    settings = EngineSettings(split, micro_batch, device, threads, mean, std)
     return engine_module(name).ENGINE(settings)
 
 

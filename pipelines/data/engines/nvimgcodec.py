@@ -45,11 +45,11 @@ class NvImageCodecEngine(PillowEngine):
         self._orientations = np.zeros(len(settings.split), np.int8)  # 0 is not known yet
 
     def _pixels(self, views: Views, position: int) -> np.ndarray:
-        index = int(views.indices[position])
+        index, size = int(views.indices[position]), views.image_size
         window, (top, left) = views.windows[position], views.anchors[position].tolist()
-        rows = _needed(int(window[2]), int(views.resized[position, 0]), top, self._image_size)
-        columns = _needed(int(window[3]), int(views.resized[position, 1]), left, self._image_size)
-        is_strip = views.resized[position].prod(dtype=np.int64) > _LARGEST_RESIZED * self._image_size**2
+        rows = _needed(int(window[2]), int(views.resized[position, 0]), top, size)
+        columns = _needed(int(window[3]), int(views.resized[position, 1]), left, size)
+        is_strip = views.resized[position].prod(dtype=np.int64) > _LARGEST_RESIZED * size**2
         is_taken = self._split.kinds[index] in (_JPEG, SHRUNK) and not is_strip
         part = None
         if is_taken:
@@ -57,7 +57,7 @@ class NvImageCodecEngine(PillowEngine):
                 part = self._decoded(index, window, rows, columns)
         if part is None:
             return super()._pixels(views, position)
-        pixels = _resized(part, window[2:], rows, columns, views.resized[position], (top, left), self._image_size)
+        pixels = _resized(part, window[2:], rows, columns, views.resized[position], (top, left), size)
         return pixels[:, ::-1] if views.flips[position] else pixels
 
     def _decoded(self, index: int, window: np.ndarray, rows: range, columns: range) -> np.ndarray | None:

@@ -24,14 +24,13 @@ class PillowEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._split = settings.split
-        self._image_size = settings.image_size
         self._device = settings.device
         self._scale, self._shift = (part.to(self._device) for part in scale_and_shift(settings.mean, settings.std))
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
         self._submitted: deque[tuple[torch.Tensor, list[Future[str | None]]]] = deque()
 
     def submit(self, views: Views) -> None:
-        size = self._image_size
+        size = views.image_size
         pixels = torch.empty((len(views), size, size, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         target = pixels.numpy()
         jobs = [self._pool.submit(self._execute, views, position, target) for position in range(len(views))]
@@ -65,7 +64,7 @@ class PillowEngine:
 
     def _pixels(self, views: Views, position: int) -> np.ndarray:
         """uint8 [image_size, image_size, 3], of one view. Raises where the photo cannot be decoded."""
-        return np.asarray(view_of(self._split, views, position, self._image_size))
+        return np.asarray(view_of(self._split, views, position))
 
 
 ENGINE: type[Engine] = PillowEngine

@@ -17,7 +17,7 @@ import torch
 def test_the_gpu_graph_can_be_made_without_a_gpu():
     """DALI checks operators and arguments when the graph is made; only building it needs a driver."""
     pipeline_def = pytest.importorskip("nvidia.dali", reason="needs DALI").pipeline_def
-    settings = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "largest": (3000, 4000)}
+    settings = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "largest": (3000, 4000)}
     settings |= {"batch_size": 8, "num_threads": 2, "device_id": 0, "prefetch_queue_depth": 1}
     graph = pipeline_def(image_pipeline)(device="gpu", **settings)
     assert graph.device_id == 0

@@ -78,7 +78,7 @@ def test_pixels_are_torchvisions_on_tensors(split, number, monkeypatch):
 
     plan = plans(split)[number]
     monkeypatch.setattr(PillowEngine, "_pixels", not_by_pillow)
-    engine = make_engine("nvimgcodec", split, image_size=plan.image_size, micro_batch=8, device=CPU, threads=1)
+    engine = make_engine("nvimgcodec", split, micro_batch=8, device=CPU, threads=1)
     views = plan.views(0, np.arange(len(split)))
     for position, index in enumerate(views.indices.tolist()):
         found = engine._pixels(views, position)  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ def test_what_is_no_plain_jpeg_is_pillows(tmp_path, name):
     views = plan.views(0, np.arange(2))
     pixels = {}
     for engine in ("pillow", "nvimgcodec"):
-        made = make_engine(engine, split, image_size=64, micro_batch=8, device=CPU, threads=1)
+        made = make_engine(engine, split, micro_batch=8, device=CPU, threads=1)
         made.submit(views)
         pixels[engine] = made.fetch().images
         made.close()
@@ -126,7 +126,7 @@ def test_many_threads_give_the_same_pixels(split):
     views = plan.views(0, np.arange(len(split)))
     found = []
     for threads in (1, 8):
-        engine = make_engine("nvimgcodec", split, image_size=64, micro_batch=len(split), device=CPU, threads=threads)
+        engine = make_engine("nvimgcodec", split, micro_batch=len(split), device=CPU, threads=threads)
         engine.submit(views)
         found.append(engine.fetch().images)
         engine.close()
@@ -139,7 +139,7 @@ def test_a_photo_that_was_turned_meanwhile_is_seen_so(tmp_path):
         write_photo(tmp_path / name, 64, 64, 0)
     split = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.2)).splits["train"]
     views = EvalPlan(split.sizes, image_size=64, resize=64).views(0, np.arange(1))
-    engine = make_engine("nvimgcodec", split, image_size=64, micro_batch=1, device=CPU, threads=1)
+    engine = make_engine("nvimgcodec", split, micro_batch=1, device=CPU, threads=1)
     seen = []
     for orientation in (1, 3):
         exif = Image.Exif()

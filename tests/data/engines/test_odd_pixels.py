@@ -43,7 +43,7 @@ def scanned(tmp_path: Path, content: bytes, transparency: str = "white") -> Spli
 def seen(split: Split, engine_name: str) -> np.ndarray:
     """uint8 [SIZE, SIZE, 3], what the network sees of the first photo."""
     assert not split.faults.any(), split.faulty_files()
-    chosen = {"image_size": SIZE, "micro_batch": 1, "device": torch.device("cpu"), "threads": 1}
+    chosen = {"micro_batch": 1, "device": torch.device("cpu"), "threads": 1}
     engine = make_engine(engine_name, split, **chosen, mean=(0.0,) * 3, std=(1.0,) * 3)
     try:
         engine.submit(EvalPlan(split.sizes, image_size=SIZE, resize=SIZE).views(0, np.array([0])))
