@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
     try:
         answering: Any = {"test_flips": config.test_flips, "temperature": temperature}
         model = restore_model(config.arch, weights, **answering).to(accelerator.device)
-        cam = GradCam(model.network, config.image_size, test_flips=config.test_flips) if options.explain else None
+        cam = GradCam(model.network, config.evaluation_size, test_flips=config.test_flips) if options.explain else None
         records = predict(model, loader, accelerator)
     finally:
         loader.close()
@@ -202,7 +202,7 @@ def _run_of(model: Path) -> Path | None:
 def _read_config(options: argparse.Namespace, description: Description | None) -> Config:
     """The run's own settings, or the defaults for a bare state_dict, under the flags that were given.
 
-    What is done to a photo stands in model.json, as for whoever else reads the weights.
+    What is done to a photo stands in model.json, as for whoever else reads the weights; image_size is what they see.
     """
     of_the_model = ("data", "arch", "image_size", "resize", "shrink", "crop_mode", "transparency", "test_flips")
     keys = (*of_the_model, "class_names", "loader", "eval_batch_per_device", "skip_bad_files")
@@ -214,6 +214,7 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
         given = {key: own[key] for key in of_the_model if own[key] != ""} | given
     flags = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
     has_config = (options.model / "config.yaml").exists()
+    flags += ["--eval_size=null"] * has_config
     config = read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
     if config.crop_mode == "squash" and options.resize is not None:
         raise UserError("--resize plays no part with crop_mode squash: give --crop-mode center with it")
@@ -289,7 +290,7 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list
     """The worst mistakes first, then the right answers that were closest to being wrong."""
     right = records["predicted"] == records["label"]
     shown = records[np.lexsort((-records["loss"], right))][:_SHOWN_PREDICTIONS]
-    sizes: Any = {"image_size": config.image_size, "resize": config.resize, "crop_mode": config.crop_mode}
+    sizes: Any = {"image_size": config.evaluation_size, "resize": config.resize, "crop_mode": config.crop_mode}
     images = central_views(split, shown["index"], **sizes)
     predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))
     figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
@@ -311,7 +312,7 @@ def _save_explanations(
         f"{kind} {rank}" for kind, found in (("worst", worst), ("best", best)) for rank in range(1, len(found) + 1)
     ]
     shown = records[[*worst, *best]]
-    sizes: Any = {"image_size": config.image_size, "resize": config.resize, "crop_mode": config.crop_mode}
+    sizes: Any = {"image_size": config.evaluation_size, "resize": config.resize, "crop_mode": config.crop_mode}
     images = central_views(split, shown["index"], **sizes)
     heated = [laid_over(image, heat_of(image, label)) for image, label in zip(images, shown["predicted"], strict=True)]
     predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))

@@ -150,6 +150,10 @@ class Config:
 
     image_size: ImageSize = 224
     """side of the square that the model sees, in pixels"""
+    eval_size: ImageSize | None = None
+    """side of that square in evaluations and wherever best.pt is used, and where a head is fitted; resize, at least as
+    large, goes with it. As training crops show things larger than validation does, more than image_size often scores
+    better (Touvron et al. 2019); null: image_size"""
     resize: Resize = 256
     """shorter side of a validation photo before its centre is cut out, in pixels"""
     shrink: Shrink | None = None
@@ -330,7 +334,7 @@ class Config:
     def without_effect(self) -> dict[str, str]:
         """The settings that play no part beside the others, each with the one that makes it so, as `key: value`."""
         causes = {  # of two the later one counts
-            "epochs: 0": (self.epochs == 0, _OF_EPOCHS),
+            "epochs: 0": (self.epochs == 0, (*_OF_EPOCHS, *(["image_size"] if self.eval_size else []))),
             "crop_mode: squash": (self.crop_mode == "squash", ("resize",)),
             "optimizer: adamw": (self.optimizer == "adamw", ("momentum", "nesterov")),
             "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
@@ -339,6 +343,11 @@ class Config:
             "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body", "layer_decay")),
         }
         return {key: cause for cause, (holds, keys) in causes.items() if holds for key in keys}
+
+    @property
+    def evaluation_size(self) -> int:
+        """Side of the square that evaluations see, in pixels."""
+        return self.eval_size or self.image_size
 
     @property
     def may_fit_head(self) -> bool:
@@ -352,11 +361,12 @@ class Config:
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
-        if self.resize < self.image_size:
-            raise Contradiction("resize must be at least image_size", "resize", "image_size")
-        least = "image_size" if self.crop_mode == "squash" else "resize"
-        if self.shrink is not None and self.shrink < getattr(self, least):
-            raise Contradiction(f"shrink must be at least {least}", "shrink", least)
+        evaluated = "eval_size" if self.eval_size else "image_size"
+        if self.resize < self.evaluation_size:
+            raise Contradiction(f"resize must be at least {evaluated}", "resize", evaluated)
+        for least in (evaluated if self.crop_mode == "squash" else "resize", "image_size"):
+            if self.shrink is not None and self.shrink < getattr(self, least):
+                raise Contradiction(f"shrink must be at least {least}", "shrink", least)
         if self.epochs != "auto" and self.warmup_epochs > self.epochs:
             raise Contradiction("warmup_epochs must be at most epochs", "warmup_epochs", "epochs")
         if self.sampler == "balanced" and self.class_weights == "balanced":
@@ -379,8 +389,9 @@ class Config:
             raise Contradiction("nothing would teach the head: give epochs, or head_init fitted", "epochs", "head_init")
         if self.weights == "none" and self.head_init == "fitted":
             raise Contradiction("a head cannot be fitted to what a random network sees", "weights", "head_init")
-        if self.arch.startswith("vit_") and self.image_size != 224:
-            raise Contradiction("a vision transformer's weights are for 224 pixels", "arch", "image_size")
+        for key in ("image_size", "eval_size"):
+            if self.arch.startswith("vit_") and getattr(self, key) not in (None, 224):
+                raise Contradiction("a vision transformer's weights are for 224 pixels", "arch", key)
         if self.mode == "finetune" and self.freeze not in ("none", "auto") and not self.arch.startswith(STAGED):
             raise Contradiction(
                 "only a ResNet's stages can be told: give freeze none, or mode feature_extract", "arch", "freeze"
@@ -408,10 +419,10 @@ GROUPS = {
     ],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
-        *("image_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min", "flip_probability"),
-        *("augment", "vertical_flip_probability", "quarter_turns", "rotation", "shear", "translation", "brightness"),
-        *("contrast", "saturation", "hue", "grey_probability", "blur_probability", "erase_probability"),
-        *("mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
+        *("image_size", "eval_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min"),
+        *("flip_probability", "augment", "vertical_flip_probability", "quarter_turns", "rotation", "shear"),
+        *("translation", "brightness", "contrast", "saturation", "hue", "grey_probability", "blur_probability"),
+        *("erase_probability", "mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
     ],
     "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],

@@ -339,6 +339,20 @@ def test_a_recipe_that_is_not_there_or_no_file_or_no_text(tmp_path: Path) -> Non
     ("argv", "told"),
     [
         (["--image_size", "320"], "resize 256 (the default) and image_size 320 (--image_size)"),
+        (
+            ["--eval_size", "288"],
+            "resize 256 (the default) and eval_size 288 (--eval_size) do not go together: resize m",
+        ),
+        (
+            ["--image_size=320", "--eval_size=256", "--shrink=300"],
+            "shrink 300 (--shrink) and image_size 320 (--image_s",
+        ),
+        (["--eval_size=288", "--resize=320", "--shrink=300"], "shrink 300 (--shrink) and resize 320 (--resize)"),
+        (
+            ["--eval_size=256", "--crop_mode=squash", "--shrink=224"],
+            "shrink 224 (--shrink) and eval_size 256 (--eval_size)",
+        ),
+        (["--arch=vit_b_16", "--eval_size=256"], "arch vit_b_16 (--arch) and eval_size 256 (--eval_size)"),
         (["--warmup_epochs=2.5", "--epochs=2"], "warmup_epochs 2.5 (--warmup_epochs) and epochs 2 (--epochs)"),
         (["--epochs=0"], "epochs 0 (--epochs) and head_init uniform (the default)"),
         (["--epochs=0"], "do not go together: nothing would teach the head"),
@@ -373,6 +387,8 @@ def test_a_flag_can_contradict_a_recipe_and_settle_it(
     "argv",
     [
         ["--image_size=256", "--resize=256"],
+        ["--eval_size=192", "--resize=192"],  # the training's square is no cut of resize
+        ["--eval_size=256", "--crop_mode=squash", "--shrink=256"],
         ["--warmup_epochs=10", "--epochs=10"],
         ["--weights=none", "--batchnorm=train"],
         ["--weights=none", "--batchnorm=auto"],

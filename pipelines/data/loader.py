@@ -17,7 +17,7 @@ from pipelines.data.dataset import Split
 from pipelines.data.engines.base import Engine
 from pipelines.data.engines.factory import make_engine
 from pipelines.data.mixing import MOST_OTHERS, MixedViews, mixed, mixed_views
-from pipelines.data.plan import EvalPlan, Plan, TrainPlan, ViewsInOrder, share, train_plan
+from pipelines.data.plan import Plan, TrainPlan, ViewsInOrder, eval_plan, share, train_plan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.distributed.copies import to_device
 from pipelines.distributed.hardware import cpu_cores
@@ -149,11 +149,11 @@ class Loader:
         other.steps_per_epoch = -(-self.plan.length // other.batch_size)
         return other
 
-    def central(self, resize: int) -> "Loader":
-        """Of a training's loader: the same photos as validation sees them. The two share an engine, as above."""
+    def central(self, config: Config) -> "Loader":
+        """Of a training's loader: the same photos as validation sees them. The two share an engine, as above. config:
+        with what crop_mode auto has come to."""
         other = copy.copy(self)
-        plan = self.plan
-        other.plan = EvalPlan(self.split.sizes, image_size=plan.image_size, resize=resize, crop_mode=plan.crop_mode)
+        other.plan = eval_plan(config, self.split.sizes)
         return other
 
     def empty_batch(self) -> Batch:
@@ -289,7 +289,7 @@ def eval_loader(
     std: Sequence[float] = IMAGENET_STD,
 ) -> Loader:
     """The central view of every photo of `split`, `config.eval_batch_per_device` at a time on each process."""
-    plan = EvalPlan(split.sizes, image_size=config.image_size, resize=config.resize, crop_mode=config.crop_mode)
+    plan = eval_plan(config, split.sizes)
     micro_batch = config.eval_batch_per_device
     batch_size = micro_batch * state.num_processes
     return _loader(config, plan, split, labels, state, engine, batch_size, micro_batch, micro_batch, mean, std)

@@ -388,6 +388,12 @@ class EvalPlan:
         return Views(indices, windows, resized.astype(np.int32), anchors, flips, self.image_size)
 
 
+def eval_plan(config: Config, sizes: np.ndarray) -> EvalPlan:
+    """What the settings have evaluations see. sizes: as `EvalPlan` has them."""
+    assert config.crop_mode != "auto"
+    return EvalPlan(sizes, image_size=config.evaluation_size, resize=config.resize, crop_mode=config.crop_mode)
+
+
 def share(positions: int, rank: int, world_size: int) -> tuple[int, int]:
     """The slice [start, stop) of a batch of `positions` that process `rank` reads; shares differ by at most 1."""
     each, extra = divmod(positions, world_size)

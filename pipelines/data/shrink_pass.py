@@ -49,7 +49,7 @@ def _needed_bytes(splits: Sequence[Split]) -> int:
 def shrink_report(splits: Sequence[Split], config: Config) -> list[str]:
     """For the start of a run: what is read from copies, or what they would gain; at most one line."""
     if not config.shrink:
-        return shrink_advice(splits[0], resize=config.resize, image_size=config.image_size)
+        return shrink_advice(splits[0], resize=config.resize, image_size=config.evaluation_size)
     count = sum(np.count_nonzero(split.kinds & SHRUNK) for split in splits)
     total = counted(sum(map(len, splits)), "photo")
     if not count:

@@ -80,7 +80,7 @@ def read_weights(config: Config) -> Weights:
     if wanted == "none":
         return Weights(None, "random")
     if wanted in (None, "imagenet"):
-        return _imagenet_weights(config.arch, config.image_size)
+        return _imagenet_weights(config.arch, config.evaluation_size)
     path = Path(os.path.expanduser(str(wanted)))
     if os.path.isdir(path):
         return read_run_weights(path, config.arch, named)

@@ -481,7 +481,7 @@ def describe_model(config: Config, dataset: Dataset, scores: Mapping[str, Any]) 
         "format": MODEL_FORMAT if config.shrink else 2 if config.crop_mode == "squash" else 1,
         "arch": config.arch,
         "classes": list(dataset.splits["train"].classes),
-        "image_size": config.image_size,
+        "image_size": config.evaluation_size,
         "resize": config.resize,
         "crop_mode": config.crop_mode,
         "shrink": config.shrink,

@@ -64,6 +64,7 @@ def _that_decide(config: Config) -> dict[str, Any]:
     values = {key: value for key, value in asdict(config).items() if key in REFUSED}
     is_random = config.weights == "none"
     values["weights"] = "none" if is_random else "pretrained"
+    values["eval_size"] = config.evaluation_size
     if config.batchnorm == "auto":
         values["batchnorm"] = "train" if is_random else "frozen"
     # A run of no epochs may go on for some, and then these count.

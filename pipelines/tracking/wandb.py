@@ -183,7 +183,8 @@ class WandbTracker(Tracker):
             sound = np.flatnonzero(split.faults == 0)
             chosen = sound[np.linspace(0, len(sound) - 1, min(_TABLE_PHOTOS, len(sound))).round().astype(int)]
             chosen = chosen[np.isin(chosen, records["index"])]
-            sizes = {key: getattr(self._config, key) for key in ("image_size", "resize", "crop_mode")}
+            config = self._config
+            sizes: Any = {"image_size": config.evaluation_size, "resize": config.resize, "crop_mode": config.crop_mode}
             views = central_views(split, chosen, **sizes)
             self._photos = {
                 int(index): wandb.Image(view, file_type="jpg") for index, view in zip(chosen, views, strict=True)

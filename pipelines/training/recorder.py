@@ -136,7 +136,7 @@ class Recorder:
             self._run, self._records, self._classes, self._best_by, mixes_photos=self._config.mixes_photos
         )
         if not self._schedule.epochs:
-            views = self._training.central(self._config.resize)
+            views = self._training.central(self._config)
             self._draw_train_batch(views.empty_batch(), views)
         for picture in ("curves", "calibration", "confusion_matrix", "per_class"):
             self._show(picture)

@@ -333,6 +333,7 @@ def test_weights_that_torchvision_has_downloaded_need_no_network(downloaded):
     assert not weights.notes
     (note,) = read_weights(Config(image_size=192)).notes
     assert note == "weights: torchvision tests them at 224 pixels: --image_size 224 --resize 256 for the same here"
+    assert not read_weights(Config(image_size=192, eval_size=224)).notes
     assert torch.equal(weights.state["conv1.weight"], light_state()["conv1.weight"])
     assert weights.classes is None
 

@@ -29,7 +29,7 @@ def test_each_setting_is_in_one_table_of_what_a_change_does():
 
 
 OTHER = {
-    "seed": 1, "image_size": 96, "resize": 300, "shrink": 512, "crop_mode": "squash",
+    "seed": 1, "image_size": 96, "eval_size": 256, "resize": 300, "shrink": 512, "crop_mode": "squash",
     "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
     "vertical_flip_probability": 0.5, "quarter_turns": True, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2,
     "hue": 0.1, "erase_probability": 0.5, "rotation": 10.0, "shear": 5.0, "translation": 0.1, "grey_probability": 0.2,
@@ -90,6 +90,7 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
         ({"freeze": "layer3"}, {"layer_decay": 0.5}),
         ({"mode": "feature_extract"}, {"layer_decay": 0.5}),
         ({"crop_mode": "squash"}, {"resize": 300}),
+        ({}, {"eval_size": 224}),
         ({"crop_mode": "squash"}, {"crop_mode": "auto"}),
         ({"crop_mode": "center"}, {"crop_mode": "auto"}),
         ({"batchnorm": "auto"}, {"batchnorm": "frozen"}),

@@ -508,6 +508,13 @@ def test_model_json_says_what_a_reader_needs(photo_folder, run):
     }
 
 
+def test_model_json_has_the_size_of_evaluations(photo_folder):
+    photos = photo_folder({"train": {"ant": 2, "bee": 2}, "val": {"ant": 1}})
+    dataset = load_dataset(scan_dataset(photos, photos / "cache", 0.2))
+    model = describe_model(Config(image_size=64, eval_size=96, resize=100), dataset, {})
+    assert (model["image_size"], model["resize"]) == (96, 100)
+
+
 def test_model_json_names_the_photos_so_that_they_are_found_again(photo_folder, monkeypatch):
     photos = photo_folder({"train": {"ant": 2, "bee": 2}, "val": {"ant": 1}})
     (photos / "photos.csv").write_text("path,label\ntrain/ant/00.jpg,ant\ntrain/bee/00.jpg,bee\n")
