@@ -214,7 +214,8 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
         given = {key: own[key] for key in of_the_model if own[key] != ""} | given
     flags = [f"--{key}={'null' if value is None else value}" for key, value in given.items()]
     has_config = (options.model / "config.yaml").exists()
-    flags += ["--eval_size=null"] * has_config
+    if has_config:
+        flags += [f"--{key}=null" for key in ("eval_size", "first_image_size", "grow_epochs")]
     config = read_run_config(options.model, *flags) if has_config else parse_config(flags)[0]
     if config.crop_mode == "squash" and options.resize is not None:
         raise UserError("--resize plays no part with crop_mode squash: give --crop-mode center with it")

@@ -150,6 +150,11 @@ class Config:
 
     image_size: ImageSize = 224
     """side of the square that the model sees, in pixels"""
+    first_image_size: ImageSize | None = None
+    """side of a training photo's square in the first epoch, from which it grows by steps of 32 pixels to image_size;
+    null: image_size in all epochs"""
+    grow_epochs: Annotated[int | None, Field(ge=1)] = None
+    """with first_image_size: epochs over which the square grows; those after them have image_size"""
     eval_size: ImageSize | None = None
     """side of that square in evaluations and wherever best.pt is used, and where a head is fitted; resize, at least as
     large, goes with it. As training crops show things larger than validation does, more than image_size often scores
@@ -212,7 +217,7 @@ class Config:
     """crops and flips that each training photo has, shown in turn, an epoch each; what frozen stages make of one is
     computed once, so that more epochs cost little; null: new ones every epoch; auto: 4 where stages are frozen, else
     null, and null beside sampler balanced, as what comes several times in an epoch would come as the same view, and
-    where photos are mixed"""
+    where photos are mixed or their square grows"""
 
     loader: EngineName = "auto"
     """the engine that decodes; auto: DALI on an NVIDIA GPU, else nvImageCodec, each where it works; else Pillow"""
@@ -389,7 +394,17 @@ class Config:
             raise Contradiction("nothing would teach the head: give epochs, or head_init fitted", "epochs", "head_init")
         if self.weights == "none" and self.head_init == "fitted":
             raise Contradiction("a head cannot be fitted to what a random network sees", "weights", "head_init")
-        for key in ("image_size", "eval_size"):
+        if (self.first_image_size is None) != (self.grow_epochs is None):
+            raise Contradiction("one needs the other", "first_image_size", "grow_epochs")
+        if self.first_image_size is not None and self.first_image_size >= self.image_size:
+            raise Contradiction("first_image_size must be below image_size", "first_image_size", "image_size")
+        if self.grow_epochs is not None and self.epochs != "auto" and self.grow_epochs >= self.epochs:
+            raise Contradiction("grow_epochs must be below epochs", "grow_epochs", "epochs")
+        if self.first_image_size is not None and self.views_per_photo not in (None, "auto"):
+            raise Contradiction(
+                "what few views are for, features that are kept, are of one size", "first_image_size", "views_per_photo"
+            )
+        for key in ("image_size", "eval_size", "first_image_size"):
             if self.arch.startswith("vit_") and getattr(self, key) not in (None, 224):
                 raise Contradiction("a vision transformer's weights are for 224 pixels", "arch", key)
         if self.mode == "finetune" and self.freeze not in ("none", "auto") and not self.arch.startswith(STAGED):
@@ -419,10 +434,11 @@ GROUPS = {
     ],
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
-        *("image_size", "eval_size", "resize", "shrink", "crop_mode", "transparency", "crop_scale_min"),
-        *("flip_probability", "augment", "vertical_flip_probability", "quarter_turns", "rotation", "shear"),
-        *("translation", "brightness", "contrast", "saturation", "hue", "grey_probability", "blur_probability"),
-        *("erase_probability", "mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
+        *("image_size", "first_image_size", "grow_epochs", "eval_size", "resize", "shrink", "crop_mode"),
+        *("transparency", "crop_scale_min", "flip_probability", "augment", "vertical_flip_probability"),
+        *("quarter_turns", "rotation", "shear", "translation", "brightness", "contrast", "saturation", "hue"),
+        *("grey_probability", "blur_probability", "erase_probability", "mixup_alpha", "cutmix_alpha", "sampler"),
+        "views_per_photo",
     ],
     "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],
     "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],

@@ -123,7 +123,8 @@ def images_of(
     config = replace(config, skip_bad_files=True)
     loader = train_loader(config, split, split.labels, state, "pillow", micro_batch)
     loader.bad |= set(bad)
-    images = np.empty((0, 3, config.image_size, config.image_size), np.float32)
+    size = step.views.views.image_size
+    images = np.empty((0, 3, size, size), np.float32)
     names = list[str]()
     try:
         for batch in next(loader.epoch(step.epoch, step.within)).batches:

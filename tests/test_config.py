@@ -334,24 +334,24 @@ def test_a_recipe_that_is_not_there_or_no_file_or_no_text(tmp_path: Path) -> Non
 
 # Values that do not go together
 
+GROWING = ["--first_image_size=160", "--grow_epochs=5"]
+
 
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
         (["--image_size", "320"], "resize 256 (the default) and image_size 320 (--image_size)"),
-        (
-            ["--eval_size", "288"],
-            "resize 256 (the default) and eval_size 288 (--eval_size) do not go together: resize m",
-        ),
-        (
-            ["--image_size=320", "--eval_size=256", "--shrink=300"],
-            "shrink 300 (--shrink) and image_size 320 (--image_s",
-        ),
+        (["--eval_size=288"], "resize 256 (the default) and eval_size 288 (--eval_size) do not go together"),
+        (["--image_size=320", "--eval_size=256", "--shrink=300"], "shrink 300 (--shrink) and image_size 320 (--im"),
         (["--eval_size=288", "--resize=320", "--shrink=300"], "shrink 300 (--shrink) and resize 320 (--resize)"),
-        (
-            ["--eval_size=256", "--crop_mode=squash", "--shrink=224"],
-            "shrink 224 (--shrink) and eval_size 256 (--eval_size)",
-        ),
+        (["--eval_size=256", "--crop_mode=squash", "--shrink=224"], "shrink 224 (--shrink) and eval_size 256 (--eval"),
+        (["--first_image_size=128"], "first_image_size 128 (--first_image_size) and grow_epochs null (the default)"),
+        (["--grow_epochs=3"], "first_image_size null (the default) and grow_epochs 3 (--grow_epochs)"),
+        ([*GROWING, "--image_size=160"], "first_image_size must be below image_size"),
+        ([*GROWING, "--epochs=5"], "grow_epochs 5 (--grow_epochs) and epochs 5 (--epochs) do not go together"),
+        ([*GROWING, "--epochs=0", "--head_init=fitted"], "grow_epochs 5 (--grow_epochs) and epochs 0 (--epochs)"),
+        ([*GROWING, "--views_per_photo=4"], "first_image_size 160 (--first_image_size) and views_per_photo 4 (--"),
+        ([*GROWING, "--arch=vit_b_16"], "arch vit_b_16 (--arch) and first_image_size 160 (--first_image_size)"),
         (["--arch=vit_b_16", "--eval_size=256"], "arch vit_b_16 (--arch) and eval_size 256 (--eval_size)"),
         (["--warmup_epochs=2.5", "--epochs=2"], "warmup_epochs 2.5 (--warmup_epochs) and epochs 2 (--epochs)"),
         (["--epochs=0"], "epochs 0 (--epochs) and head_init uniform (the default)"),
@@ -387,6 +387,9 @@ def test_a_flag_can_contradict_a_recipe_and_settle_it(
     "argv",
     [
         ["--image_size=256", "--resize=256"],
+        GROWING,
+        [*GROWING, "--views_per_photo=auto", "--epochs=auto"],
+        [*GROWING, "--epochs=6", "--mode=feature_extract"],
         ["--eval_size=192", "--resize=192"],  # the training's square is no cut of resize
         ["--eval_size=256", "--crop_mode=squash", "--shrink=256"],
         ["--warmup_epochs=10", "--epochs=10"],

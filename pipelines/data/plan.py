@@ -21,6 +21,7 @@ import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 24  # of the permutation: all orders of 6 photos then come equally often to 0.05 % (counted exactly)
+_GROWS_BY = 32  # pixels of a growing square: networks halve its sides five times
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten as well
 _RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
@@ -181,6 +182,7 @@ class TrainPlan:
     which keeps its place. augmentation: what else is drawn, the same for a photo's view as for a position.
     balanced_labels: int [N], the photos' classes, for epochs that show as many of each; None for each photo once.
     mixup_alpha, cutmix_alpha: of the Beta distributions that the shares of mixed photos are drawn from; 0 for neither.
+    first_image_size, grow_epochs: as `grown_size` has them, not with `views_per_photo`; None for one size.
     """
 
     def __init__(
@@ -197,9 +199,12 @@ class TrainPlan:
         augmentation: Augmentation = Augmentation(),
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
+        first_image_size: int | None = None,
+        grow_epochs: int | None = None,
     ) -> None:
         self.length = len(sizes)
         self.image_size = image_size
+        self._first_image_size, self._grow_epochs = first_image_size, grow_epochs
         self.crop_mode = crop_mode
         self._sizes = sizes
         self._seed = seed
@@ -214,6 +219,12 @@ class TrainPlan:
                 balanced_labels[self._by_class], return_index=True, return_counts=True
             )
         self._is_balanced = balanced_labels is not None
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the square in `epoch`, in pixels."""
+        if self._first_image_size is None or self._grow_epochs is None:
+            return self.image_size
+        return grown_size(self._first_image_size, self.image_size, self._grow_epochs, epoch)
 
     def indices(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """int64 [n]: the photos at `positions` of `epoch`. Over all of them each photo comes once, in random order.
@@ -248,8 +259,9 @@ class TrainPlan:
         is_cut = draws[:, 0] < (0.5 if self._mixup_alpha else 1.0) * (self._cutmix_alpha > 0)
         shares = symmetric_beta(np.where(is_cut, self._cutmix_alpha, self._mixup_alpha), draws[:, 1:4])
         has_partner = (positions ^ 1) < self.length
-        boxes = cutmix_box(shares, draws[:, 4:], self.image_size) * (is_cut & has_partner)[:, None]
-        shares = np.where(is_cut, 1 - boxes[:, 2] * boxes[:, 3] / self.image_size**2, shares)
+        size = self.size_at(epoch)
+        boxes = cutmix_box(shares, draws[:, 4:], size) * (is_cut & has_partner)[:, None]
+        shares = np.where(is_cut, 1 - boxes[:, 2] * boxes[:, 3] / size**2, shares)
         return Mixing(
             partners=np.where(has_partner, positions ^ 1, positions),
             shares=np.where(has_partner, shares, 1).astype(np.float32),
@@ -262,6 +274,7 @@ class TrainPlan:
         return self._views_of(indices, epoch, indices)
 
     def _views_of(self, indices: np.ndarray, epoch: int, positions: np.ndarray) -> Views:
+        size = self.size_at(epoch)
         epoch, owner = (epoch % self._views_per_photo, indices) if self._views_per_photo else (epoch, positions)
         coordinates = np.arange(_ATTEMPTS * 4)
         crops = uniform(random_bits(self._seed, _CROP, epoch, owner[:, None], coordinates[None, :]))
@@ -276,15 +289,15 @@ class TrainPlan:
             self._sizes[indices], crops, scale_min=self._crop_scale_min, squash=self.crop_mode == "squash"
         )
         flips = flips < self._flip_probability
-        resized = np.full((len(indices), 2), self.image_size, np.int32)
+        resized = np.full((len(indices), 2), size, np.int32)
         anchors = np.zeros((len(indices), 2), np.int32)
         if self._augmentation == Augmentation():
-            return Views(indices, windows, resized, anchors, flips, self.image_size)
-        flips, alterations = self._altered(flips, epoch, owner)
-        return Views(indices, windows, resized, anchors, flips, self.image_size, alterations)
+            return Views(indices, windows, resized, anchors, flips, size)
+        flips, alterations = self._altered(flips, epoch, owner, size)
+        return Views(indices, windows, resized, anchors, flips, size, alterations)
 
-    def _altered(self, flips: np.ndarray, epoch: int, owner: np.ndarray) -> tuple[np.ndarray, Alterations]:
-        """What is drawn besides crop and flip, and the flips that it leaves to the engine."""
+    def _altered(self, flips: np.ndarray, epoch: int, owner: np.ndarray, size: int) -> tuple[np.ndarray, Alterations]:
+        """What is drawn besides crop and flip, and the flips that it leaves to the engine. size: of the square."""
         asked = self._augmentation
         turn, geometry, colour, blur, erase = (
             uniform(random_bits(self._seed, purpose, epoch, owner[:, None], np.arange(count)))
@@ -297,15 +310,15 @@ class TrainPlan:
         flips, vertical = flips ^ np.isin(quarters, (1, 2)), vertical ^ np.isin(quarters, (2, 3))
         strengths = np.array([asked.brightness, asked.contrast, asked.saturation, asked.hue])
         colours = (np.array([1, 1, 1, 0]) + (2 * colour - 1) * strengths).astype(np.float32)
-        erased = random_box(erase[:, 1:], self.image_size) * (erase[:, :1] < asked.erase_probability)
+        erased = random_box(erase[:, 1:], size) * (erase[:, :1] < asked.erase_probability)
         geometry = (2 * geometry - 1) * np.array([asked.shear, asked.rotation, asked.translation, asked.translation])
         colours[grey < asked.grey_probability, 2] = 0
-        sigmas = (BLUR_LEAST + (BLUR_MOST - BLUR_LEAST) * blur[:, 1]) * self.image_size
+        sigmas = (BLUR_LEAST + (BLUR_MOST - BLUR_LEAST) * blur[:, 1]) * size
         blurs = np.where(blur[:, 0] < asked.blur_probability, sigmas, 0)
         operations, magnitudes = np.zeros(len(owner), np.int8), np.zeros(len(owner), np.float32)
         if asked.augment == "strong":
             operation = uniform(random_bits(self._seed, _OPERATION, epoch, owner[:, None], np.arange(3)))
-            operations, magnitudes = one_operation(operation, self.image_size)
+            operations, magnitudes = one_operation(operation, size)
         return flips, Alterations(
             vertical_flips=vertical,
             transposed=quarters % 2 == 1,
@@ -343,6 +356,8 @@ def train_plan(config: Config, sizes: np.ndarray, labels: np.ndarray) -> TrainPl
         augmentation=Augmentation(**asked),
         mixup_alpha=config.mixup_alpha,
         cutmix_alpha=config.cutmix_alpha,
+        first_image_size=config.first_image_size,
+        grow_epochs=config.grow_epochs,
     )
 
 
@@ -392,6 +407,15 @@ def eval_plan(config: Config, sizes: np.ndarray) -> EvalPlan:
     """What the settings have evaluations see. sizes: as `EvalPlan` has them."""
     assert config.crop_mode != "auto"
     return EvalPlan(sizes, image_size=config.evaluation_size, resize=config.resize, crop_mode=config.crop_mode)
+
+
+def grown_size(first: int, last: int, epochs: int, epoch: int) -> int:
+    """Side of the square in `epoch`, 0 being the first, where it grows from `first` pixels to `last` over so many
+    `epochs`, in steps of 32 that take equally long; after them it is `last`."""
+    if epoch >= epochs:
+        return last
+    steps = -(-(last - first) // _GROWS_BY)
+    return first + _GROWS_BY * (steps * epoch // epochs)
 
 
 def share(positions: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -138,13 +138,15 @@ def resolved(
             config = replace(config, **{key: saved[key]})
     views = config.views_per_photo
     if views == "auto":
-        # Balanced, a photo that comes several times in an epoch would come as the same view; a mixed one has none.
-        has_views = config.sampler != "balanced" and not config.mixes_photos
+        # Balanced, a photo that comes several times in an epoch would come as the same view; a mixed one has none, nor
+        # one whose square grows.
+        has_views = config.sampler != "balanced" and not config.mixes_photos and config.first_image_size is None
         views = _VIEWS if network.frozen_part_is_fixed and has_views else None
     epochs = config.epochs
     if epochs == "auto":
         epochs = SHORT if network.frozen_part_is_fixed else LONG
         epochs = max(epochs, -(-LEAST_STEPS // -(-photos // config.batch_size)), math.ceil(config.warmup_epochs))
+        epochs = max(epochs, (config.grow_epochs or 0) + 1)
     return replace(config, freeze=start.freeze, views_per_photo=views, epochs=epochs)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pipelines.config import SCHEMA, Config, dump_yaml
 from pipelines.data.engines.factory import engine_module
 from pipelines.data.loader import Batch, Loader, decoding_threads
+from pipelines.data.plan import grown_size
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.shrink_pass import shrink_report
 from pipelines.distributed.hardware import cpu_cores
@@ -112,11 +113,19 @@ def _setup_report(checked: Checked, components: Components) -> list[str]:
     ]
     if network.dropout_is_left_out:
         lines.append(f"dropout: what {config.arch} has of it is left out; --dropout, before the head, is planned")
+    if config.first_image_size is not None and config.grow_epochs is not None:
+        lines.append(growth_line(config.first_image_size, config.image_size, config.grow_epochs))
     if config.mixes_photos and config.epochs:
         lines.append("train top1: photos are mixed, and an answer counts by the share that its class has in one")
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
         lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
     return lines
+
+
+def growth_line(first: int, last: int, epochs: int) -> str:
+    """On the size of a training's square and the epochs, counted from 1, from which on it has it, as `grown_size`."""
+    first_epochs = {grown_size(first, last, epochs, epoch): epoch + 1 for epoch in reversed(range(epochs + 1))}
+    return f"image_size: {', '.join(f'{size} from epoch {epoch}' for size, epoch in sorted(first_epochs.items()))} on"
 
 
 def input_report(checked: Checked, components: Components, row: Mapping[str, float]) -> list[str]:
@@ -131,7 +140,7 @@ def input_report(checked: Checked, components: Components, row: Mapping[str, flo
     has_room = photos_gb < min(_LIKELY_MEMORY_GB, memory_bytes() / 2e9)
     keeps_photos = engine_module(checked.engine).USES_MEMORY and not features.are_kept and has_room
     few_views = components.resolved_config.views_per_photo is None and components.network.frozen_part_is_fixed
-    few_views &= not config.mixes_photos
+    few_views &= not config.mixes_photos and config.first_image_size is None
     helpful = {
         f"--loader_threads {cores}": decoding_threads(config) < cores,
         "--loader auto": config.loader != "auto",

@@ -1,9 +1,12 @@
 """The loader hands out what the plan says, each photo in its position, on either engine, on any number of processes."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
+from pipelines.data.loader import Loader
+from pipelines.data.plan import EvalPlan, TrainPlan
 from pipelines.errors import UserError
 from tests.helpers.engines import ENGINES, make_loader, train_plan, write_photo
 
@@ -89,6 +92,34 @@ def test_an_epoch_can_be_abandoned_and_begun_in_the_middle(split, engine):
     loader.close()
     assert all(torch.equal(one, other) for one, other in zip(whole[2:], rest, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_epoch_has_the_size_that_it_should_whatever_came_before(split, engine):
+    """A square grows from 64 pixels to 96 after two epochs. One epoch is abandoned for one of another size, with
+    batches in the making, and another begun in the middle, as a resume does."""
+    settings = {"seed": 3, "crop_scale_min": 0.08, "flip_probability": 0.5}
+    growing = TrainPlan(split.sizes, image_size=96, first_image_size=64, grow_epochs=2, **settings)
+    fixed = {size: TrainPlan(split.sizes, image_size=size, **settings) for size in (64, 96)}
+
+    def seen(loader: Loader, epoch: int, start_step: int = 0) -> list[torch.Tensor]:
+        steps = loader.epoch(epoch, start_step)
+        return [torch.cat([batch.images for batch in step.batches]) for step in steps]
+
+    expected = {}
+    for epoch, size in ((1, 64), (2, 96)):
+        alone = make_loader(split, engine, fixed[size], batch_size=5, micro_batch=2)
+        expected[epoch] = seen(alone, epoch)
+        alone.close()
+    loader = make_loader(split, engine, growing, batch_size=5, micro_batch=2)
+    for epoch, start_step in ((1, 0), (2, 0), (1, 2), (2, 3)):
+        for images, wanted in zip(seen(loader, epoch, start_step), expected[epoch][start_step:], strict=True):
+            assert torch.equal(images, wanted)
+        next(next(loader.epoch(3 - epoch)).batches)
+    central = copy.copy(loader)
+    central.plan = EvalPlan(split.sizes, image_size=72, resize=80)  # with the same engine, as `central` has it
+    assert next(next(central.epoch(0)).batches).images.shape[2:] == (72, 72)
+    loader.close()
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from collections import Counter
 from itertools import permutations
 
 from pipelines.data.plan import (
+    Augmentation,
     EvalPlan,
     TrainPlan,
     Views,
     ViewsInOrder,
     dropout_mask,
+    grown_size,
     permute,
     random_bits,
     random_resized_crop,
@@ -343,6 +345,40 @@ def test_squashed_crops_are_those_of_a_square_photo_stretched():
     never_fits = np.full((1, 10, 4), 0.999)
     (crop,) = random_resized_crop(np.array([[90, 1000]]), never_fits, scale_min=1.0, squash=True).tolist()
     assert crop == [0, 0, 90, 1000]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "epochs", "sizes"),
+    [
+        (128, 224, 6, [128, 128, 160, 160, 192, 192, 224, 224]),
+        (160, 192, 3, [160, 160, 160, 192, 192]),
+        (64, 100, 4, [64, 64, 96, 96, 100]),  # the last step is what is left
+        (64, 224, 2, [64, 128, 224]),
+    ],
+)
+def test_a_square_grows_by_the_epoch(first, last, epochs, sizes):
+    assert [grown_size(first, last, epochs, epoch) for epoch in range(len(sizes))] == sizes
+
+
+def test_a_growing_square_is_planned_as_one_of_its_size():
+    """Boxes, blurs and shares go by the epoch's size, and nothing else is drawn otherwise."""
+    settings = {"seed": 3, "crop_scale_min": 0.25, "flip_probability": 0.5, "cutmix_alpha": 1.0}
+    settings["augmentation"] = Augmentation(erase_probability=0.9, blur_probability=0.9, augment="strong")
+    sizes, positions = np.tile([90, 120], (50, 1)), np.arange(50)
+    growing = TrainPlan(sizes, image_size=128, first_image_size=64, grow_epochs=4, **settings)
+    assert [growing.size_at(epoch) for epoch in range(6)] == [64, 64, 96, 96, 128, 128]
+    for epoch in (0, 3, 5):
+        fixed = TrainPlan(sizes, image_size=growing.size_at(epoch), **settings)
+        found, expected = growing.views(epoch, positions), fixed.views(epoch, positions)
+        assert_same(found, expected)
+        assert found.image_size == expected.image_size == growing.size_at(epoch)
+        assert found.resized.tolist() == [[found.image_size] * 2] * 50
+        for one, other in (
+            (found.alterations, expected.alterations),
+            (growing.mixing(epoch, positions), fixed.mixing(epoch, positions)),
+        ):
+            for name in one.__dataclass_fields__:
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
 def test_evaluation_reads_every_photo_once_in_order():

@@ -29,7 +29,8 @@ def test_each_setting_is_in_one_table_of_what_a_change_does():
 
 
 OTHER = {
-    "seed": 1, "image_size": 96, "eval_size": 256, "resize": 300, "shrink": 512, "crop_mode": "squash",
+    "seed": 1, "image_size": 192, "first_image_size": 160, "grow_epochs": 3, "eval_size": 256, "resize": 300,
+    "shrink": 512, "crop_mode": "squash",
     "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
     "vertical_flip_probability": 0.5, "quarter_turns": True, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2,
     "hue": 0.1, "erase_probability": 0.5, "rotation": 10.0, "shear": 5.0, "translation": 0.1, "grey_probability": 0.2,
@@ -69,6 +70,7 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
     # Values that matter: with them none of the settings stands idle.
     before = {"schedule": "step"} if key.startswith("step_") else {}
     before |= {"weight_decay": 0.1} if key == "weight_decay_on" else {}
+    before |= {"first_image_size": 128, "grow_epochs": 2} if key in ("first_image_size", "grow_epochs") else {}
     saved_run(run, Config(**before))
     other = Config(**before | {key: OTHER[key]})
     if key in resume.REPORTED:

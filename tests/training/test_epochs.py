@@ -50,6 +50,13 @@ def test_a_warm_up_fits_into_what_auto_comes_to():
     assert resolved(config, Start("layer3"), network, 1000).epochs == 10
 
 
+def test_a_square_that_grows_has_its_full_size_in_an_epoch_at_least():
+    network = SimpleNamespace(frozen_part_is_fixed=True)
+    config = Config(epochs="auto", views_per_photo="auto", first_image_size=128, grow_epochs=9)
+    chosen = resolved(config, Start("layer3"), network, 1000)
+    assert (chosen.epochs, chosen.views_per_photo) == (10, None)
+
+
 def finished(folder, **settings):
     run = RunFolder(folder / "run")
     run.create(Config(**settings))
