@@ -1,4 +1,4 @@
-"""Trainings with mixed photos and dropout: the same on any processes, in any micro-batches, after any stop."""
+"""Trainings with mixed and altered photos and dropout: the same on any processes and micro-batches, after any stop."""
 
 import train
 from tests.helpers.runs import (
@@ -17,7 +17,7 @@ import pytest
 
 # 19 photos in steps of 5: pairs are parted by steps, and the last photo has no partner.
 MIXED = ["--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--label-smoothing", "0.1", "--dropout", "0.3"]
-MIXED += ["--sampler", "balanced", "--epochs", "2", "--batch-size", "5", "--log-every", "1"]
+MIXED += ["--augment", "strong", "--sampler", "balanced", "--epochs", "2", "--batch-size", "5", "--log-every", "1"]
 
 
 @pytest.mark.slow
