@@ -471,7 +471,15 @@ def test_the_page_has_a_row_for_every_flag_below_its_group() -> None:
 
 
 def test_the_recipes_are_these() -> None:
-    names = ["feature_extract", "finetune", "imagenet", "quickstart", "tutorial_features", "tutorial_finetune"]
+    names = [
+        "feature_extract",
+        "finetune",
+        "imagenet",
+        "imagenet_ffcv",
+        "quickstart",
+        "tutorial_features",
+        "tutorial_finetune",
+    ]
     assert [path.stem for path in RECIPES] == names
 
 

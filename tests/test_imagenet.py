@@ -1,4 +1,4 @@
-"""The ImageNet recipe: torchvision's settings, and some steps on a made-up folder in ImageNet's layout."""
+"""The ImageNet recipes: torchvision's settings and FFCV's, and some steps on a made-up folder in ImageNet's layout."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import evaluate
 import train
 from pipelines.config import parse_config
+from pipelines.data.plan import grown_size
 from pipelines.model.network import build_model
 from pipelines.model.optimizer import lr_factor, make_optimizer
 from pipelines.model.weights import Weights
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 RECIPE = ROOT / "configs" / "imagenet.yaml"
+FFCV = ROOT / "configs" / "imagenet_ffcv.yaml"
 CLASSES = 1000
 
 
@@ -31,6 +33,21 @@ def test_the_optimizer_is_that_of_torchvisions_reference():
     factors = [lr_factor(config, 5005, epoch * 5005) for epoch in (0, 29, 30, 59, 60, 89)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert (config.epochs, config.batch_size, config.label_smoothing, config.clip_grad_norm) == (90, 256, 0, None)
+
+
+def test_the_other_recipe_is_ffcvs():
+    config, _ = parse_config([f"--config={FFCV}"])
+    model = build_model(config, Weights(None, "random"), [f"n{number:08}" for number in range(CLASSES)])
+    for group in make_optimizer(model, config).param_groups:
+        decays = {value.ndim > 1 for value in group["params"]} == {True}
+        assert (group["base_lr"], group["weight_decay"]) == (0.5, 5e-5 if decays else 0)
+    # Its get_resolution: from 160 at epoch 65 to 192 at 76 along a line, rounded to the nearest multiple of 32.
+    theirs = [int(np.round(np.interp(epoch, [65, 76], [160, 192]) / 32)) * 32 for epoch in range(88)]
+    assert config.first_image_size is not None
+    assert config.grow_epochs is not None
+    sizes = (config.first_image_size, config.image_size, config.grow_epochs)
+    assert [grown_size(*sizes, epoch) for epoch in range(88)] == theirs
+    assert round(config.evaluation_size / (224 / 256)) == config.resize
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +84,15 @@ def test_some_steps_on_a_folder_in_imagenets_layout(made_up_imagenet, tmp_path, 
     assert found["classes"][0] == "n01440764"
     # A network that knows nothing: about 1 and 5 of 1000.
     assert found["top1"] <= found["topk"]["5"] < 0.05
+
+
+@pytest.mark.slow
+def test_some_steps_of_the_other_recipe(photos, tmp_path, run_here):
+    small = ["--first_image_size=64", "--image_size=96", "--eval_size=128", "--resize=146", "--grow_epochs=1"]
+    flags = [f"--config={FFCV}", f"--data={photos}", f"--runs={tmp_path}", "--run=few", "--tracker=none", *small]
+    done = run_here(train, *flags, "--max_steps=2")  # of one an epoch
+    assert done.returncode == 0, done.stderr
+    description = json.loads((tmp_path / "few" / "model.json").read_text())
+    assert (description["image_size"], description["resize"], description["test_flips"]) == (128, 146, True)
+    rows = [json.loads(line) for line in (tmp_path / "few" / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([row["train/loss"] for row in rows if "train/loss" in row]).sum() == 2

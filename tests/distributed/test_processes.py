@@ -226,7 +226,7 @@ def test_an_error_of_the_main_process_ends_the_other_silently(tmp_path):
         )
         for rank in (0, 1)
     ]
-    assert [worker.communicate(timeout=60) for worker in workers] == [("", "error: photos: none there\n"), ("", "")]
+    assert [worker.communicate(timeout=200) for worker in workers] == [("", "error: photos: none there\n"), ("", "")]
     assert [worker.returncode for worker in workers] == [2, 2]
 
 
