@@ -99,12 +99,12 @@ def main(arguments: list[str]) -> None:
             network.train()
             start_step = progress.global_step - progress.epoch * schedule.steps_per_epoch
             recorder.start_epoch(start_step)
-            features.prepare(progress.epoch, session.stop_is_asked)
+            components.prepare(progress.epoch, session.stop_is_asked)
             steps = training.epoch(progress.epoch, start_step, images=not features.are_kept)
             for step in islice(steps, max(0, schedule.total_steps - progress.global_step)):
                 rates = schedule.set_rates(optimizer, progress.global_step)
-                votes, weights = session.votes(), built.class_weights
-                sums, batch = update(model, features, optimizer, step, votes, training, accelerator, config, weights)
+                votes, targets = session.votes(), (built.class_weights, components.teacher)
+                sums, batch = update(model, features, optimizer, step, votes, training, accelerator, config, *targets)
                 progress.global_step += 1
                 if components.average and config.ema_decay:
                     follow(components.average, network, config.ema_decay, progress.global_step)

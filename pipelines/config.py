@@ -93,7 +93,7 @@ _OF_EPOCHS = (
     *("weight_decay_on", "clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
-    *("dropout", "augment"),
+    *("dropout", "augment", "teacher", "teacher_weight", "teacher_temperature"),
 )
 # What augment light stands for: fastai's aug_transforms turn by up to 10 degrees and light by up to 0.2 as well.
 LIGHT = {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
@@ -270,6 +270,14 @@ class Config:
     """share of the target that is spread over all classes"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """chance that an input of the head is left out in a step, for each photo anew (Srivastava et al. 2014)"""
+    teacher: Text | None = None
+    """folder of a finished run of the same classes, as of a larger network, whose answers to the very pixels that this
+    one sees are learned beside the labels (Hinton et al. 2015); null: the labels alone"""
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """share of the teacher in the loss; the rest is the labels', which Hinton et al. weigh considerably less"""
+    teacher_temperature: Annotated[float, Field(ge=1, le=100)] = 2.0
+    """what the teacher's logits and the network's are divided by in the teacher's share of the loss: the higher, the
+    more its small probabilities count"""
     clip_grad_norm: Annotated[float | None, Field(gt=0)] = None
     """largest norm that the gradient may have; null: any"""
     ema_decay: Annotated[float | None, Field(gt=0, lt=1)] = None
@@ -338,10 +346,14 @@ class Config:
 
     def without_effect(self) -> dict[str, str]:
         """The settings that play no part beside the others, each with the one that makes it so, as `key: value`."""
+        # What the labels alone have in the loss; a head is fitted to them too.
+        of_labels = ("label_smoothing",) if self.may_fit_head else ("label_smoothing", "class_weights")
         causes = {  # of two the later one counts
+            "teacher_weight: 1": (self.teacher is not None and self.teacher_weight == 1, of_labels),
             "epochs: 0": (self.epochs == 0, (*_OF_EPOCHS, *(["image_size"] if self.eval_size else []))),
             "crop_mode: squash": (self.crop_mode == "squash", ("resize",)),
             "optimizer: adamw": (self.optimizer == "adamw", ("momentum", "nesterov")),
+            "teacher: null": (self.teacher is None, ("teacher_weight", "teacher_temperature")),
             "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
             f"schedule: {self.schedule}": (True, [key for key, of in _OF_SCHEDULE.items() if self.schedule not in of]),
             "freeze: layer3": (self.freeze == "layer3", ("layer_decay",)),
@@ -451,6 +463,9 @@ GROUPS = {
         "class_weights",
         "label_smoothing",
         "dropout",
+        "teacher",
+        "teacher_weight",
+        "teacher_temperature",
         "clip_grad_norm",
         "ema_decay",
     ],

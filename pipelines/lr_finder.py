@@ -102,7 +102,8 @@ def search(config: Config, highest: float, steps: int) -> Curve:
                 rate = highest * 10 ** (_DECADES * (len(rates) / (steps - 1) - 1))
                 set_learning_rates(components.optimizer, rate / checked.config.lr)
                 what = (components.model, components.features, components.optimizer, step, session.votes())
-                sums, _ = update(*what, components.training, checked.accelerator, checked.config, built.class_weights)
+                targets = (built.class_weights, components.teacher)
+                sums, _ = update(*what, components.training, checked.accelerator, checked.config, *targets)
                 total = StepSums(*sums.tolist())
                 if total.stop_votes:
                     raise StopAgreed
@@ -121,7 +122,7 @@ def search(config: Config, highest: float, steps: int) -> Curve:
 def _steps(components: Components, session: Session) -> Iterator[Step]:
     """Those of one epoch after another, without end."""
     for epoch in count():
-        components.features.prepare(epoch, session.stop_is_asked)
+        components.prepare(epoch, session.stop_is_asked)
         yield from components.training.epoch(epoch, images=not components.features.are_kept)
 
 

@@ -44,6 +44,7 @@ _ADDED_TO_CHECKPOINT: dict[str, int | str | None] = {
     "format": 1,
     "precision": None,
     "first_weights": None,
+    "teacher": None,
     "settings": None,
     "engine": "pillow",
     "device": "cpu",
@@ -183,7 +184,7 @@ class Sums(TypedDict):
 @with_config(ConfigDict(strict=True, extra="allow"))
 class SavedProgress(TypedDict):
     """progress.json of a checkpoint. settings: those of the training. files: digest by name. engine: which one has
-    decoded, for a device of this type."""
+    decoded, for a device of this type. first_weights, teacher: digests of weights."""
 
     format: int
     epoch: Count
@@ -199,6 +200,7 @@ class SavedProgress(TypedDict):
     engine: str
     device: str
     first_weights: str | None
+    teacher: str | None
     settings: dict[str, bool | int | float | str | None] | None
     dataset_fingerprint: str
     metrics_bytes: Count

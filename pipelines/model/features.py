@@ -35,7 +35,7 @@ MEMORY_LIMIT = 2**29
 _MAKERS = (
     *("pipelines.data.augment", "pipelines.data.decode", "pipelines.data.engines.pillow", "pipelines.data.headers"),
     *("pipelines.data.loader", "pipelines.data.preprocess", "pipelines.data.shrink"),
-    *("pipelines.model.features", "pipelines.model.folding", "pipelines.model.network"),
+    *("pipelines.model.features", "pipelines.model.folding", "pipelines.model.network", "pipelines.model.teacher"),
 )
 _LIBRARIES = ("torch", "torchvision", "numpy")
 # Photos of a pass's batch on a CPU, where small batches run faster than large ones. The same on all machines, as the
@@ -54,7 +54,8 @@ class FrozenFeatures:
 
     micro_batch: photos of a pass's batch on a process, at most. mirrored: each view together with its mirror image, as
     `view_features` of a network with `test_flips` has them. store: on the main process, or None. A view in which a
-    photo could not be decoded is not stored: each run is to meet that photo, and to say so or end.
+    photo could not be decoded is not stored: each run is to meet that photo, and to say so or end. name: what computes
+    them, for people.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class FrozenFeatures:
         mirrored: bool = False,
         limit: int = MEMORY_LIMIT,
         store: FeatureStore | None = None,
+        name: str = "frozen part",
     ) -> None:
+        self.name = name
         self._network = network
         self._loader = loader
         self._accelerator = accelerator
@@ -96,9 +99,9 @@ class FrozenFeatures:
         views = "the one view" if self._views_per_photo == 1 else f"each of {self._views_per_photo} views"
         size, whose = f"{self.bytes / 2**20:,.0f} MiB", "" if self._home.type == "cpu" else "the GPU's "
         return [
-            f"frozen part: computed once for {views} of a photo, {size} in {whose}memory"
+            f"{self.name}: computed once for {views} of a photo, {size} in {whose}memory"
             if self.are_kept
-            else f"frozen part: computed every time, as all views would take {size} of memory"
+            else f"{self.name}: computed every time, as all views would take {size} of memory"
         ]
 
     def in_store(self) -> str:
@@ -154,7 +157,7 @@ class FrozenFeatures:
         steps = tqdm(
             loader.epoch(view),
             total=loader.steps_per_epoch,
-            desc=f"{loader.split.name}, view {view + 1} of {self._views_per_photo}",
+            desc=f"{self.name}: {loader.split.name}, view {view + 1} of {self._views_per_photo}",
             leave=False,
             disable=not self._accelerator.is_main_process or not sys.stderr.isatty(),
         )
@@ -240,9 +243,9 @@ class FrozenFeatures:
 
 
 def store_report(*kinds: FrozenFeatures) -> list[str]:
-    """For the start of a run: what earlier ones have left for this one; at most one line."""
+    """For the start of a run: what earlier ones have left for these of one name; at most one line."""
     found = [words for features in kinds if (words := features.in_store())]
-    return [f"frozen part: {' and '.join(found)} from the cache"] if found else []
+    return [f"{kinds[0].name}: {' and '.join(found)} from the cache"] if found else []
 
 
 def _has_changed(loader: Loader) -> bool:

@@ -65,6 +65,7 @@ def _that_decide(config: Config) -> dict[str, Any]:
     is_random = config.weights == "none"
     values["weights"] = "none" if is_random else "pretrained"
     values["eval_size"] = config.evaluation_size
+    values["teacher"] = config.teacher is not None  # which one, by its digest: it may have moved
     if config.batchnorm == "auto":
         values["batchnorm"] = "train" if is_random else "frozen"
     # A run of no epochs may go on for some, and then these count.

@@ -1,6 +1,6 @@
 """What a training is made of: the network with its head, the optimizer, the loaders, what is kept of frozen stages."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,8 +53,9 @@ class Components:
     resolved_config: the settings with what auto has come to, which `start` gives a reason for. network: without
     wrappers. model: its trained part, as the processes train it together, compiled where asked for. head_row: the row
     of metrics of a head that was fitted just now, or {}. average: of the network's weights, or None. training,
-    validation: the loaders; features, validation_features: what is kept of them. micro_batch: the most photos of a
-    training's batch on a process. facts: for trackers. decisions: JSON, for the checkpoints.
+    validation: the loaders; features, validation_features: what is kept of them. teacher: the answers that are learned
+    beside the labels, or None. micro_batch: the most photos of a training's batch on a process. facts: for trackers.
+    decisions: JSON, for the checkpoints.
     """
 
     resolved_config: Config
@@ -71,7 +72,14 @@ class Components:
     features: FrozenFeatures
     validation: Loader
     validation_features: FrozenFeatures
+    teacher: FrozenFeatures | None
     micro_batch: int
+
+    def prepare(self, epoch: int, stop: Callable[[], bool]) -> None:
+        """Before a training's `epoch`: what is looked up in it is there. See `FrozenFeatures.prepare`."""
+        self.features.prepare(epoch, stop)
+        if self.teacher:
+            self.teacher.prepare(epoch, stop)
 
 
 def build_network(checked: Checked) -> InitialModel:
@@ -124,7 +132,8 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
     model, optimizer = accelerator.prepare(TrainedPart(network), make_optimizer(network, config))
     model = torch.compile(model) if config.compile else model
     sizes = {name: split.sizes for name, split in photos.items()}
-    micro_batch = micro_batch_of(chosen, model, network, accelerator, checked.engine, sizes)
+    teacher = checked.teacher and checked.teacher.to(accelerator.device)
+    micro_batch = micro_batch_of(chosen, model, network, accelerator, checked.engine, sizes, teacher)
     training = train_loader(chosen, photos["train"], labels["train"], state, checked.engine, micro_batch)
     session.close_at_end(training.close)
     training.bad |= met
@@ -135,14 +144,17 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
         network, validation, accelerator, views_per_photo=1, epochs=1, mirrored=config.test_flips, **kept
     )
     kept["limit"] = MEMORY_LIMIT - validation_features.bytes * validation_features.are_kept
-    features = FrozenFeatures(
-        network, training, accelerator, views_per_photo=chosen.views_per_photo, epochs=schedule.epochs, **kept
-    )
+    kept |= {"views_per_photo": chosen.views_per_photo, "epochs": schedule.epochs}
+    answers = FrozenFeatures(teacher, training, accelerator, name="teacher", **kept) if teacher else None
+    if answers:  # before features: where those are kept nothing is decoded, and answers must be there too
+        kept["limit"] -= answers.bytes
+    features = FrozenFeatures(network, training, accelerator, **kept)
     facts = describe_run(accelerator, checked.dataset, network, checked.engine)
     facts |= {"epochs": schedule.config.epochs}
     facts |= {"frozen_up_to": "layer4" if config.mode == "feature_extract" else start.freeze}
     decisions = {
         "first_weights": checked.first_weights,
+        "teacher": teacher and teacher.digest,
         "settings": asdict(config),
         "engine": checked.engine,
         "device": accelerator.device.type,
@@ -154,5 +166,5 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
     }
     return Components(
         *(chosen, start, facts, decisions, head_row, network, average, model, optimizer, schedule),
-        *(training, features, validation, validation_features, micro_batch),
+        *(training, features, validation, validation_features, answers, micro_batch),
     )

@@ -17,6 +17,7 @@ from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.node_memory import check_node_memory, node_memory
 from pipelines.distributed.sync import main_then_others, on_main_process
 from pipelines.errors import UserError
+from pipelines.model.teacher import Teacher, read_teacher
 from pipelines.model.weights import Weights, read_weights
 from pipelines.run.checkpoint import newest_checkpoint
 from pipelines.run.folder import RunFolder, new_run_name
@@ -35,8 +36,8 @@ class Checked:
 
     config: with the `crop_mode` that auto has come to, which `crop_mode_line` says, or "". previous_config: that of the
     attempt before, None for a new run. saved: the progress of the checkpoint that it goes on from, or None.
-    first_weights: the digest of the weights that the run has begun with, where it is known. engine: which one decodes,
-    for `engine_reason`.
+    first_weights: the digest of the weights that the run has begun with, where it is known. teacher: on the CPU, or
+    None. engine: which one decodes, for `engine_reason`.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Checked:
     dataset: Dataset
     weights: Weights
     first_weights: str | None
+    teacher: Teacher | None
     engine: str
     engine_reason: str
     state: PartialState
@@ -101,6 +103,10 @@ def check(arguments: list[str]) -> Checked | None:
         weights = Weights(None if config.weights == "none" else {}, "of the checkpoint")
     else:
         weights = main_then_others(state, partial(read_weights, config))
+    teacher = None
+    if config.teacher is not None and config.epochs != 0:  # a checkpoint does not hold it
+        known, classes = saved["teacher"] if saved else None, dataset.splits["train"].classes
+        teacher = main_then_others(state, partial(read_teacher, config, classes, known))
     if config.prepare:
         lines = [f"weights: {weights.source}", *weights.notes, "prepared"]
         on_main_process(state, lambda: print(*dataset.report(), *lines, sep="\n"))
@@ -126,6 +132,7 @@ def check(arguments: list[str]) -> Checked | None:
         dataset=dataset,
         weights=weights,
         first_weights=saved.get("first_weights") if saved else weights.digest(),
+        teacher=teacher,
         engine=engine,
         engine_reason=reason,
         state=state,

@@ -25,13 +25,14 @@ def micro_batch_of(
     accelerator: Accelerator,
     engine: str,
     sizes: Mapping[str, np.ndarray],
+    teacher: TransferModel | None = None,
 ) -> int:
     """The most photos of one forward and backward pass on a process: its share of a step, or what is set, or what fits.
 
     model: the trained part of `network`, as Accelerate has prepared it. engine: "dali" decodes in the GPU's memory.
-    sizes: of `train` and of `val`, int [N, 2], height and width of each photo. With `max_batch_per_device: auto` a GPU
-    tries its share, half of it and so on, and the smallest answer of all processes counts. MachineError where not even
-    one photo fits.
+    sizes: of `train` and of `val`, int [N, 2], height and width of each photo. teacher: where there is one, it is asked
+    too. With `max_batch_per_device: auto` a GPU tries its share, half of it and so on, and the smallest answer of all
+    processes counts. MachineError where not even one photo fits.
     """
     share = -(-config.batch_size // accelerator.num_processes)
     if config.max_batch_per_device != "auto":
@@ -45,7 +46,7 @@ def micro_batch_of(
         if engine == "dali":
             others += decoded_bytes(config, sizes, size, most=int(_MOST_DECODED * total))
         reserve = torch.empty(others, dtype=torch.uint8, device=accelerator.device)
-        _try(size, config.image_size, model, network, accelerator)
+        _try(size, config.image_size, model, network, accelerator, teacher)
         del reserve
 
     fits = largest_that_fits(share, attempt)
@@ -95,7 +96,14 @@ def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
         return 0
 
 
-def _try(size: int, image_size: int, model: Any, network: TransferModel, accelerator: Accelerator) -> None:
+def _try(
+    size: int,
+    image_size: int,
+    model: Any,
+    network: TransferModel,
+    accelerator: Accelerator,
+    teacher: TransferModel | None,
+) -> None:
     """One pass with a made-up batch, of which nothing stays: no gradient and no statistics; nothing is exchanged."""
     network.train()
     for module in batchnorms(network):
@@ -105,6 +113,8 @@ def _try(size: int, image_size: int, model: Any, network: TransferModel, acceler
     labels = torch.zeros(size, dtype=torch.int64, device=accelerator.device)
     try:
         with accelerator.no_sync(model), accelerator.autocast():
+            if teacher:
+                teacher.forward_frozen(images)
             logits = model(network.forward_frozen(images))
             functional.cross_entropy(logits.float(), labels).backward()
     finally:

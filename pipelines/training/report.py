@@ -17,6 +17,7 @@ from pipelines.distributed.node_memory import memory_bytes
 from pipelines.distributed.sync import local_world_size
 from pipelines.errors import UserError
 from pipelines.model.features import store_report
+from pipelines.model.network import parameter_counts
 from pipelines.model.optimizer import learning_rates, rate_jump
 from pipelines.model.weights import Weights
 from pipelines.run import figures
@@ -79,12 +80,31 @@ def training_report(checked: Checked, components: Components) -> list[str]:
         *_setup_report(checked, components),
         *components.features.report(),
         *store_report(components.features, components.validation_features),
+        *teacher_report(checked, components),
         f"loader: {checked.engine} ({checked.engine_reason}); {counted(schedule.steps_per_epoch, 'step')} an epoch, "
         f"{schedule.total_steps} in all, {counted(components.micro_batch, 'photo')} at a time on a process",
         *memory_report(checked, components),
         *resume_report(checked, components),
         *jump,
     ]
+
+
+def teacher_report(checked: Checked, components: Components) -> list[str]:
+    """Whose answers are learned, and whether they are kept; none without a teacher."""
+    teacher, answers, config = checked.teacher, components.teacher, components.resolved_config
+    if not teacher or not answers or not components.schedule.epochs:
+        return []
+    weight, parameters = config.teacher_weight, parameter_counts(teacher)[0]
+    lines = [
+        f"teacher: {teacher.source}, a {teacher.arch} of {parameters:,} parameters, has {weight:g} of the loss, at "
+        f"temperature {config.teacher_temperature:g}; train/loss is of both"
+    ]
+    if teacher.dataset_fingerprint != checked.dataset.fingerprint:
+        lines.append(
+            "teacher: it was trained on other photos, or another split of them: where it has seen some that validate "
+            "here, their accuracy promises too much"
+        )
+    return [*lines, *answers.report(), *store_report(answers)]
 
 
 def memory_report(checked: Checked, components: Components) -> list[str]:

@@ -9,6 +9,7 @@ from pipelines.data.loader import Batch, Loader, Step
 from pipelines.data.plan import dropout_mask
 from pipelines.distributed.copies import to_device
 from pipelines.model.features import FrozenFeatures
+from pipelines.model.teacher import sum_of_divergences
 
 import torch
 from accelerate import Accelerator
@@ -45,11 +46,13 @@ def update(
     accelerator: Accelerator,
     config: Config,
     class_weights: torch.Tensor | None = None,
+    teacher: FrozenFeatures | None = None,
 ) -> tuple[torch.Tensor, Batch]:
     """One optimizer update from one global batch.
 
     model: the network's trained part, as Accelerate has prepared it. votes: whether this process wants to stop, to
-    save. class_weights: float32 [C], of the photos in the loss.
+    save. class_weights: float32 [C], of the photos in the loss. teacher: its answers, where there is one: the loss is
+    then shared between the labels' and its own, by `teacher_weight`.
     Returns the tensor of `StepSums`, and this process's first micro-batch.
     The loss is the sum over this process's photos divided by the global number of positions. DDP takes the mean of the
     processes' gradients, hence the factor num_processes; they are exchanged once, after the last micro-batch.
@@ -70,8 +73,12 @@ def update(
             dropped = [dropout_scales(batch, features.head_inputs, config.dropout, accelerator.device)]
         with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
+                answers = teacher.of(batch).float() if teacher else None
                 logits = model(features.of(batch), *dropped).float()
             losses = sum_of_losses(logits, batch, class_weights, config.label_smoothing)
+            if answers is not None:
+                divergences = sum_of_divergences(logits, answers, config.teacher_temperature)
+                losses = torch.lerp(losses, divergences, config.teacher_weight)
             accelerator.backward(losses * (accelerator.num_processes / step.size))
         correct = number_correct(logits, batch)
         learned[:3] += torch.stack([losses.detach(), correct, torch.full_like(correct, len(batch))])

@@ -46,6 +46,7 @@ PROGRESS: dict[str, Any] = {
     "engine": "dali",
     "device": "cuda",
     "first_weights": "0a",
+    "teacher": None,
     "settings": {"lr": 0.1, "epochs": 5, "run": None, "compile": False},
     "dataset_fingerprint": "abc",
     "metrics_bytes": 10,

@@ -37,6 +37,7 @@ OTHER = {
     "blur_probability": 0.2, "augment": "strong", "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
     "sampler": "balanced", "views_per_photo": 3,
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
+    "teacher": "runs/big", "teacher_weight": 0.5, "teacher_temperature": 4.0,
     "batch_size": 16, "label_smoothing": 0.1, "dropout": 0.2, "clip_grad_norm": 1.0, "ema_decay": 0.9,
     "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001, "layer_decay": 0.7,
     "momentum": 0.5,
@@ -71,6 +72,7 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
     before = {"schedule": "step"} if key.startswith("step_") else {}
     before |= {"weight_decay": 0.1} if key == "weight_decay_on" else {}
     before |= {"first_image_size": 128, "grow_epochs": 2} if key in ("first_image_size", "grow_epochs") else {}
+    before |= {"teacher": "runs/big"} if key.startswith("teacher_") else {}
     saved_run(run, Config(**before))
     other = Config(**before | {key: OTHER[key]})
     if key in resume.REPORTED:
@@ -90,6 +92,9 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
         ({"mode": "feature_extract"}, {"freeze": "layer3", "lr_body": 0.5}),
         ({"lr": 0.02}, {"lr_body": 0.02}),
         ({"freeze": "layer3"}, {"layer_decay": 0.5}),
+        ({}, {"teacher_weight": 0.5, "teacher_temperature": 4.0}),
+        ({"teacher": "runs/big"}, {"teacher": "/elsewhere/big"}),
+        ({"teacher": "runs/big", "teacher_weight": 1.0}, {"label_smoothing": 0.1, "class_weights": "balanced"}),
         ({"mode": "feature_extract"}, {"layer_decay": 0.5}),
         ({"crop_mode": "squash"}, {"resize": 300}),
         ({}, {"eval_size": 224}),

@@ -13,6 +13,7 @@ from pipelines.model.average import average_of, follow
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TrainedPart, TransferModel
 from pipelines.model.optimizer import make_optimizer
+from pipelines.model.teacher import sum_of_divergences
 from pipelines.training.evaluation import _outcomes
 from pipelines.training.progress import Interval
 from pipelines.training.step import number_correct, sum_of_losses, update
@@ -126,12 +127,13 @@ def batch(images: torch.Tensor, *, is_mixed: bool = False) -> Batch:
     return Batch(images, labels, torch.arange(4), partners, np.arange(4).astype(np.uint64))
 
 
-def test_the_loss_of_mixed_photos_waits_for_nothing(no_waiting):
+def test_the_loss_of_mixed_photos_and_of_a_teacher_wait_for_nothing(no_waiting):
     with STAND_IN:
         logits, images = torch.zeros(4, 3), torch.zeros(4, 3, 64, 64)
     with no_waiting:
         of_mixed = batch(images, is_mixed=True)
         assert sum_of_losses(logits, of_mixed, None, 0.1).device == number_correct(logits, of_mixed).device == STAND_IN
+        assert sum_of_divergences(logits, logits + 1, 2.0).device == STAND_IN
 
 
 def test_what_comes_behind_a_step_and_behind_the_engine_waits_for_nothing(no_waiting):
