@@ -29,7 +29,7 @@ from pipelines.run import figures
 from pipelines.run.checkpoint import Checkpoints, Stateful, UnreadablePhotos
 from pipelines.run.folder import describe_model
 from pipelines.run.predictions import write_predictions
-from pipelines.training.build import Components, build, build_network
+from pipelines.training.build import Components, build, build_network, trained_together
 from pipelines.training.calibration import at_temperature, calibrate, unsure_thresholds
 from pipelines.training.check import Checked, check
 from pipelines.training.evaluation import BEST_BY, best_scores, loss_and_top1, predict, validation_row
@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> None:
 
         while not schedule.is_over(progress.epoch, progress.best["epoch"]):
             network.train()
+            if network.rest(schedule.stages_at_rest(progress.epoch)):
+                model = trained_together(network, accelerator, config)
             start_step = progress.global_step - progress.epoch * schedule.steps_per_epoch
             recorder.start_epoch(start_step)
             components.prepare(progress.epoch, session.stop_is_asked)

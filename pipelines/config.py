@@ -89,7 +89,8 @@ EngineName = Annotated[Literal["auto", "dali", "nvimgcodec", "pillow"], BeforeVa
 
 _OF_EPOCHS = (
     *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
-    *("freeze", "lr", "lr_body", "layer_decay", "optimizer", "momentum", "nesterov", "weight_decay"),
+    *("freeze", "freeze_epochs", "unfreeze", "lr", "lr_body", "layer_decay", "optimizer", "momentum", "nesterov"),
+    "weight_decay",
     *("weight_decay_on", "clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
@@ -97,6 +98,7 @@ _OF_EPOCHS = (
 )
 # What augment light stands for: fastai's aug_transforms turn by up to 10 degrees and light by up to 0.2 as well.
 LIGHT = {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
+_OF_BODY = ("freeze", "freeze_epochs", "unfreeze", "lr_body", "layer_decay")
 _OF_SCHEDULE = {"step_epochs": ("step",), "step_gamma": ("step",), "min_lr": ("cosine", "one_cycle")}
 
 
@@ -239,6 +241,12 @@ class Config:
     """freeze the body of a ResNet up to and including this stage; auto, with head_init fitted or auto: layer3 where the
     fitted head is right on 0.95 of what its folds hold out, as more could win little, or photos are too few for folds;
     none everywhere else"""
+    freeze_epochs: Annotated[int, Field(ge=0)] = 0
+    """epochs, of all of them the first, in which the head alone is trained, as in fastai's fine_tune; then the body
+    joins, but for what freeze leaves out; 0: it is trained from the start"""
+    unfreeze: Literal["together", "gradual"] = "together"
+    """how the body joins after freeze_epochs: together, or gradual, a ResNet's stages one by one, layer4 first, then
+    another after each freeze_epochs more (Howard & Ruder 2018)"""
     batchnorm: Literal["auto", "frozen", "train", "sync"] = "auto"
     """BatchNorm's statistics; auto: frozen with pretrained weights, train from scratch"""
     head_init: Literal["uniform", "zeros", "fitted", "auto"] = "uniform"
@@ -253,7 +261,8 @@ class Config:
 
     epochs: Literal["auto"] | Annotated[int, Field(ge=0)] = 10
     """how often every training photo is seen; 0 where a head is fitted: that is the whole training then; auto: 16, or 8
-    where stages are frozen, and more where that would be fewer than 128 steps or than warmup_epochs"""
+    where stages are frozen, and more where that would be fewer than 128 steps or than warmup_epochs, or would end
+    before all joins that freeze_epochs keeps waiting"""
     max_steps: Annotated[int | None, Field(ge=1)] = None
     """end the run after this many steps, in the regular way"""
     patience: Annotated[int | None, Field(ge=1)] = None
@@ -356,8 +365,9 @@ class Config:
             "teacher: null": (self.teacher is None, ("teacher_weight", "teacher_temperature")),
             "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
             f"schedule: {self.schedule}": (True, [key for key, of in _OF_SCHEDULE.items() if self.schedule not in of]),
-            "freeze: layer3": (self.freeze == "layer3", ("layer_decay",)),
-            "mode: feature_extract": (self.mode == "feature_extract", ("freeze", "lr_body", "layer_decay")),
+            "freeze_epochs: 0": (self.freeze_epochs == 0, ("unfreeze",)),
+            "freeze: layer3": (self.freeze == "layer3", ("layer_decay", "unfreeze")),
+            "mode: feature_extract": (self.mode == "feature_extract", _OF_BODY),
         }
         return {key: cause for cause, (holds, keys) in causes.items() if holds for key in keys}
 
@@ -425,12 +435,19 @@ class Config:
             )
         if self.mode == "finetune" and self.layer_decay < 1 and not self.arch.startswith(STAGED):
             raise Contradiction("only a ResNet's stages can be told: give layer_decay 1", "arch", "layer_decay")
+        if self.mode == "finetune" and self.unfreeze == "gradual" and not self.arch.startswith(STAGED):
+            raise Contradiction("only a ResNet's stages can be told: give unfreeze together", "arch", "unfreeze")
+        if self.mode == "finetune" and self.epochs != "auto" and 0 < self.epochs <= self.freeze_epochs:
+            raise Contradiction(
+                "the body would never be trained: give more epochs, or mode feature_extract", "freeze_epochs", "epochs"
+            )
         if self.compile and self.dropout and self.mode == "finetune" and not self.arch.startswith(STAGED):
             raise Contradiction("only a ResNet is compiled with dropout before its head", "compile", "dropout")
         if self.mode == "finetune" and self.freeze == "auto" and not self.may_fit_head:
             raise Contradiction("freeze auto goes by the folds of a fitted head", "freeze", "head_init")
         frozen = [("mode", self.mode == "feature_extract"), ("freeze", self.freeze not in ("none", "auto"))]
-        for key, is_frozen in [*frozen, ("batchnorm", self.batchnorm == "frozen")]:
+        frozen += [("freeze_epochs", self.freeze_epochs > 0), ("batchnorm", self.batchnorm == "frozen")]
+        for key, is_frozen in frozen:
             if is_frozen and self.weights == "none":
                 raise Contradiction(
                     "a frozen random network learns nothing: give weights, or freeze nothing", "weights", key
@@ -453,7 +470,10 @@ GROUPS = {
         "views_per_photo",
     ],
     "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],
-    "Model": ["arch", "weights", "mode", "freeze", "batchnorm", "head_init", "channels_last", "compile"],
+    "Model": [
+        *("arch", "weights", "mode", "freeze", "freeze_epochs", "unfreeze", "batchnorm", "head_init", "channels_last"),
+        "compile",
+    ],
     "Training": [
         "epochs",
         "max_steps",

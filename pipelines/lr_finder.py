@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> None:
         raise Stopped("lr_finder: stopped; nothing is kept") from None
     lr = curve.suggestion
     body = "" if config.lr_body in (None, config.lr) else f" --lr_body {lr * config.lr_body / config.lr:.2g}"
+    if config.freeze_epochs and config.mode == "finetune":
+        print("freeze_epochs plays no part in a search: the body was trained with the head")
     print(f"the loss is lowest, {curve.losses.min():.3f}, at a rate of {_BELOW_LOWEST * lr:.2g}; a tenth of that:")
     print(f"--lr {lr:.2g}{body}")
     draw = partial(figures.save_lr_search, options.picture, curve.rates, curve.losses, lr)
@@ -87,6 +89,7 @@ def search(config: Config, highest: float, steps: int) -> Curve:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder, "recipe.yaml")
         own = replace(config, runs=folder, run="search", tracker="none", prepare=False, compare_to=None)
+        own = replace(own, freeze_epochs=0, unfreeze="together")
         recipe.write_text(dump_yaml(own), encoding="utf-8")
         checked = check(["--config", str(recipe)])
         assert checked is not None, "a new run has something to do"

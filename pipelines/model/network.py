@@ -64,11 +64,24 @@ class TransferModel(nn.Module):
     def freeze(self, frozen_stages: int) -> None:
         """Freezes the first `frozen_stages` of STAGES and no others; before an optimizer is made, or DDP."""
         self._frozen_stages = frozen_stages
-        self.network.requires_grad_(frozen_stages < len(STAGES))
+        self._resting_stages = -1
+        self.rest(frozen_stages)
+
+    def rest(self, stages: int) -> bool:
+        """Until another call the first `stages` of STAGES, those that are frozen among them, have no gradient, and so
+        neither momentum nor decay moves them; all others have. Of a network that is no ResNet all rest or none.
+
+        BatchNorm goes on as it is set: statistics that are trained follow the batches. Returns whether other parameters
+        than before have a gradient now: what DDP has made of the network counts on those before.
+        """
+        is_change = stages != self._resting_stages
+        self._resting_stages = stages
+        self.network.requires_grad_(stages < len(STAGES))
         self.head.requires_grad_(True)
-        if 0 < frozen_stages < len(STAGES):
-            for part in self._layers(STAGES[:frozen_stages]):
+        if 0 < stages < len(STAGES):
+            for part in self._layers(STAGES[:stages]):
                 part.requires_grad_(False)
+        return is_change
 
     def trained_stages(self) -> dict[str, list[nn.Parameter]]:
         """Of a ResNet, the parameters of each stage that is trained, the last stage first."""
@@ -181,6 +194,7 @@ class TransferModel(nn.Module):
         settings: Any = {"batchnorm": self.batchnorm, "test_flips": self.test_flips, "temperature": self.temperature}
         model = TransferModel(folded(network, pairs), frozen_stages=self._frozen_stages, **settings)
         model._is_folded = True
+        model.rest(self._resting_stages)  # most of its parameters are this network's own
         return model
 
     def _frozen_parts(self) -> list[nn.Module]:

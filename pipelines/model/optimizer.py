@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config import Config
-from pipelines.model.network import TransferModel
+from pipelines.model.network import STAGES, TransferModel, frozen_stages
 
 import torch
 
@@ -18,7 +18,7 @@ _RISE, _FIRST, _LAST = 0.3, 1 / 25, 1 / 25e4  # of one cycle: its share of the s
 class Schedule:
     """How long a training is, and its learning rates: functions of `global_step`, which counts updates.
 
-    config: with `epochs` a number.
+    config: with `epochs` a number, and `freeze` a stage or none.
     """
 
     config: Config
@@ -45,9 +45,23 @@ class Schedule:
         """Whether an epoch is over after so many updates."""
         return global_step % self.steps_per_epoch == 0 or global_step == self.total_steps
 
+    def stages_at_rest(self, epoch: int) -> int:
+        """How many of STAGES, the first ones, are not trained in `epoch` (0 is the first): frozen, or yet to join."""
+        return len(STAGES) - sum(epoch >= first for first in joining_epochs(self.config).values())
+
     def set_rates(self, optimizer: torch.optim.Optimizer, global_step: int) -> dict[str, float]:
         """The rates of the update at `global_step` (0 is the first), as `learning_rates` has them."""
         return set_learning_rates(optimizer, lr_factor(self.config, self.steps_per_epoch, global_step))
+
+
+def joining_epochs(config: Config) -> dict[str, int]:
+    """By stage, the last one first, the epoch (0 is the first) from which on it is trained. Frozen ones are left out.
+
+    config: with `freeze` a stage or none. Of a network that is no ResNet all have the same.
+    """
+    stages = reversed(STAGES[frozen_stages(config, config.freeze) :])
+    is_gradual = config.unfreeze == "gradual"
+    return {stage: config.freeze_epochs * (1 + number * is_gradual) for number, stage in enumerate(stages)}
 
 
 def make_optimizer(model: TransferModel, config: Config) -> torch.optim.Optimizer:
@@ -127,8 +141,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rates that are set, as `lr/head`, `lr/body` and, with `layer_decay`, `lr/layer3` and so on to `lr/stem`."""
-    return {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+    """The rates that are set, as `lr/head`, `lr/body` and, with `layer_decay`, `lr/layer3` and so on to `lr/stem`; none
+    of what is at rest."""
+    groups = [group for group in optimizer.param_groups if any(each.requires_grad for each in group["params"])]
+    return {f"lr/{group['name']}": group["lr"] for group in groups}
 
 
 def rate_jump(config: Config, steps_per_epoch: int, global_step: int, last_rates: Mapping[str, float]) -> list[str]:

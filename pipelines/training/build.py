@@ -24,6 +24,7 @@ from pipelines.training.session import Session
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,15 @@ def build_network(checked: Checked) -> InitialModel:
     return InitialModel(network, unfitted, has_own_head, labels, class_weights)
 
 
+def trained_together(network: TransferModel, accelerator: Accelerator, config: Config) -> Any:
+    """The trained part of a network as the processes train it together, compiled where asked for.
+
+    Called on all of them, and again where other parameters than before have a gradient: DDP would wait for it.
+    """
+    model = accelerator.prepare_model(TrainedPart(network))
+    return torch.compile(model) if config.compile else model
+
+
 def build(checked: Checked, built: InitialModel, session: Session) -> Components:
     """Makes shrunk copies of photos, where they are asked for; fits the head, where one is and no checkpoint has it;
     decides what of the body is trained, which may depend on it; makes the optimizer and the loaders. StopAgreed where a
@@ -129,8 +139,8 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
 
     average = average_of(network) if config.ema_decay is not None else None
     # The loaders are not prepared by Accelerate: the plan shards.
-    model, optimizer = accelerator.prepare(TrainedPart(network), make_optimizer(network, config))
-    model = torch.compile(model) if config.compile else model
+    optimizer = accelerator.prepare(make_optimizer(network, config))
+    model = trained_together(network, accelerator, config)
     sizes = {name: split.sizes for name, split in photos.items()}
     teacher = checked.teacher and checked.teacher.to(accelerator.device)
     micro_batch = micro_batch_of(chosen, model, network, accelerator, checked.engine, sizes, teacher)

@@ -16,6 +16,7 @@ from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.logistic_regression import PENALTIES, Fit, choose_and_fit, class_weights_of, why_too_large
 from pipelines.model.network import STAGES, TransferModel
+from pipelines.model.optimizer import joining_epochs
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder
 from pipelines.text import counted
@@ -147,6 +148,8 @@ def resolved(
         epochs = SHORT if network.frozen_part_is_fixed else LONG
         epochs = max(epochs, -(-LEAST_STEPS // -(-photos // config.batch_size)), math.ceil(config.warmup_epochs))
         epochs = max(epochs, (config.grow_epochs or 0) + 1)
+        joining = joining_epochs(replace(config, freeze=start.freeze)).values()
+        epochs = max([epochs, *(first + 1 for first in joining)])
     return replace(config, freeze=start.freeze, views_per_photo=views, epochs=epochs)
 
 

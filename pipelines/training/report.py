@@ -17,15 +17,15 @@ from pipelines.distributed.node_memory import memory_bytes
 from pipelines.distributed.sync import local_world_size
 from pipelines.errors import UserError
 from pipelines.model.features import store_report
-from pipelines.model.network import parameter_counts
-from pipelines.model.optimizer import learning_rates, rate_jump
+from pipelines.model.network import STAGES, parameter_counts
+from pipelines.model.optimizer import Schedule, joining_epochs, learning_rates, rate_jump
 from pipelines.model.weights import Weights
 from pipelines.run import figures
 from pipelines.run.checkpoint import Progress
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run.resume import changed_settings
 from pipelines.run_files import Description, read_description
-from pipelines.text import counted, printable
+from pipelines.text import counted, listed, printable
 from pipelines.training.build import Components, InitialModel
 from pipelines.training.calibration import calibration_line, calibration_panels, unsure_for, unsure_line
 from pipelines.training.check import Checked
@@ -77,6 +77,7 @@ def training_report(checked: Checked, components: Components) -> list[str]:
     return [
         *([components.start.reason] if components.start.reason and schedule.epochs else []),
         *(without_effect_by_auto(checked.config, components.resolved_config) if schedule.epochs else []),
+        *unfreezing_report(schedule),
         *_setup_report(checked, components),
         *components.features.report(),
         *store_report(components.features, components.validation_features),
@@ -105,6 +106,22 @@ def teacher_report(checked: Checked, components: Components) -> list[str]:
             "here, their accuracy promises too much"
         )
     return [*lines, *answers.report(), *store_report(answers)]
+
+
+def unfreezing_report(schedule: Schedule) -> list[str]:
+    """From which epoch on what of the body is trained, where it is not from the first; at most one line."""
+    by_epoch: dict[int, list[str]] = {}
+    for stage, first in joining_epochs(schedule.config).items():
+        by_epoch.setdefault(first, []).append(stage)
+    alone = min([schedule.epochs, *by_epoch])
+    if not alone or not by_epoch:
+        return []
+    told = [f"epoch{f's 1 to {alone} train' if alone > 1 else ' 1 trains'} the head alone"]
+    for first, stages in by_epoch.items():
+        what = "all of the body" if len(stages) == len(STAGES) else listed(stages)
+        joins = "joins" if len(stages) in (1, len(STAGES)) else "join"
+        told.append(f"{what} {joins} {f'in {first + 1}' if first < schedule.epochs else 'after the end'}")
+    return [f"freeze_epochs: {', '.join(told)}"]
 
 
 def memory_report(checked: Checked, components: Components) -> list[str]:

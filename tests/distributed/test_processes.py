@@ -37,6 +37,7 @@ from pipelines.distributed.node_memory import node_memory
 from pipelines.distributed.sync import on_main_process, share_file
 from pipelines.run.folder import RunFolder
 from pipelines.tracking.tracking import Tracking
+from pipelines.training.build import trained_together
 
 import torch
 import torch.distributed as dist
@@ -96,6 +97,17 @@ def main(arguments):
     images = torch.randn(2 if rank == 0 else 0, 3, 64, 64)
     model(network.forward_frozen(images)).sum().backward()
     found["gradient"] = [network.network.conv1.weight.grad.norm().item(), network.network.fc.bias.grad.tolist()]
+    # DDP, made anew, waits for no gradient of what rests, in a second step either.
+    found["learning"] = []
+    for stages in (5, 4, 0):
+        network.rest(stages)
+        model = trained_together(network, accelerator, config)
+        for _ in range(2):
+            network.zero_grad()
+            model(images).sum().backward()
+        learning = [name for name, each in network.network.named_parameters() if each.grad is not None]
+        found["learning"].append(sorted({name.partition(".")[0] for name in learning} - {"bn1", "layer1", "layer2"}))
+        found["learning"].append(network.network.fc.bias.grad.tolist())
     run = RunFolder(folder / "runs" / "one", writes=state.is_main_process)
     on_main_process(state, lambda: run.create(config))
     run.save_best(network.network, {})
@@ -185,6 +197,8 @@ def test_two_processes_agree_share_and_count_each_photo_once(tmp_path, photo_fol
         assert found["untouched"]
         assert found["averaged"]
         assert found["cached_is_same"]
+        assert found["learning"][::2] == [["fc"], ["fc", "layer4"], ["conv1", "fc", "layer3", "layer4"]]
+        assert found["learning"][1::2] == [[1.0, 1.0, 1.0]] * 3
         assert found["in_memory"] == [True] * 7, "each of the two has what the other has decoded"
         assert (found["device"], found["threads"]) == ("cpu", max(1, cpu_cores() // 2))
     assert first["fingerprint"] == second["fingerprint"]

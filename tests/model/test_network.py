@@ -4,6 +4,7 @@ from typing import get_args
 
 from pipelines.config import Arch, Config
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.model.average import average_of, follow
 from pipelines.model.network import (
     STAGES,
     TransferModel,
@@ -100,6 +101,34 @@ def test_an_update_moves_what_is_trained_and_no_photo_moves_nothing(pretrained, 
     assert all(not value.grad.any() for value in model.parameters() if value.requires_grad)
     assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("frozen_stages", "at_rest", "batchnorm"), [(0, 5, "frozen"), (0, 4, "train"), (2, 4, "frozen")]
+)
+def test_what_is_at_rest_is_moved_by_neither_gradient_momentum_nor_decay(pretrained, frozen_stages, at_rest, batchnorm):
+    model = build_model(Config(batchnorm=batchnorm, **FREEZES[frozen_stages]), pretrained, CLASSES).train()
+    optimizer = make_optimizer(model, Config(lr=0.1, weight_decay=0.1))
+    found: list[bool] = []
+    model.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].requires_grad))
+    for number, stages in enumerate((frozen_stages, at_rest, frozen_stages)):
+        assert model.rest(stages) == (number > 0)
+        model.for_evaluation()  # a copy that has the same parameters
+        optimizer.zero_grad()
+        before, names = snapshot(model), [name for name, _ in model.network.named_parameters()]
+        logits = model(images(3))
+        assert found.pop() == (stages < 5), "nothing is kept for a backward pass through what rests"
+        functional.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+        optimizer.step()
+        moved = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
+        resting = frozen_names(stages)
+        assert moved & {*names} == {name for name in names if not name.startswith(resting or "nothing")}
+        assert moved - {*names} == ({*before} - {*names} if batchnorm == "train" else set())
+        assert all(value.grad is None for name, value in model.network.named_parameters() if name not in moved)
+    average = average_of(model)
+    model.rest(at_rest)
+    follow(average, model, 0.9, 5)
+    assert all(torch.equal(value, snapshot(average)[name]) for name, value in snapshot(model).items())
 
 
 @pytest.mark.parametrize("frozen_stages", FREEZES)

@@ -4,7 +4,7 @@ import random
 
 from pipelines.config import Config
 from pipelines.model.network import TransferModel
-from pipelines.model.optimizer import lr_factor, make_optimizer, set_learning_rates
+from pipelines.model.optimizer import Schedule, learning_rates, lr_factor, make_optimizer, set_learning_rates
 
 import pytest
 import torch
@@ -150,6 +150,36 @@ def test_rates_are_set_from_the_base_every_time():
         assert [group["lr"] for group in inner.param_groups] == list(rates.values())
     only_head = make_optimizer(model(5), Config(lr=0.1))
     assert set_learning_rates(only_head, 0.5) == {"lr/head": 0.05}
+
+
+# What is at rest
+
+
+@pytest.mark.parametrize(
+    ("settings", "at_rest"),
+    [
+        ({}, [0, 0, 0, 0, 0, 0, 0, 0]),
+        ({"freeze_epochs": 3}, [5, 5, 5, 0, 0, 0, 0, 0]),
+        ({"freeze_epochs": 3, "freeze": "layer1"}, [5, 5, 5, 2, 2, 2, 2, 2]),
+        ({"freeze_epochs": 1, "unfreeze": "gradual"}, [5, 4, 3, 2, 1, 0, 0, 0]),
+        ({"freeze_epochs": 2, "unfreeze": "gradual"}, [5, 5, 4, 4, 3, 3, 2, 2]),
+        ({"freeze_epochs": 1, "unfreeze": "gradual", "freeze": "layer2"}, [5, 4, 3, 3, 3, 3, 3, 3]),
+        ({"freeze_epochs": 1, "freeze": "layer3"}, [5, 4, 4, 4, 4, 4, 4, 4]),
+        ({"freeze_epochs": 2, "arch": "swin_t"}, [5, 5, 0, 0, 0, 0, 0, 0]),
+        ({"freeze_epochs": 2, "mode": "feature_extract"}, [5, 5, 5, 5, 5, 5, 5, 5]),
+    ],
+)
+def test_what_is_at_rest_goes_by_the_epoch(settings, at_rest):
+    schedule = Schedule(Config(**settings), STEPS)
+    assert [schedule.stages_at_rest(epoch) for epoch in range(8)] == at_rest
+
+
+def test_what_is_at_rest_has_no_rate_in_the_rows():
+    network = model(2)
+    optimizer = make_optimizer(network, Config(layer_decay=0.5, weight_decay=0.1, weight_decay_on="matrices"))
+    for at_rest, names in ((5, ["head"]), (4, ["head", "body"]), (2, ["head", "body", "layer3", "layer2"])):
+        network.rest(at_rest)
+        assert [*learning_rates(optimizer)] == [f"lr/{name}" for name in names]
 
 
 # The schedule

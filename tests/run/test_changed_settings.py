@@ -36,7 +36,8 @@ OTHER = {
     "hue": 0.1, "erase_probability": 0.5, "rotation": 10.0, "shear": 5.0, "translation": 0.1, "grey_probability": 0.2,
     "blur_probability": 0.2, "augment": "strong", "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
     "sampler": "balanced", "views_per_photo": 3,
-    "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "batchnorm": "train", "head_init": "zeros",
+    "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "freeze_epochs": 2, "unfreeze": "gradual",
+    "batchnorm": "train", "head_init": "zeros",
     "teacher": "runs/big", "teacher_weight": 0.5, "teacher_temperature": 4.0,
     "batch_size": 16, "label_smoothing": 0.1, "dropout": 0.2, "clip_grad_norm": 1.0, "ema_decay": 0.9,
     "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001, "layer_decay": 0.7,
@@ -73,6 +74,7 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
     before |= {"weight_decay": 0.1} if key == "weight_decay_on" else {}
     before |= {"first_image_size": 128, "grow_epochs": 2} if key in ("first_image_size", "grow_epochs") else {}
     before |= {"teacher": "runs/big"} if key.startswith("teacher_") else {}
+    before |= {"freeze_epochs": 1} if key == "unfreeze" else {}
     saved_run(run, Config(**before))
     other = Config(**before | {key: OTHER[key]})
     if key in resume.REPORTED:
@@ -95,6 +97,7 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
         ({}, {"teacher_weight": 0.5, "teacher_temperature": 4.0}),
         ({"teacher": "runs/big"}, {"teacher": "/elsewhere/big"}),
         ({"teacher": "runs/big", "teacher_weight": 1.0}, {"label_smoothing": 0.1, "class_weights": "balanced"}),
+        ({"freeze_epochs": 0}, {"unfreeze": "gradual"}),
         ({"mode": "feature_extract"}, {"layer_decay": 0.5}),
         ({"crop_mode": "squash"}, {"resize": 300}),
         ({}, {"eval_size": 224}),

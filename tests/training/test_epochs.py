@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import train
 from pipelines.config import Config
 from pipelines.errors import UserError
+from pipelines.model.optimizer import Schedule
 from pipelines.run.folder import RunFolder
 from pipelines.training.fitted_head import Start, resolved
+from pipelines.training.report import unfreezing_report
 
 import pytest
 
@@ -55,6 +57,36 @@ def test_a_square_that_grows_has_its_full_size_in_an_epoch_at_least():
     config = Config(epochs="auto", views_per_photo="auto", first_image_size=128, grow_epochs=9)
     chosen = resolved(config, Start("layer3"), network, 1000)
     assert (chosen.epochs, chosen.views_per_photo) == (10, None)
+
+
+@pytest.mark.parametrize(("unfreeze", "epochs"), [("together", 10), ("gradual", 19)])
+def test_all_joins_in_what_auto_comes_to(unfreeze, epochs):
+    network = SimpleNamespace(frozen_part_is_fixed=True)
+    config = Config(epochs="auto", freeze_epochs=9, unfreeze=unfreeze, freeze="auto", head_init="auto")
+    assert resolved(config, Start("layer2"), network, 1000).epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, None),
+        ({"freeze_epochs": 3}, "epochs 1 to 3 train the head alone, all of the body joins in 4"),
+        ({"freeze_epochs": 1, "freeze": "layer2"}, "epoch 1 trains the head alone, layer4, layer3 join in 2"),
+        (
+            {"freeze_epochs": 4, "unfreeze": "gradual", "freeze": "stem"},
+            "epochs 1 to 4 train the head alone, layer4 joins in 5, layer3 joins in 9, layer2 joins after the end, "
+            "layer1 joins after the end",
+        ),
+        (
+            {"freeze_epochs": 4, "max_steps": 15},
+            "epochs 1 to 2 train the head alone, all of the body joins after the end",
+        ),
+        ({"freeze_epochs": 4, "mode": "feature_extract"}, None),
+        ({"freeze_epochs": 4, "epochs": 0, "head_init": "fitted"}, None),
+    ],
+)
+def test_when_the_body_joins_is_said(settings, line):
+    assert unfreezing_report(Schedule(Config(**settings), 10)) == ([f"freeze_epochs: {line}"] if line else [])
 
 
 def finished(folder, **settings):

@@ -45,7 +45,7 @@ def said(monkeypatch) -> list[Any]:
 def recorder(tmp_path, said) -> Recorder:
     run = RunFolder(tmp_path / "run")
     run.create(Config())
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "name": "head"}], lr=0.5)
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "name": "head"}], lr=0.5)
     training = SimpleNamespace(wait_seconds=0.0)
     checked: Any = SimpleNamespace(run=run, accelerator=Accelerator(cpu=True), state=PartialState(), config=CONFIG)
     checked.classes, checked.dataset, checked.steps_per_epoch = ("a", "b"), None, 3
