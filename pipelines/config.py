@@ -70,6 +70,7 @@ Arch = Literal[
 ]  # fmt: skip
 UNSURE_FOR = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # accuracies that answers may be wanted to have
 STAGED = ("resnet", "resnext", "wide_resnet")  # how those begin whose stages can be told
+DROPS_PATHS = ("convnext", "efficientnet", "swin")  # those with torchvision's StochasticDepth
 _MOST_NAMED = 12  # of a setting's values
 ImageSize = Annotated[int, Field(ge=64, le=1024)]
 Resize = Annotated[int, Field(ge=64, le=4096)]
@@ -94,11 +95,11 @@ _OF_EPOCHS = (
     *("weight_decay_on", "clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
-    *("dropout", "augment", "teacher", "teacher_weight", "teacher_temperature"),
+    *("dropout", "drop_path", "augment", "teacher", "teacher_weight", "teacher_temperature"),
 )
 # What augment light stands for: fastai's aug_transforms turn by up to 10 degrees and light by up to 0.2 as well.
 LIGHT = {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
-_OF_BODY = ("freeze", "freeze_epochs", "unfreeze", "lr_body", "layer_decay")
+_OF_BODY = ("freeze", "freeze_epochs", "unfreeze", "lr_body", "layer_decay", "drop_path")
 _OF_SCHEDULE = {"step_epochs": ("step",), "step_gamma": ("step",), "min_lr": ("cosine", "one_cycle")}
 
 
@@ -279,6 +280,9 @@ class Config:
     """share of the target that is spread over all classes"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """chance that an input of the head is left out in a step, for each photo anew (Srivastava et al. 2014)"""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """chance that what a network's last block adds to its input is left out in a step, for each photo anew, which falls
+    to 0 at the first block (Huang et al. 2016); of a ConvNeXt, EfficientNet or Swin Transformer"""
     teacher: Text | None = None
     """folder of a finished run of the same classes, as of a larger network, whose answers to the very pixels that this
     one sees are learned beside the labels (Hinton et al. 2015); null: the labels alone"""
@@ -441,6 +445,12 @@ class Config:
             raise Contradiction(
                 "the body would never be trained: give more epochs, or mode feature_extract", "freeze_epochs", "epochs"
             )
+        if self.mode == "finetune" and self.drop_path and not self.arch.startswith(DROPS_PATHS):
+            raise Contradiction(
+                "only what begins with convnext, efficientnet or swin has blocks to leave out", "arch", "drop_path"
+            )
+        if self.mode == "finetune" and self.drop_path and self.compile:
+            raise Contradiction("what blocks are left out of is not compiled", "compile", "drop_path")
         if self.compile and self.dropout and self.mode == "finetune" and not self.arch.startswith(STAGED):
             raise Contradiction("only a ResNet is compiled with dropout before its head", "compile", "dropout")
         if self.mode == "finetune" and self.freeze == "auto" and not self.may_fit_head:
@@ -483,6 +493,7 @@ GROUPS = {
         "class_weights",
         "label_smoothing",
         "dropout",
+        "drop_path",
         "teacher",
         "teacher_weight",
         "teacher_temperature",

@@ -130,7 +130,8 @@ class Views:
     flips: bool [n], whether the square is mirrored left to right.
     image_size: its side in pixels.
     alterations: None for none.
-    keys: uint64 [n], random bits for what is drawn beyond the photo (`dropout_mask`); None where nothing may be.
+    keys: uint64 [n], random bits for what is drawn beyond the photo (`dropout_mask`, `path_mask`); None where nothing
+    may be.
     """
 
     indices: np.ndarray
@@ -541,6 +542,16 @@ def dropout_mask(keys: np.ndarray, features: int, chance: float) -> np.ndarray:
     words = random_bits(keys[:, None], np.arange(-(-features // 4)))
     parts = (words[:, :, None] >> np.array([0, 16, 32, 48], np.uint64)) & np.uint64(0xFFFF)
     return parts.reshape(len(keys), 4 * words.shape[1])[:, :features] >= round(chance * 2**16)
+
+
+def path_mask(keys: np.ndarray, chances: np.ndarray) -> np.ndarray:
+    """bool [n, blocks, 2]: which additions of each block are kept for n photos; a block has at most two of them.
+
+    keys: as `dropout_mask` has them. chances: float64 [blocks], that one is left out.
+    """
+    # A third coordinate, so that no bits are those of dropout.
+    bits = random_bits(keys[:, None, None], np.arange(len(chances))[:, None], np.arange(2))
+    return uniform(bits) >= chances[:, None]
 
 
 def symmetric_beta(alpha: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -141,6 +141,11 @@ class FrozenFeatures:
         return self._network.head.in_features
 
     @property
+    def droppable_blocks(self) -> int:
+        """Of how many blocks something may be left out now, as the model's `droppable` says."""
+        return len(self._network.droppable)
+
+    @property
     def rows(self) -> torch.Tensor:
         """Of the view that was prepared: [N, numbers], of each photo of the split, zeros where it cannot be read; or
         [2N, numbers], with those of the mirror images behind them."""

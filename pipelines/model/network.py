@@ -93,6 +93,14 @@ class TransferModel(nn.Module):
         return self.network.get_submodule(self.head_name)
 
     @property
+    def droppable(self) -> list[nn.Module]:
+        """Of each block that `drop_path` may leave something out of, in order, the module that what it adds goes
+        through, once or twice; none where the body is frozen or at rest."""
+        if self._resting_stages == len(STAGES):
+            return []
+        return [module for module in self.network.modules() if isinstance(module, ops.StochasticDepth)]
+
+    @property
     def frozen_part_is_fixed(self) -> bool:
         """Whether `forward_frozen` does something that is always the same for a view, so that once is enough."""
         return self._frozen_stages > 0 and self.batchnorm in ("frozen", "none")
@@ -138,12 +146,15 @@ class TransferModel(nn.Module):
         """float [n, 3, H, W] -> logits float [n, classes]."""
         return self.forward_trained(self.forward_frozen(images))
 
-    def forward_trained(self, hidden: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+    def forward_trained(
+        self, hidden: torch.Tensor, scales: torch.Tensor | None = None, path_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The output of `forward_frozen` -> logits float [n, classes].
 
-        scales: float32 [n, features], what the head's inputs are multiplied by; None for nothing.
+        scales: float32 [n, features], what the head's inputs are multiplied by; None for nothing. path_scales: float32
+        [n, blocks, 2], what the additions of each block of `droppable` are; None for nothing.
         """
-        with _NoStatisticsOfEmptyBatches(self, hidden):
+        with _NoStatisticsOfEmptyBatches(self, hidden), _ScaledPaths(self, path_scales):
             if not self._frozen_stages and scales is None:
                 return self.network(hidden)
             if not self._frozen_stages and not isinstance(self.network, models.ResNet):
@@ -229,9 +240,11 @@ class TrainedPart(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, features: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, scales: torch.Tensor | None = None, path_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As the model's `forward_trained`."""
-        return self.model.forward_trained(features, scales)
+        return self.model.forward_trained(features, scales, path_scales)
 
 
 class _NoStatisticsOfEmptyBatches:
@@ -251,6 +264,28 @@ class _NoStatisticsOfEmptyBatches:
     def __exit__(self, *_: object) -> None:
         for module in self._paused:
             module.train()
+
+
+class _ScaledPaths:
+    """Multiplies what comes out of a model's `droppable` modules, in their first call and in their second."""
+
+    def __init__(self, model: TransferModel, scales: torch.Tensor | None) -> None:
+        self._of_modules = [] if scales is None else [*zip(model.droppable, scales.unbind(1), strict=True)]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        for module, scales in self._of_modules:
+            calls = iter(scales.unbind(1))
+
+            def scaled(_: nn.Module, __: object, output: torch.Tensor, calls: Any = calls) -> torch.Tensor:
+                factors = next(calls).to(output.dtype)
+                return output * factors.view(len(factors), *[1] * (output.ndim - 1))
+
+            self._hooks.append(module.register_forward_hook(scaled))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 def batchnorms(model: nn.Module) -> list[Any]:

@@ -41,7 +41,9 @@ class Teacher(TransferModel):
         """float [n, 3, H, W] -> logits float [n, classes], of the view that is given alone."""
         return self.head(super().forward_frozen(images))
 
-    def forward_trained(self, hidden: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+    def forward_trained(
+        self, hidden: torch.Tensor, scales: torch.Tensor | None = None, path_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Nothing is left to do."""
         return hidden
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 
-from pipelines.config import SCHEMA, Config, dump_yaml
+from pipelines.config import DROPS_PATHS, SCHEMA, Config, dump_yaml
 from pipelines.data.engines.factory import engine_module
 from pipelines.data.loader import Batch, Loader, decoding_threads
 from pipelines.data.plan import grown_size
@@ -149,7 +149,10 @@ def _setup_report(checked: Checked, components: Components) -> list[str]:
         *launcher_hints(accelerator, config, facts["train_photos"]),
     ]
     if network.dropout_is_left_out:
-        lines.append(f"dropout: what {config.arch} has of it is left out; --dropout, before the head, is planned")
+        planned = "--dropout, before the head, is planned"
+        if config.arch.startswith(DROPS_PATHS):
+            planned = "--dropout, before the head, and --drop_path, of its blocks, are planned"
+        lines.append(f"dropout: what {config.arch} has of it is left out; {planned}")
     if config.first_image_size is not None and config.grow_epochs is not None:
         lines.append(growth_line(config.first_image_size, config.image_size, config.grow_epochs))
     if config.mixes_photos and config.epochs:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from pipelines.config import Config
 from pipelines.data.loader import Batch, Loader, Step
-from pipelines.data.plan import dropout_mask
+from pipelines.data.plan import dropout_mask, path_mask
 from pipelines.distributed.copies import to_device
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.teacher import sum_of_divergences
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional
@@ -68,13 +69,15 @@ def update(
         batch = next(step.batches, None) or loader.empty_batch()
         if number == 0:
             first_batch = batch
-        dropped = []
+        dropped = {}
         if config.dropout:
-            dropped = [dropout_scales(batch, features.head_inputs, config.dropout, accelerator.device)]
+            dropped["scales"] = dropout_scales(batch, features.head_inputs, config.dropout, accelerator.device)
+        if config.drop_path and (blocks := features.droppable_blocks):
+            dropped["path_scales"] = path_scales(batch, blocks, config.drop_path, accelerator.device)
         with nullcontext() if number == step.rounds - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
                 answers = teacher.of(batch).float() if teacher else None
-                logits = model(features.of(batch), *dropped).float()
+                logits = model(features.of(batch), **dropped).float()
             losses = sum_of_losses(logits, batch, class_weights, config.label_smoothing)
             if answers is not None:
                 divergences = sum_of_divergences(logits, answers, config.teacher_temperature)
@@ -100,6 +103,17 @@ def dropout_scales(batch: Batch, features: int, chance: float, device: torch.dev
     assert batch.keys is not None, "only training photos have keys"
     kept = torch.from_numpy(dropout_mask(batch.keys, features, chance))
     return to_device(kept, device) * (1 / (1 - chance))
+
+
+def path_scales(batch: Batch, blocks: int, chance: float, device: torch.device) -> torch.Tensor:
+    """float32 [n, blocks, 2], on the device, what stochastic depth multiplies a block's additions by (Huang et al.
+    2016): 0 by a chance that grows evenly from 0 in the first block to `chance` in the last, else 1 / (1 - that), as
+    torchvision's. By the photos' keys, as dropout.
+    """
+    assert batch.keys is not None, "only training photos have keys"
+    chances = chance * np.arange(blocks) / max(blocks - 1, 1)
+    kept = path_mask(batch.keys, chances) / (1 - chances[:, None])
+    return to_device(torch.from_numpy(kept.astype(np.float32)), device)
 
 
 def sum_of_losses(

@@ -11,6 +11,7 @@ from pipelines.data.plan import (
     ViewsInOrder,
     dropout_mask,
     grown_size,
+    path_mask,
     permute,
     random_bits,
     random_resized_crop,
@@ -83,6 +84,20 @@ def test_keys_are_of_epoch_and_position_and_dropout_keeps_as_many_as_it_should()
     assert dropout_mask(keys[:0], 510, 0.3).shape == (0, 510)
     pinned = [[0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 1]]
     assert dropout_mask(keys[:2], 6, 0.5).astype(int).tolist() == pinned, "for good"
+
+
+def test_paths_are_kept_by_the_photo_alone_as_often_as_they_should():
+    keys = train_plan([(60, 80)] * 4000, seed=7).views(3, np.arange(4000)).keys
+    chances = np.array([0.0, 0.25, 0.5])
+    kept = path_mask(keys, chances)
+    np.testing.assert_array_equal(path_mask(keys[[9, 4]], chances), kept[[9, 4]])
+    assert kept[:, 0].all()
+    assert kept.mean(axis=0) == pytest.approx(1 - np.stack([chances, chances], axis=1), abs=0.03)
+    columns = [*kept[:, 1:].reshape(-1, 4).T, *dropout_mask(keys, 6, 0.5).T]
+    assert np.abs(np.corrcoef(columns) - np.eye(10)).max() < 0.08, "each is drawn by itself, and apart from dropout"
+    assert path_mask(keys[:0], chances).shape == (0, 3, 2)
+    pinned = [[0, 0, 0, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
+    assert path_mask(keys[:2], np.full(3, 0.5)).reshape(2, -1).astype(int).tolist() == pinned, "for good"
 
 
 def test_golden_stream():

@@ -38,8 +38,8 @@ OTHER = {
     "sampler": "balanced", "views_per_photo": 3,
     "arch": "resnet34", "mode": "feature_extract", "freeze": "layer1", "freeze_epochs": 2, "unfreeze": "gradual",
     "batchnorm": "train", "head_init": "zeros",
+    "batch_size": 16, "label_smoothing": 0.1, "dropout": 0.2, "drop_path": 0.2, "clip_grad_norm": 1.0, "ema_decay": 0.9,
     "teacher": "runs/big", "teacher_weight": 0.5, "teacher_temperature": 4.0,
-    "batch_size": 16, "label_smoothing": 0.1, "dropout": 0.2, "clip_grad_norm": 1.0, "ema_decay": 0.9,
     "optimizer": "adamw", "lr": 0.5, "lr_body": 0.001, "layer_decay": 0.7,
     "momentum": 0.5,
     "nesterov": True, "weight_decay": 0.1, "weight_decay_on": "matrices", "min_lr": 0.001,
@@ -75,6 +75,7 @@ def test_only_a_change_that_decides_the_result_is_refused(run, key):
     before |= {"first_image_size": 128, "grow_epochs": 2} if key in ("first_image_size", "grow_epochs") else {}
     before |= {"teacher": "runs/big"} if key.startswith("teacher_") else {}
     before |= {"freeze_epochs": 1} if key == "unfreeze" else {}
+    before |= {"arch": "swin_t"} if key == "drop_path" else {}
     saved_run(run, Config(**before))
     other = Config(**before | {key: OTHER[key]})
     if key in resume.REPORTED:
