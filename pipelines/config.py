@@ -89,13 +89,13 @@ EngineName = Annotated[Literal["auto", "dali", "nvimgcodec", "pillow"], BeforeVa
 
 
 _OF_EPOCHS = (
-    *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "views_per_photo", "label_smoothing"),
+    *("batch_size", "max_batch_per_device", "max_steps", "crop_scale_min", "crop_ratio_max", "views_per_photo"),
     *("freeze", "freeze_epochs", "unfreeze", "lr", "lr_body", "layer_decay", "optimizer", "momentum", "nesterov"),
-    "weight_decay",
-    *("weight_decay_on", "clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "sampler", "patience", "ema_decay"),
+    *("weight_decay", "weight_decay_on", "clip_grad_norm", "schedule", "min_lr", "warmup_epochs", "ema_decay"),
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
-    *("dropout", "drop_path", "augment", "teacher", "teacher_weight", "teacher_temperature"),
+    *("label_smoothing", "dropout", "drop_path", "augment", "teacher", "teacher_weight", "teacher_temperature"),
+    *("sampler", "patience"),
 )
 # What augment light stands for: fastai's aug_transforms turn by up to 10 degrees and light by up to 0.2 as well.
 LIGHT = {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
@@ -176,6 +176,9 @@ class Config:
     """what transparent pixels are composed on; ignored: the colour that lies under them, often black"""
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
     """smallest share of the photo that a training crop may have"""
+    crop_ratio_max: Annotated[float, Field(ge=1, le=10)] = 4 / 3
+    """how many times as wide as high, and as high as wide, a training crop may be before it is made a square; 1: what
+    is seen keeps its shape"""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """chance that a training photo is mirrored"""
     augment: Literal["none", "light", "strong"] = "none"
@@ -474,10 +477,10 @@ GROUPS = {
     "Data": ["data", "val_fraction", "class_names", "skip_bad_files", "cache_gb"],
     "Images": [
         *("image_size", "first_image_size", "grow_epochs", "eval_size", "resize", "shrink", "crop_mode"),
-        *("transparency", "crop_scale_min", "flip_probability", "augment", "vertical_flip_probability"),
-        *("quarter_turns", "rotation", "shear", "translation", "brightness", "contrast", "saturation", "hue"),
-        *("grey_probability", "blur_probability", "erase_probability", "mixup_alpha", "cutmix_alpha", "sampler"),
-        "views_per_photo",
+        *("transparency", "crop_scale_min", "crop_ratio_max", "flip_probability", "augment"),
+        *("vertical_flip_probability", "quarter_turns", "rotation", "shear", "translation", "brightness"),
+        *("contrast", "saturation", "hue", "grey_probability", "blur_probability", "erase_probability"),
+        *("mixup_alpha", "cutmix_alpha", "sampler", "views_per_photo"),
     ],
     "Loader": ["loader", "loader_threads", "memory_gb", "prefetch"],
     "Model": [

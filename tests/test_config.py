@@ -184,6 +184,7 @@ WRONG = [
     ("image_size", "63", "an integer >= 64 and <= 1024"),
     ("image_size", "1025", "an integer >= 64 and <= 1024"),
     ("crop_scale_min", "0", "a finite number > 0 and <= 1"),
+    ("crop_ratio_max", "0.75", "a finite number >= 1 and <= 10"),
     ("flip_probability", "1.1", "a finite number >= 0 and <= 1"),
     ("label_smoothing", "1", "a finite number >= 0 and < 1"),
     ("val_fraction", "1", "a finite number > 0 and < 1"),

@@ -23,7 +23,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 24  # of the permutation: all orders of 6 photos then come equally often to 0.05 % (counted exactly)
 _GROWS_BY = 32  # pixels of a growing square: networks halve its sides five times
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten as well
-_RATIO_MIN, _RATIO_MAX = 3 / 4, 4 / 3
+_RATIO_MAX = 4 / 3  # torchvision's, whose smallest is 3/4
 _LOG_RATIO_MAX = 0.28768207245178090  # log(4/3); log(3/4) is its negative
 
 _LOG_ERASE_RATIO = 1.2039728043259361  # log(10/3)
@@ -174,10 +174,10 @@ class TrainPlan:
     distributed as any other; together they are a Latin hypercube (McKay et al. 1979): of area, ratio, top, left and
     flip each K-th part of the range is drawn from once. So few are enough.
 
-    The crop follows torchvision's RandomResizedCrop (Szegedy et al. 2014): an area share uniform in
-    [crop_scale_min, 1], an aspect ratio log-uniform in [3/4, 4/3], ten attempts, then the largest central window. With
-    `crop_mode` "squash" it is drawn from the photo squeezed into a square, as validation sees it: the ratio times the
-    photo's own.
+    The crop follows torchvision's RandomResizedCrop (Szegedy et al. 2014): an area share uniform in [crop_scale_min,
+    1], an aspect ratio log-uniform in [1 / crop_ratio_max, crop_ratio_max], ten attempts, then the largest central
+    window. With `crop_mode` "squash" it is drawn from the photo squeezed into a square, as validation sees it: the
+    ratio times the photo's own.
 
     sizes: int32 [N, 2], height and width of each upright photo in pixels; (0, 0) for a photo that cannot be read,
     which keeps its place. augmentation: what else is drawn, the same for a photo's view as for a position.
@@ -193,6 +193,7 @@ class TrainPlan:
         seed: int,
         image_size: int,
         crop_scale_min: float,
+        crop_ratio_max: float = _RATIO_MAX,
         flip_probability: float,
         views_per_photo: int | None = None,
         crop_mode: str = "center",
@@ -209,7 +210,7 @@ class TrainPlan:
         self.crop_mode = crop_mode
         self._sizes = sizes
         self._seed = seed
-        self._crop_scale_min = crop_scale_min
+        self._crop_scale_min, self._crop_ratio_max = crop_scale_min, crop_ratio_max
         self._flip_probability = flip_probability
         self._views_per_photo = views_per_photo
         self._augmentation = augmentation
@@ -287,7 +288,11 @@ class TrainPlan:
             crops[:, 0] = (parts[:, :4] + crops[:, 0]) / self._views_per_photo
             flips = (parts[:, 4] + flips) / self._views_per_photo
         windows = random_resized_crop(
-            self._sizes[indices], crops, scale_min=self._crop_scale_min, squash=self.crop_mode == "squash"
+            self._sizes[indices],
+            crops,
+            scale_min=self._crop_scale_min,
+            ratio_max=self._crop_ratio_max,
+            squash=self.crop_mode == "squash",
         )
         flips = flips < self._flip_probability
         resized = np.full((len(indices), 2), size, np.int32)
@@ -350,6 +355,7 @@ def train_plan(config: Config, sizes: np.ndarray, labels: np.ndarray) -> TrainPl
         seed=config.seed,
         image_size=config.image_size,
         crop_scale_min=config.crop_scale_min,
+        crop_ratio_max=config.crop_ratio_max,
         flip_probability=config.flip_probability,
         views_per_photo=config.views_per_photo,
         crop_mode=config.crop_mode,
@@ -472,25 +478,31 @@ def uniform(bits: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def random_resized_crop(sizes: np.ndarray, draws: np.ndarray, *, scale_min: float, squash: bool = False) -> np.ndarray:
+def random_resized_crop(
+    sizes: np.ndarray, draws: np.ndarray, *, scale_min: float, ratio_max: float = _RATIO_MAX, squash: bool = False
+) -> np.ndarray:
     """int32 [n, 4]: top, left, height, width of a window in each photo.
 
     sizes: int [n, 2], height and width in pixels. draws: float64 [n, attempts, 4] in [0, 1), for area, aspect ratio,
-    top and left. scale_min: the smallest share of the photo's area. squash: aspect ratios are times the photo's own.
+    top and left. scale_min: the smallest share of the photo's area. ratio_max: the largest width of a height, 1 to 10,
+    and the largest height of a width. squash: aspect ratios are times the photo's own.
     """
     height, width = (np.maximum(sizes[:, axis, None], 1).astype(np.float64) for axis in (0, 1))
     area = height * width * (scale_min + (1 - scale_min) * draws[..., 0])
     own = width / height if squash else 1.0
-    ratio = _exp((2 * draws[..., 1] - 1) * _LOG_RATIO_MAX) * own
+    exp, log_ratio = _exp, _LOG_RATIO_MAX
+    if ratio_max != _RATIO_MAX:
+        exp, log_ratio = _exp_of_more, float(_log(np.array(ratio_max)))
+    ratio = exp((2 * draws[..., 1] - 1) * log_ratio) * own
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = np.argmax(fits, axis=1)[:, None]
     w, h, u, v = (np.take_along_axis(a, first, axis=1) for a in (w, h, draws[..., 2], draws[..., 3]))
     top, left = np.floor(u * (height - h + 1)), np.floor(v * (width - w + 1))
 
-    wide, narrow = width / height > _RATIO_MAX * own, width / height < _RATIO_MIN * own
-    central_w = np.where(wide, np.rint(height * _RATIO_MAX), width)
-    central_h = np.where(narrow, np.rint(width / _RATIO_MIN), height)
+    wide, narrow = width / height > ratio_max * own, width / height < 1 / ratio_max * own
+    central_w = np.where(wide, np.rint(height * ratio_max), width)
+    central_h = np.where(narrow, np.rint(width / (1 / ratio_max)), height)
     central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
     found = fits.any(axis=1, keepdims=True)
     chosen = [np.where(found, *pair) for pair in zip([top, left, h, w], central, strict=True)]
@@ -504,9 +516,7 @@ def random_box(draws: np.ndarray, size: int) -> np.ndarray:
     draws: float64 [n, 4] in [0, 1), for area, aspect ratio, top and left.
     """
     area = size**2 * (0.02 + (1 / 3 - 0.02) * draws[:, 0])
-    ratio = _exp((2 * draws[:, 1] - 1) * (_LOG_ERASE_RATIO / 8))  # of a number small enough for the series
-    for _ in range(3):
-        ratio = ratio * ratio
+    ratio = _exp_of_more((2 * draws[:, 1] - 1) * _LOG_ERASE_RATIO)
     height, width = (np.clip(np.rint(np.sqrt(each)), 1, size) for each in (area / ratio, area * ratio))
     top, left = np.floor(draws[:, 2] * (size - height + 1)), np.floor(draws[:, 3] * (size - width + 1))
     return np.stack([top, left, height, width], axis=1).astype(np.int64)
@@ -590,6 +600,14 @@ def _exp(x: np.ndarray) -> np.ndarray:
     result = np.ones_like(x)
     for k in range(14, 0, -1):
         result = 1 + result * x / k
+    return result
+
+
+def _exp_of_more(x: np.ndarray) -> np.ndarray:
+    """e**x for |x| < 2.4, likewise, as the eighth power of what the series is good for."""
+    result = _exp(x / 8)
+    for _ in range(3):
+        result = result * result
     return result
 
 

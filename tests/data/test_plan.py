@@ -53,12 +53,13 @@ GOLDEN_BITS = 17824878756907967
 GOLDEN_BALANCED = [[3, 6, 5, 5, 0, 1, 4], [3, 2, 0, 5, 0, 2, 5], [2, 0, 0, 0, 5, 6, 3]]
 
 
-def train_plan(sizes, seed=0, scale_min=0.08, views_per_photo=None, balanced_labels=None) -> TrainPlan:
+def train_plan(sizes, seed=0, scale_min=0.08, views_per_photo=None, balanced_labels=None, ratio_max=4 / 3) -> TrainPlan:
     return TrainPlan(
         np.array(sizes, np.int32),
         seed=seed,
         image_size=224,
         crop_scale_min=scale_min,
+        crop_ratio_max=ratio_max,
         flip_probability=0.5,
         views_per_photo=views_per_photo,
         balanced_labels=balanced_labels,
@@ -313,20 +314,37 @@ def test_an_unreadable_photo_moves_no_other():
     np.testing.assert_array_equal(one.windows[others], other.windows[others])
 
 
-def test_crops_are_distributed_as_torchvisions():
-    torchvisions = RandomResizedCrop(224, scale=(0.08, 1.0))
+@pytest.mark.parametrize("ratio_max", [4 / 3, 1.0, 3.0])
+def test_crops_are_distributed_as_torchvisions(ratio_max):
+    torchvisions = RandomResizedCrop(224, scale=(0.08, 1.0), ratio=(1 / ratio_max, ratio_max))
     photo = Image.new("L", (500, 375))
     theirs = np.array([torchvisions.get_params(photo, torchvisions.scale, torchvisions.ratio) for _ in range(6000)])
-    ours = train_plan([(375, 500)] * 6000).views(0, np.arange(6000)).windows
+    ours = train_plan([(375, 500)] * 6000, ratio_max=ratio_max).views(0, np.arange(6000)).windows
     error = np.hypot(theirs.std(0), ours.std(0)) / 6000**0.5
     assert (np.abs(theirs.mean(0) - ours.mean(0)) < 5 * error).all()
     np.testing.assert_allclose(theirs.std(0), ours.std(0), rtol=0.05)
 
 
-@pytest.mark.parametrize(("size", "expected"), [((100, 1000), (0, 433, 100, 133)), ((1000, 90), (440, 0, 120, 90))])
-def test_without_a_fitting_attempt_the_crop_is_central(size, expected):
+@pytest.mark.parametrize(
+    ("size", "ratio_max", "expected"),
+    [
+        ((100, 1000), 4 / 3, (0, 433, 100, 133)),
+        ((1000, 90), 4 / 3, (440, 0, 120, 90)),
+        ((100, 1000), 1.0, (0, 450, 100, 100)),
+        ((1000, 90), 10.0, (50, 0, 900, 90)),
+    ],
+)
+def test_without_a_fitting_attempt_the_crop_is_central(size, ratio_max, expected):
     draws = np.full((1, 10, 4), 0.999)  # too large for so long a photo, each time
-    assert random_resized_crop(np.array([size]), draws, scale_min=0.08)[0].tolist() == list(expected)
+    found = random_resized_crop(np.array([size]), draws, scale_min=0.08 if ratio_max < 10 else 1.0, ratio_max=ratio_max)
+    assert found[0].tolist() == list(expected)
+
+
+def test_a_wide_range_of_crops_goes_to_its_ends():
+    draws = np.zeros((2, 10, 4))
+    draws[1, :, 1] = 1 - 2.0**-53
+    crops = random_resized_crop(np.array([(5000, 5000)] * 2), draws, scale_min=0.09, ratio_max=9.0)
+    assert crops[:, 2:].tolist() == [[4500, 500], [500, 4500]]
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(256, 224), (72, 64), (224, 224), (300, 299)]))

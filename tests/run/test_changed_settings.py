@@ -31,7 +31,7 @@ def test_each_setting_is_in_one_table_of_what_a_change_does():
 OTHER = {
     "seed": 1, "image_size": 192, "first_image_size": 160, "grow_epochs": 3, "eval_size": 256, "resize": 300,
     "shrink": 512, "crop_mode": "squash",
-    "transparency": "black", "crop_scale_min": 0.5, "flip_probability": 0.1,
+    "transparency": "black", "crop_scale_min": 0.5, "crop_ratio_max": 1.0, "flip_probability": 0.1,
     "vertical_flip_probability": 0.5, "quarter_turns": True, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2,
     "hue": 0.1, "erase_probability": 0.5, "rotation": 10.0, "shear": 5.0, "translation": 0.1, "grey_probability": 0.2,
     "blur_probability": 0.2, "augment": "strong", "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
