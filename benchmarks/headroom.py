@@ -29,6 +29,7 @@ from pipelines.distributed.exits import run_script
 from pipelines.distributed.hardware import machine
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.node_memory import node_memory
+from pipelines.errors import UserError
 from pipelines.model.features import FrozenFeatures
 from pipelines.model.network import TrainedPart, build_model, frozen_stages
 from pipelines.model.optimizer import make_optimizer
@@ -47,6 +48,8 @@ class Training:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         config, _ = parse_config([*arguments, "--views-per-photo", "null"])
+        if config.teacher or config.first_image_size or config.freeze_epochs:
+            raise UserError("headroom: each step is to cost the same: without teacher, first_image_size, freeze_epochs")
         freeze = "none" if config.freeze == "auto" else config.freeze
         batch = config.max_batch_per_device if isinstance(config.max_batch_per_device, int) else config.batch_size
         self.config = replace(config, freeze=freeze, max_batch_per_device=min(batch, config.batch_size))

@@ -578,6 +578,7 @@ def _recipe(config: Config | None) -> str:
     groups = ("Images", "Model", "Training", "Optimizer")
     settings = {key: getattr(config, key) for group in groups for key in GROUPS[group]} | {"seed": config.seed}
     settings["weights"] = Path(config.weights or "imagenet, or DALITUNE_WEIGHTS").name
+    settings["teacher"] = config.teacher and Path(config.teacher).name
     return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
 
 

@@ -213,7 +213,7 @@ def _open(target: str, stack: ExitStack, errors: str) -> TextIO:
     try:
         return stack.enter_context(open(target, "w", encoding="utf-8", errors=errors, newline=""))
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}): give another file") from None
+        raise write_error(error, f"{target}: cannot be written ({error.strerror}): give another file") from None
 
 
 def _table(paths: list[str], classes: tuple[str, ...]) -> Callable[[dict[str, Any]], None]:

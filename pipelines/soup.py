@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from pipelines.config import Config, ScriptParser
 from pipelines.distributed.exits import run_script
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error
 from pipelines.model.average import mean_of
 from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, read_run_weights
@@ -159,7 +159,7 @@ def _write(out: Path, config: Config | None, weights: Weights, description: Mapp
             run.close()
             os.rename(run.folder, out)
     except OSError as error:
-        raise UserError(f"soup: {out} cannot be made ({error.strerror}): give another --out") from None
+        raise write_error(error, f"soup: {out} cannot be made ({error.strerror}): give another --out") from None
 
 
 if __name__ == "__main__":

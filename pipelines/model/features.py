@@ -90,6 +90,7 @@ class FrozenFeatures:
             self._numbers = math.prod(self._of_none.shape[1:])
             self.bytes = self._shown * self._copies * loader.plan.length * self._numbers * self._of_none.element_size()
         self.are_kept = 0 < self.bytes <= limit
+        self._limit = limit
         self._home = accelerator.device if self.bytes <= free_bytes_on(accelerator.device) else torch.device("cpu")
 
     def report(self) -> list[str]:
@@ -97,11 +98,12 @@ class FrozenFeatures:
         if not self.bytes:
             return []
         views = "the one view" if self._views_per_photo == 1 else f"each of {self._views_per_photo} views"
-        size, whose = f"{self.bytes / 2**20:,.0f} MiB", "" if self._home.type == "cpu" else "the GPU's "
+        size, most = (f"{each / 2**20:,.0f} MiB" for each in (self.bytes, max(0, self._limit)))
+        whose = "" if self._home.type == "cpu" else "the GPU's "
         return [
             f"{self.name}: computed once for {views} of a photo, {size} in {whose}memory"
             if self.are_kept
-            else f"{self.name}: computed every time, as all views would take {size} of memory"
+            else f"{self.name}: computed every time, as all views would take {size} of memory, with {most} to take"
         ]
 
     def in_store(self) -> str:

@@ -9,7 +9,7 @@ from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import UserError
 from pipelines.model.network import STAGES, TransferModel, restore_model
 from pipelines.model.weights import Weights, read_run_weights
-from pipelines.run_files import read_description
+from pipelines.run_files import read_description, read_run_config, read_trained_config
 from pipelines.text import composed, printable
 
 import torch
@@ -71,14 +71,18 @@ def read_teacher(config: Config, classes: Sequence[str], digest: str | None = No
         raise UserError(f"teacher: {run} does not know the class {printable(unknown[0])!r}: {_SAME_CLASSES}")
     if others := [name for name in names if name not in wanted]:
         raise UserError(f"teacher: {run} has a class {printable(others[0])!r}, and the photos none: {_SAME_CLASSES}")
-    size, takes_one = description["image_size"], description["arch"].startswith("vit_")
+    trained = read_trained_config(run) or (read_run_config(run) if (run / "config.yaml").is_file() else None)
+    # model.json has the size that it was evaluated at; of an exported folder nothing else is known.
+    size, sizes = description["image_size"], {config.image_size, config.evaluation_size}
+    if trained:
+        size, sizes = trained.image_size, {config.image_size}
+    takes_one = description["arch"].startswith("vit_")
     if takes_one and not config.image_size == (config.first_image_size or config.image_size) == size:
         raise UserError(f"teacher: {run} is a vision transformer: give --image_size {size}, and no first_image_size")
-    # The larger one where it was trained by the same settings: its model.json has what it was evaluated at.
-    if size not in (config.image_size, config.evaluation_size):
+    if size not in sizes:
         raise UserError(
             f"teacher: {run} was trained for {size} pixels, and it sees what this run sees, {config.image_size}: give "
-            f"--image_size {size} (and --resize {description['resize']}), or another teacher"
+            f"--image_size {size} (with a --resize to go with it), or another teacher"
         )
     if (tuple(description["mean"]), tuple(description["std"])) != (IMAGENET_MEAN, IMAGENET_STD):
         raise UserError(f"teacher: {run} wants another mean or std of its input than ImageNet's: give another teacher")

@@ -107,8 +107,12 @@ def trained_together(network: TransferModel, accelerator: Accelerator, config: C
 
     Called on all of them, and again where other parameters than before have a gradient: DDP would wait for it.
     """
+    accelerator._models.clear()  # it would keep what DDP has made before, with room for all gradients
     model = accelerator.prepare_model(TrainedPart(network))
-    return torch.compile(model) if config.compile else model
+    if not config.compile:
+        return model
+    torch.compiler.reset()  # each time counts towards the most that it compiles; beyond that it would give up silently
+    return torch.compile(model)
 
 
 def build(checked: Checked, built: InitialModel, session: Session) -> Components:

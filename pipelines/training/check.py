@@ -107,6 +107,12 @@ def check(arguments: list[str]) -> Checked | None:
     if config.teacher is not None and config.epochs != 0:  # a checkpoint does not hold it
         known, classes = saved["teacher"] if saved else None, dataset.splits["train"].classes
         teacher = main_then_others(state, partial(read_teacher, config, classes, known))
+        mine = teacher.digest
+        if on_main_process(state, lambda: mine) != mine:
+            raise UserError(
+                f"teacher: {teacher.source} is not the same for all processes: give a finished run, alike on all nodes",
+                on_one_process=True,
+            )
     if config.prepare:
         lines = [f"weights: {weights.source}", *weights.notes, "prepared"]
         on_main_process(state, lambda: print(*dataset.report(), *lines, sep="\n"))

@@ -101,10 +101,10 @@ def teacher_report(checked: Checked, components: Components) -> list[str]:
         f"temperature {config.teacher_temperature:g}; train/loss is of both"
     ]
     if teacher.dataset_fingerprint != checked.dataset.fingerprint:
-        lines.append(
-            "teacher: it was trained on other photos, or another split of them: where it has seen some that validate "
-            "here, their accuracy promises too much"
-        )
+        known = "it was trained on other photos, or another split of them"
+        if not teacher.dataset_fingerprint:
+            known = "it is not known which photos it was trained on"
+        lines.append(f"teacher: {known}: where it has seen some that validate here, their accuracy promises too much")
     return [*lines, *answers.report(), *store_report(answers)]
 
 

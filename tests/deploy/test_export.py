@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy import export, predict, serve
+from pipelines.config import Config
 from pipelines.data.decode import _UPRIGHT, pixels_of_file, view_of_file
 from pipelines.data.headers import exif_orientation
 from pipelines.data.preprocess import Preprocess
@@ -130,6 +131,11 @@ def test_the_card_is_filled_from_the_run(exported_run):
         *("README.md", "confusion_matrix.png", "model.onnx", "model.safetensors")
     ]
     assert not list(exported_run.folder.glob(".export-*"))
+
+
+def test_a_card_names_no_folder_of_this_machine():
+    recipe = export._recipe(Config(weights="/home/me/w.pth", teacher="/home/me/runs/large"))
+    assert ('weights: "w.pth"' in recipe, 'teacher: "large"' in recipe, "/home" in recipe) == (True, True, False)
 
 
 @pytest.fixture

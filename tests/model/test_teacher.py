@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import train
-from pipelines.config import Config
+from pipelines.config import Config, dump_yaml
 from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.data.loader import Batch, Step, train_loader
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -163,7 +163,7 @@ def test_answers_are_looked_up_where_the_view_was_seen_and_kept_by_all_that_they
     [
         ({}, ("ant", "bee", "fly"), "does not know the class 'fly'"),
         ({}, ("ant", "bee"), "has a class 'wasp', and the photos none"),
-        ({"image_size": 96, "resize": 128}, CLASSES, "give --image_size 96 (and --resize 128)"),
+        ({"image_size": 96, "resize": 128}, CLASSES, "give --image_size 96 (with a --resize"),
         ({"arch": "vit_b_16", "image_size": 96, "resize": 128}, CLASSES, "vision transformer: give --image_size 96,"),
         ({"mean": [0.5, 0.5, 0.5]}, CLASSES, "another mean or std of its input than ImageNet's"),
         ({"arch": "resnet34"}, CLASSES, "is not a resnet34"),
@@ -179,6 +179,16 @@ def test_a_teacher_that_would_not_fit_is_refused_in_a_line(run, other, classes, 
 def test_a_teacher_that_was_evaluated_at_another_size_as_this_run_is_is_taken(run):
     describe(run, image_size=96, resize=128)
     assert read_teacher(settings(run, eval_size=96, resize=128), CLASSES).arch == "resnet18"
+
+
+def test_of_a_run_with_its_settings_the_training_counts(run):
+    """A network that is evaluated at a larger size than it was trained at, as a teacher and as the network."""
+    describe(run, image_size=96, resize=128)
+    (run / "config.yaml").write_text(dump_yaml(Config(image_size=64, eval_size=96, resize=128)))
+    assert read_teacher(settings(run), CLASSES).arch == "resnet18"
+    (run / "config.yaml").write_text(dump_yaml(Config(image_size=96, resize=128)))
+    with pytest.raises(UserError, match="was trained for 96 pixels, and it sees what this run sees, 64"):
+        read_teacher(settings(run, eval_size=96, resize=128), CLASSES)
 
 
 def test_a_folder_that_is_no_run_or_the_run_itself_is_refused(run, tmp_path):
