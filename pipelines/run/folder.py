@@ -20,7 +20,7 @@ from pipelines.data.dataset import Dataset, Split, load_dataset
 from pipelines.data.engines.factory import libraries
 from pipelines.data.known_photos import in_known_positions, keep_photos
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.errors import MachineError, UserError, write_error
+from pipelines.errors import MachineError, UserError
 from pipelines.files import atomic_write
 from pipelines.model.weights import read_weights
 from pipelines.run.resume import REFUSED, ask_for_the_same_photos, is_longer, other_result, spelled
@@ -313,8 +313,8 @@ class RunFolder:
             self._lock.release(force=True)
             raise
         except OSError as error:
-            line = f"runs: cannot make the folder {self.folder} ({error.strerror or error}): give --runs DIR"
-            raise write_error(error, line) from None
+            reason = error.strerror or error
+            raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
         # --overwrite was for this once: with it, --config RUN/config.yaml would empty the folder again.
         kept = replace(config, overwrite=False) if config.overwrite else config
         self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(kept)}")
