@@ -27,6 +27,7 @@ from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.engines.pillow import network_input
 from pipelines.data.loader import eval_loader
 from pipelines.data.open import open_dataset
+from pipelines.data.plan import eval_plan
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.data.shrink import ShrunkCopies
 from pipelines.data.shrink_pass import has_room, make_copies
@@ -291,8 +292,7 @@ def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list
     """The worst mistakes first, then the right answers that were closest to being wrong."""
     right = records["predicted"] == records["label"]
     shown = records[np.lexsort((-records["loss"], right))][:_SHOWN_PREDICTIONS]
-    sizes: Any = {"image_size": config.evaluation_size, "resize": config.resize, "crop_mode": config.crop_mode}
-    images = central_views(split, shown["index"], **sizes)
+    images = central_views(split, shown["index"], eval_plan(config, split.sizes))
     predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))
     figures.save_predictions(path, np.stack(images), predicted, true, shown["confidence"].tolist())
 
@@ -313,8 +313,7 @@ def _save_explanations(
         f"{kind} {rank}" for kind, found in (("worst", worst), ("best", best)) for rank in range(1, len(found) + 1)
     ]
     shown = records[[*worst, *best]]
-    sizes: Any = {"image_size": config.evaluation_size, "resize": config.resize, "crop_mode": config.crop_mode}
-    images = central_views(split, shown["index"], **sizes)
+    images = central_views(split, shown["index"], eval_plan(config, split.sizes))
     heated = [laid_over(image, heat_of(image, label)) for image, label in zip(images, shown["predicted"], strict=True)]
     predicted, true = ([names[label] for label in shown[name]] for name in ("predicted", "label"))
     remarks = [f"confidence {each:.2f} ({rank})" for each, rank in zip(shown["confidence"], ranks, strict=True)]

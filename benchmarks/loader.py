@@ -205,8 +205,10 @@ def _first_pass(split: Split, shrink: int, threads: int, run: int) -> int:
 def _print_difference(split: Split, shrink: int) -> None:
     """How far what validation sees of copies is from what it sees of the photos."""
     few = np.flatnonzero(split.faults == 0)[:20]
-    sizes: dict[str, Any] = {"image_size": _SIZE, "resize": _RESIZE}
-    whole, copies = (central_views(each, few, **sizes) for each in (split, split.shrunk(ShrunkCopies(shrink))))
+    whole, copies = (
+        central_views(each, few, EvalPlan(each.sizes, image_size=_SIZE, resize=_RESIZE))
+        for each in (split, split.shrunk(ShrunkCopies(shrink)))
+    )
     difference = np.mean([np.abs(one.astype(int) - other) for one, other in zip(whole, copies, strict=True)])
     print(f"views of copies differ from those of photos by {difference:.2f} grey levels of 255 on average")
 

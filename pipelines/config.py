@@ -393,6 +393,11 @@ class Config:
         """Whether training photos are mixed with others."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
+    @property
+    def may_repeat_views(self) -> bool:
+        """Whether views_per_photo may be a number: a mixed photo has no view of its own, nor one whose square grows."""
+        return not self.mixes_photos and self.first_image_size is None
+
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         evaluated = "eval_size" if self.eval_size else "image_size"

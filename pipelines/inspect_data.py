@@ -24,6 +24,7 @@ from pipelines.config import SCHEMA, ScriptParser
 from pipelines.data.dataset import Dataset, Split, check_dataset, load_dataset, scan_dataset
 from pipelines.data.decode import central_views
 from pipelines.data.headers import FORMATS, TRANSPARENT
+from pipelines.data.plan import EvalPlan
 from pipelines.data.samples import locate
 from pipelines.data.shrink_pass import shrink_advice
 from pipelines.distributed.exits import run_script
@@ -130,7 +131,8 @@ def save_sheet(path: Path, dataset: Dataset) -> None:
 
 def _view(split: Split, index: int) -> np.ndarray:
     try:
-        return central_views(split, np.array([index]), image_size=_TILE, resize=_TILE * _RESIZE // _IMAGE_SIZE)[0]
+        plan = EvalPlan(split.sizes, image_size=_TILE, resize=_TILE * _RESIZE // _IMAGE_SIZE)
+        return central_views(split, np.array([index]), plan)[0]
     except Exception:  # Pillow's parsers raise many kinds of error on broken data
         return np.full((_TILE, _TILE, 3), 200, np.uint8)
 

@@ -188,11 +188,8 @@ def _shrunk_photo(split: Split, index: int) -> Image.Image:
     return made
 
 
-def central_views(
-    split: Split, indices: np.ndarray, *, image_size: int, resize: int, crop_mode: str = "center"
-) -> list[np.ndarray]:
+def central_views(split: Split, indices: np.ndarray, plan: EvalPlan) -> list[np.ndarray]:
     """What the network sees of validation photos (positions in the split): uint8 [image_size, image_size, 3] each."""
-    plan = EvalPlan(split.sizes, image_size=image_size, resize=resize, crop_mode=crop_mode)
     views = plan.views(0, indices)
     return [np.asarray(view_of(split, views, position)) for position in range(len(views))]
 

@@ -14,6 +14,7 @@ from pipelines.data.dataset import Split, in_threads
 from pipelines.data.decode import central_views, decoding_error, keep_shrunk, shrunk_jpeg
 from pipelines.data.headers import SHRUNK
 from pipelines.data.loader import bad_photo_error, decoding_threads
+from pipelines.data.plan import EvalPlan
 from pipelines.data.shrink import ShrunkCopies, copies_folder, likely_bytes
 from pipelines.distributed.sync import local_world_size, wait_for_all
 from pipelines.errors import MachineError, StopAgreed, UserError
@@ -68,7 +69,7 @@ def shrink_advice(split: Split, *, resize: int, image_size: int) -> list[str]:
 
     def seconds(of: Split) -> float:
         started = time.perf_counter()
-        central_views(of, few, image_size=image_size, resize=resize)
+        central_views(of, few, EvalPlan(of.sizes, image_size=image_size, resize=resize))
         return time.perf_counter() - started
 
     with suppress(Exception), tempfile.TemporaryDirectory() as folder:  # advice ends no run

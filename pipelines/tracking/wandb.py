@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pipelines.config import Config
 from pipelines.data.dataset import Dataset
 from pipelines.data.decode import central_views
+from pipelines.data.plan import eval_plan
 from pipelines.errors import UserError
 from pipelines.run.folder import RunFolder
 from pipelines.run_files import read_description
@@ -183,9 +184,7 @@ class WandbTracker(Tracker):
             sound = np.flatnonzero(split.faults == 0)
             chosen = sound[np.linspace(0, len(sound) - 1, min(_TABLE_PHOTOS, len(sound))).round().astype(int)]
             chosen = chosen[np.isin(chosen, records["index"])]
-            config = self._config
-            sizes: Any = {"image_size": config.evaluation_size, "resize": config.resize, "crop_mode": config.crop_mode}
-            views = central_views(split, chosen, **sizes)
+            views = central_views(split, chosen, eval_plan(self._config, split.sizes))
             self._photos = {
                 int(index): wandb.Image(view, file_type="jpg") for index, view in zip(chosen, views, strict=True)
             }

@@ -139,9 +139,8 @@ def resolved(
             config = replace(config, **{key: saved[key]})
     views = config.views_per_photo
     if views == "auto":
-        # Balanced, a photo that comes several times in an epoch would come as the same view; a mixed one has none, nor
-        # one whose square grows.
-        has_views = config.sampler != "balanced" and not config.mixes_photos and config.first_image_size is None
+        # Balanced, a photo that comes several times in an epoch would come as the same view.
+        has_views = config.sampler != "balanced" and config.may_repeat_views
         views = _VIEWS if network.frozen_part_is_fixed and has_views else None
     epochs = config.epochs
     if epochs == "auto":

@@ -180,7 +180,7 @@ def input_report(checked: Checked, components: Components, row: Mapping[str, flo
     has_room = photos_gb < min(_LIKELY_MEMORY_GB, memory_bytes() / 2e9)
     keeps_photos = engine_module(checked.engine).USES_MEMORY and not features.are_kept and has_room
     few_views = components.resolved_config.views_per_photo is None and components.network.frozen_part_is_fixed
-    few_views &= not config.mixes_photos and config.first_image_size is None
+    few_views &= config.may_repeat_views
     helpful = {
         f"--loader_threads {cores}": decoding_threads(config) < cores,
         "--loader auto": config.loader != "auto",

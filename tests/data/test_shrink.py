@@ -52,7 +52,7 @@ def copies(cache: Path) -> dict[Path, bytes]:
 
 
 def whole_views(split: Split) -> list[np.ndarray]:
-    return central_views(split, np.arange(len(split)), image_size=56, resize=64)
+    return central_views(split, np.arange(len(split)), EvalPlan(split.sizes, image_size=56, resize=64))
 
 
 # Sizes and pixels
