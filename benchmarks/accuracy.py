@@ -4,13 +4,19 @@
     python benchmarks/accuracy.py --seeds 5 --tutorial                              # and the tutorial's own code
     python benchmarks/accuracy.py --recipes finetune --data photos/ --set lr=0.02   # another folder, another setting
     python benchmarks/accuracy.py --data photos/train --seeds 3                     # choose by a part of train
+    python benchmarks/accuracy.py --data photos/train --recipes finetune --vary augment=light "eval_size=288 resize=329"
+
+--vary runs each recipe as it is and once with each of the changes, a change being one setting or several in quotes. The
+table then has the differences from the recipe as it is, seed by seed: their mean and standard deviation.
 
 Every run is `accelerate launch train.py` (or tutorial.py beside this file) in a process of its own, and a line of
---out, with its settings, versions and commit. Recipes take turns within a seed, so that a busy hour of the machine
-meets all of them. A run that is in --out already is not run again, so an interrupted benchmark goes on where it was.
+--out, with its settings, versions and commit. Recipes and changes take turns within a seed, so that a busy hour of the
+machine meets all of them. A run that is in --out already is not run again, so an interrupted benchmark goes on where
+it was.
 
-`seconds` are those of the whole command on the clock; `processor` are the seconds that all cores together worked for
-it (0 on Windows, which does not tell), which a busy machine stretches less.
+`best` is of the best evaluation, `last` of the last one; with ema_decay both count what the averaged weights reached.
+`balanced` is the mean recall of the classes. `seconds` are those of the whole command on the clock; `processor` are the
+seconds that all cores together worked for it (0 on Windows, which does not tell), which a busy machine stretches less.
 """
 
 import argparse
@@ -45,16 +51,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
     parser.add_argument("--data", help="folder or CSV (default: ants and bees, or DALITUNE_DATA)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of every recipe")
+    parser.add_argument(
+        "--vary", nargs="*", default=[], metavar="CHANGE", help="beside each recipe: KEY=VALUE, or several"
+    )
     parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="JSON lines, one a run")
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of this suite's runs")
     parser.add_argument("--tutorial", action="store_true", help="beside tutorial.py; --data has train/ and val/ then")
     options = parser.parse_args()
 
     recipes = list(dict.fromkeys([*(TUTORIAL if options.tutorial else []), *options.recipes]))  # each once
-    wanted = [(recipe, seed) for seed in range(options.seeds) for recipe in recipes]
+    wanted = [
+        (recipe, change, seed)
+        for seed in range(options.seeds)
+        for recipe in recipes
+        for change in ("", *(() if recipe in TUTORIAL else dict.fromkeys(options.vary)))
+    ]
     known, rows = _read(options.out), []
-    for recipe, seed in tqdm(wanted, unit="run", disable=None):
-        settings = [] if recipe in TUTORIAL else options.set
+    if options.vary:  # rows of an older version lack what the table of changes shows
+        known = [row for row in known if "last_balanced" in row]
+    for recipe, change, seed in tqdm(wanted, unit="run", disable=None):
+        settings = [] if recipe in TUTORIAL else [*options.set, *shlex.split(change)]
         precision = "no" if recipe in TUTORIAL else options.precision
         key = {"recipe": recipe, "seed": seed, "data": options.data, "set": settings, "precision": precision}
         row = next((row for row in known if key.items() <= row.items()), None)
@@ -62,12 +78,16 @@ def main() -> None:
             row = key | _run(recipe, seed, options.data, settings, precision)
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            tqdm.write(f"{recipe} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
-        rows.append(row)
+            name = f"{recipe} {change}".strip()
+            tqdm.write(f"{name} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
+        rows.append(row | {"change": change})
     print(
         f"\n{shlex.join(['python', *sys.argv])}\n{machine()}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
     )
-    print(table(rows, recipes))
+    print(table([row for row in rows if not row["change"]], recipes))
+    for recipe in recipes if options.vary else ():
+        of_recipe = [row for row in rows if row["recipe"] == recipe]
+        print(f"\n{recipe}, changed:\n{table_of_changes(of_recipe)}")
 
 
 def _run(recipe: str, seed: int, data: str | None, settings: list[str], precision: str) -> dict[str, Any]:
@@ -100,15 +120,16 @@ def _run(recipe: str, seed: int, data: str | None, settings: list[str], precisio
 
 
 def _scores(run: Path) -> dict[str, Any]:
-    """Best and last accuracy, last loss and the settings, from the run's folder."""
+    """Best and last accuracy, last mean recall and loss, and the settings, from the run's folder."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     used = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     evaluations = [row for row in metrics if "val/top1" in row]
-    accuracies = [row["val/top1"] for row in evaluations]
+    last, kind = evaluations[-1], "ema" if "ema/top1" in evaluations[-1] else "val"
     return {
-        "best": max(accuracies),
-        "last": accuracies[-1],
-        "last_loss": evaluations[-1]["val/loss"],
+        "best": max(max(row["val/top1"], row.get("ema/top1", 0.0)) for row in evaluations),
+        "last": last[f"{kind}/top1"],
+        "last_balanced": last[f"{kind}/balanced_top1"],
+        "last_loss": last[f"{kind}/loss"],
         "config": {key: value for key, value in used.items() if key not in ("run", "runs")},
     }
 
@@ -150,6 +171,36 @@ def table(rows: list[dict[str, Any]], recipes: list[str]) -> str:
             f"| {statistics.median(seconds):.0f} | {statistics.median(processor):.0f} |"
         )
     return "\n".join(lines)
+
+
+def table_of_changes(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of one recipe, as it is in the first line, and each change: what its last evaluation reached.
+
+    rows: of one recipe, each with its `change`, "" for the recipe as it is, and all changes of the same seeds.
+    """
+    lines = [
+        "| change | n | last: mean ± sd | difference | balanced: difference | last loss | difference | processor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    plain = {row["seed"]: row for row in rows if not row["change"]}
+    for change in dict.fromkeys(row["change"] for row in rows):
+        changed = [row for row in rows if row["change"] == change]
+        last, balanced, loss = (
+            _differences(changed, plain, name) if change else "" for name in ("last", "last_balanced", "last_loss")
+        )
+        lines.append(
+            f"| {f'`{change}`' if change else 'none'} | {len(changed)} "
+            f"| {_mean_and_spread([row['last'] for row in changed])} | {last} | {balanced} "
+            f"| {statistics.mean(row['last_loss'] for row in changed):.4f} | {loss} "
+            f"| {statistics.median(row['processor'] for row in changed):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _differences(rows: list[dict[str, Any]], plain: dict[int, dict[str, Any]], name: str) -> str:
+    differences = [row[name] - plain[row["seed"]][name] for row in rows]
+    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    return f"{statistics.mean(differences):+.4f} ± {spread:.4f}"
 
 
 def _mean_and_spread(values: list[float]) -> str:

@@ -56,6 +56,49 @@ def test_the_tutorial_and_the_recipes_take_turns(tmp_path, monkeypatch, capsys):
     assert "| `tutorial.py features` | 2 |" in capsys.readouterr().out
 
 
+def test_a_change_is_compared_with_the_recipe_as_it_is_seed_by_seed(tmp_path, monkeypatch, capsys):
+    asked, out = [], tmp_path / "out"
+
+    def run(recipe, seed, data, settings, precision):
+        asked.append((recipe, seed, settings))
+        last = 0.5 + 0.1 * seed + 0.02 * len(settings)
+        return row(recipe, last, seed=seed) | {"set": settings, "last_balanced": 0.5}
+
+    monkeypatch.setattr(accuracy, "_run", run)
+    command = ["accuracy.py", "--recipes", "finetune", "--seeds", "2", "--set", "epochs=2", "--out", str(out)]
+    changes = ["--vary", "augment=light", "eval_size=288 resize=329"]
+    # What an older version has measured lacks the mean recall.
+    out.write_text(json.dumps(row("finetune", 0.1) | {"set": ["epochs=2"], "precision": "no"}) + "\n")
+    monkeypatch.setattr(sys, "argv", [*command, *changes])
+    accuracy.main()
+    sets = [["epochs=2"], ["epochs=2", "augment=light"], ["epochs=2", "eval_size=288", "resize=329"]]
+    assert asked == [("finetune", seed, settings) for seed in range(2) for settings in sets]
+    printed = capsys.readouterr().out.splitlines()
+    of_changes = printed[printed.index("finetune, changed:") + 3 :]
+    assert of_changes[0].startswith("| none | 2 | 0.5700 ± 0.0707 |  |  | 0.2500 |  |")
+    assert of_changes[1].startswith("| `augment=light` | 2 | 0.5900 ± 0.0707 | +0.0200 ± 0.0000 | +0.0000 ± 0.0000 |")
+    assert of_changes[2].startswith("| `eval_size=288 resize=329` | 2 | 0.6100 ± 0.0707 | +0.0400 ± 0.0000 |")
+
+    accuracy.main()
+    assert len(asked) == 6, "what is in --out already is not run again"
+
+
+def test_the_last_accuracy_is_that_of_the_averaged_weights_where_there_are_some(tmp_path):
+    rows = [
+        {"train/loss": 1.0},
+        {"val/top1": 0.9, "val/balanced_top1": 0.8, "val/loss": 0.5},
+        {"val/top1": 0.7, "val/balanced_top1": 0.6, "val/loss": 0.4},
+    ]
+    (tmp_path / "config.yaml").write_text("run: a\nlr: 0.01\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    scores = {"best": 0.9, "last": 0.7, "last_balanced": 0.6, "last_loss": 0.4, "config": {"lr": 0.01}}
+    assert accuracy._scores(tmp_path) == scores
+    rows[-1] |= {"ema/top1": 0.95, "ema/balanced_top1": 0.85, "ema/loss": 0.3}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    scores |= {"best": 0.95, "last": 0.95, "last_balanced": 0.85, "last_loss": 0.3}
+    assert accuracy._scores(tmp_path) == scores
+
+
 def test_whole_commands_take_turns_cold(tmp_path, monkeypatch, capsys):
     caches = []
 
