@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import accuracy, forward, gpu, review, tutorial
+from benchmarks import accuracy, affine, forward, gpu, review, tutorial
 from pipelines.distributed.hardware import machine
 from pipelines.model.label_errors import LabelErrors
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 def row(recipe: str, best: float, *, processor: float = 100.0, seed: int = 0) -> dict:
@@ -276,3 +277,20 @@ def test_a_review_is_scored_by_what_was_planted():
     assert found["at_number"] >= 4 / is_wrong.sum()
     lines = review.label_table([{"set": "a", "split": "train", "seeds": [found, found]}])
     assert lines[-1].startswith(f"| a | train | {is_wrong.sum()} | {found['at_number']:.2f} ± 0.00 | 2 | 0.50 |")
+
+
+def test_both_ways_of_turning_a_crop_mean_the_same_on_a_smooth_photo(tmp_path, monkeypatch, capsys):
+    rows, columns = np.mgrid[:300, :400]
+    smooth = np.stack([rows * 0.8, columns * 0.6, 255 - rows * 0.5], 2).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "smooth.jpg", quality=95)
+    monkeypatch.setattr(sys, "argv", ["affine.py", "--data", str(tmp_path), "--runs", "1"])
+    threads = torch.get_num_threads()
+    affine.main()
+    torch.set_num_threads(threads)
+    here, fused = capsys.readouterr().out.splitlines()[-2:]
+    assert here.startswith("| resized, then turned (as here) |")
+    assert fused.startswith("| one affine map |")
+    for line in (here, fused):
+        mean, most = (float(cell) for cell in line.split("|")[4:6])
+        assert mean <= 1
+        assert most <= 3
