@@ -58,7 +58,7 @@ class NvImageCodecEngine(PillowEngine):
         if part is None:
             return super()._pixels(views, position)
         pixels = _resized(part, window[2:], rows, columns, views.resized[position], (top, left), size)
-        return pixels[:, ::-1] if views.flips[position] else pixels
+        return _mirrored(pixels) if views.flips[position] else pixels
 
     def _decoded(self, index: int, window: np.ndarray, rows: range, columns: range) -> np.ndarray | None:
         """uint8 [rows, columns, 3], upright, of a window; None where Pillow is to decode, or to say what is wrong."""
@@ -148,6 +148,14 @@ def fault(device: torch.device) -> Fault | None:
     with Image.open(file) as photo:
         is_right = found is not None and np.array_equal(found, np.asarray(photo)[9:40, 17:60])
     return None if is_right else Fault("nvImageCodec's pixels are not Pillow's here")
+
+
+def _mirrored(pixels: np.ndarray) -> np.ndarray:
+    """Left to right. Channel by channel, as NumPy copies pixels of three values backwards in seven times the time."""
+    mirrored = np.empty_like(pixels)
+    for channel in range(pixels.shape[2]):
+        mirrored[..., channel] = pixels[:, ::-1, channel]
+    return mirrored
 
 
 def _needed(length: int, resized: int, first: int, kept: int) -> range:

@@ -1,9 +1,11 @@
-"""The Pillow engine: threads on the CPU, normalisation on the device. Runs everywhere.
+"""The Pillow engine: threads on the CPU, which normalise too where that is the device. Runs everywhere.
 
 Threads, not worker processes: Pillow lets go of Python's lock while it decodes and resizes, so threads use all cores,
 start at once, share the memory and die with their process.
 """
 
+import math
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +28,19 @@ class PillowEngine:
         self._split = settings.split
         self._device = settings.device
         self._scale, self._shift = (part.to(self._device) for part in scale_and_shift(settings.mean, settings.std))
+        self._memory = ReusedMemory()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
         self._submitted: deque[tuple[torch.Tensor, list[Future[str | None]]]] = deque()
 
     def submit(self, views: Views) -> None:
         size = views.image_size
-        pixels = torch.empty((len(views), size, size, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        target = pixels.numpy()
+        shape = (len(views), size, size, 3)
+        if self._device.type == "cpu":
+            target = self._memory.take(shape)
+            pixels = torch.from_numpy(target)
+        else:
+            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            target = pixels.numpy()
         jobs = [self._pool.submit(self._execute, views, position, target) for position in range(len(views))]
         self._submitted.append((pixels, jobs))
 
@@ -42,6 +50,8 @@ class PillowEngine:
         if failed:
             kept = [position for position in range(len(jobs)) if position not in failed]
             pixels = pixels[kept]
+        if self._device.type == "cpu":
+            return Pixels(pixels.permute(0, 3, 1, 2), failed)
         return Pixels(normalised(pixels.to(self._device, non_blocking=True), self._scale, self._shift), failed)
 
     def cancel(self) -> None:
@@ -55,16 +65,50 @@ class PillowEngine:
         self._pool.shutdown(cancel_futures=True)
 
     def _execute(self, views: Views, position: int, target: np.ndarray) -> str | None:
-        """Puts one view's pixels in its place; returns a reason where the photo cannot be decoded."""
+        """Puts one view's pixels in its place, normalised where that has floats; returns a reason where the photo
+        cannot be decoded."""
         try:
             target[position] = self._pixels(views, position)
         except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
             return decoding_error(error)
+        if target.dtype == np.float32:
+            rows = target[position].reshape(views.image_size, -1)  # of three values each it would take 15 times as long
+            rows *= np.tile(self._scale.numpy(), views.image_size)
+            rows += np.tile(self._shift.numpy(), views.image_size)
         return None
 
     def _pixels(self, views: Views, position: int) -> np.ndarray:
         """uint8 [image_size, image_size, 3], of one view. Raises where the photo cannot be decoded."""
         return np.asarray(view_of(self._split, views, position))
+
+
+class ReusedMemory:
+    """Arrays for batches, each handed out again once nothing is left of what was made of it.
+
+    New memory comes from the system page by page, which takes several times as long as normalising a photo into it.
+    """
+
+    _MOST = 4  # those ahead, at the default `prefetch`, and the one in use; what is asked for beyond is not kept
+
+    def __init__(self) -> None:
+        self._arrays: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, of any content. A tensor that `torch.from_numpy` makes of it keeps it from being handed out again,
+        an array that shares its memory does not."""
+        length = math.prod(shape)
+        for number, (array, handed_out) in enumerate(self._arrays):
+            if handed_out() is None:
+                if array.size < length:
+                    array = np.empty(length, np.float32)
+                taken = array[:length].reshape(shape)
+                self._arrays[number] = (array, weakref.ref(taken))
+                return taken
+        array = np.empty(length, np.float32)
+        taken = array.reshape(shape)
+        if len(self._arrays) < self._MOST:
+            self._arrays.append((array, weakref.ref(taken)))
+        return taken
 
 
 ENGINE: type[Engine] = PillowEngine
