@@ -158,7 +158,8 @@ def test_a_row_has_the_scores_and_what_they_depend_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", accuracy.TUTORIAL)
-def test_a_row_of_the_tutorials_own_code(recipe, photos, random_weights, monkeypatch):
+def test_a_row_of_the_tutorials_own_code(recipe, photo_folder, random_weights, monkeypatch):
+    photos = photo_folder({"train": {"ant": 2, "bee": 2}, "val": {"ant": 1, "bee": 1}})  # ten epochs of 224 pixels
     monkeypatch.setenv("DALITUNE_WEIGHTS", str(random_weights))
     measured = accuracy._run(recipe, 3, str(photos), [], "no")
     assert 0 <= measured["last"] <= measured["best"] <= 1

@@ -71,10 +71,10 @@ class PillowEngine:
             target[position] = self._pixels(views, position)
         except Exception as error:  # Pillow's parsers raise many kinds of error on broken data
             return decoding_error(error)
-        if target.dtype == np.float32:
+        if target.dtype == np.float32:  # with the bits of `normalised`
             rows = target[position].reshape(views.image_size, -1)  # of three values each it would take 15 times as long
-            rows *= np.tile(self._scale.numpy(), views.image_size)
-            rows += np.tile(self._shift.numpy(), views.image_size)
+            for change, values in ((np.multiply, self._scale), (np.add, self._shift)):
+                change(rows, np.tile(values.numpy(), views.image_size), out=rows)
         return None
 
     def _pixels(self, views: Views, position: int) -> np.ndarray:
