@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.helpers.paths import ROOT
 
 import pytest
+from PIL import Image
 
 CLUSTER = ROOT / "tests" / "helpers" / "slurm_cluster.sh"
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
@@ -28,6 +29,7 @@ IN_EPOCH_2 = str(STEPS + 1 + 3)  # rows: an epoch's steps, its evaluation, three
 SMALL = [*("--image-size", "64", "--resize", "72", "--batch-size", "8", "--epochs", "2", "--log-every", "1")]
 SMALL += ["--tracker", "none", "--deterministic", "--lr", "0.005", "--batchnorm", "frozen"]
 SMALL += ["--freeze", "layer3", "--head-init", "zeros"]
+SHRUNK = ["--max-steps", "4", "--shrink", "80", "--loader", "pillow"]
 
 # Loaded by every Python of a job: its main process stops itself when it is about to write one row more than HOLD_AFTER
 # says, a number for each attempt at the job. So a test finds the training where it wants it, on a machine of any speed.
@@ -197,6 +199,22 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
 def training(photo_folder, random_weights) -> list[object]:
     photos = photo_folder({"train": {"ant": 4 * STEPS, "bee": 4 * STEPS}, "val": {"ant": 5, "bee": 6}})
     return ["--data", photos, "--weights", random_weights, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def photo_sizes(training) -> list[tuple[int, int]]:
+    sizes = []
+    for path in Path(str(training[1])).rglob("*.jpg"):
+        with Image.open(path) as photo:
+            sizes.append(photo.size)
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def shrunk_on_one_node(lab, training) -> Job:
+    job = lab.submit("train.sbatch", ["--gpus-per-node=0"], [*training, *SHRUNK])
+    assert job.ends() == "COMPLETED", job.text()
+    return job
 
 
 @pytest.fixture(scope="module")
@@ -399,3 +417,34 @@ def test_a_run_folder_that_is_not_shared(lab, training):
         subprocess.run(["nsenter", "-t", holder, "-m", "umount", str(runs)], check=True, timeout=60)
     assert re.search(rf"error: run folder {runs}/finetune-\d+: .* not seen on node2", job.text()), job.text()
     assert not any(runs.iterdir())
+
+
+@pytest.mark.parametrize("cache", ["shared", "of each node"])
+def test_large_photos_are_shrunk_by_all_nodes_together_or_by_each_for_itself(
+    lab, training, photo_sizes, shrunk_on_one_node, cache
+):
+    """Then all processes read the same pixels: the training is one node's, to rounding."""
+    folder = lab.folder / f"cache {cache}"
+    folder.mkdir()
+    holder = (Path(lab.environment["SLURM_CLUSTER"]) / "run" / "node2.pid").read_text().strip()
+    on_node2 = ["nsenter", "-t", holder, "-m"]
+    if cache == "of each node":
+        subprocess.run([*on_node2, "mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True, timeout=60)
+    try:
+        job = lab.submit(
+            "train.sbatch", ["--nodes=2", "--gpus-per-node=0"], [*training, *SHRUNK], DALITUNE_CACHE=str(folder)
+        )
+        assert job.ends() == "COMPLETED", job.text()
+        listed = subprocess.run([*on_node2, "find", str(folder), "-type", "f"], capture_output=True, text=True)
+    finally:
+        if cache == "of each node":
+            subprocess.run([*on_node2, "umount", str(folder)], check=True, timeout=60)
+    large = sum(min(size) > 80 for size in photo_sizes)
+    assert job.text().count(f"shrink: {large} of {len(photo_sizes)} photos are read from copies of 80 pixels") == 1
+    assert "the first all-reduce of 2 processes" in job.text()
+    seen_by_node2 = [Path(line) for line in listed.stdout.splitlines() if "/shrunk/" in line]
+    seen_by_node1 = [path for path in (folder / "shrunk").rglob("*") if path.is_file()]
+    for seen in (seen_by_node1, seen_by_node2):
+        assert len([path for path in seen if path.suffix == ".jpg"]) == large
+        assert not [path for path in seen if path.suffix == ".tmp"]
+    assert_same_training(job, shrunk_on_one_node, processes=2)
