@@ -1,11 +1,10 @@
-"""The Pillow engine: threads on the CPU, which normalise too where that is the device. Runs everywhere.
+"""The Pillow engine: threads on the CPU, which normalise as well where that is the device. Runs everywhere.
 
 Threads, not worker processes: Pillow lets go of Python's lock while it decodes and resizes, so threads use all cores,
 start at once, share the memory and die with their process.
 """
 
 import math
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import ClassVar
 
 from pipelines.data.decode import decoding_error, view_of
 from pipelines.data.engines.base import Engine, EngineSettings, Fault, Pixels
+from pipelines.data.engines.reused_memory import ReusedMemory
 from pipelines.data.plan import Views
 
 import numpy as np
@@ -35,7 +35,7 @@ class PillowEngine:
     def submit(self, views: Views) -> None:
         size = views.image_size
         shape = (len(views), size, size, 3)
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and 4 * math.prod(shape) <= ReusedMemory.LARGEST:
             target = self._memory.take(shape)
             pixels = torch.from_numpy(target)
         else:
@@ -50,7 +50,7 @@ class PillowEngine:
         if failed:
             kept = [position for position in range(len(jobs)) if position not in failed]
             pixels = pixels[kept]
-        if self._device.type == "cpu":
+        if pixels.dtype == torch.float32:
             return Pixels(pixels.permute(0, 3, 1, 2), failed)
         return Pixels(normalised(pixels.to(self._device, non_blocking=True), self._scale, self._shift), failed)
 
@@ -73,42 +73,13 @@ class PillowEngine:
             return decoding_error(error)
         if target.dtype == np.float32:  # with the bits of `normalised`
             rows = target[position].reshape(views.image_size, -1)  # of three values each it would take 15 times as long
-            for change, values in ((np.multiply, self._scale), (np.add, self._shift)):
-                change(rows, np.tile(values.numpy(), views.image_size), out=rows)
+            rows *= np.tile(self._scale.numpy(), views.image_size)
+            rows += np.tile(self._shift.numpy(), views.image_size)
         return None
 
     def _pixels(self, views: Views, position: int) -> np.ndarray:
         """uint8 [image_size, image_size, 3], of one view. Raises where the photo cannot be decoded."""
         return np.asarray(view_of(self._split, views, position))
-
-
-class ReusedMemory:
-    """Arrays for batches, each handed out again once nothing is left of what was made of it.
-
-    New memory comes from the system page by page, which takes several times as long as normalising a photo into it.
-    """
-
-    _MOST = 4  # those ahead, at the default `prefetch`, and the one in use; what is asked for beyond is not kept
-
-    def __init__(self) -> None:
-        self._arrays: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
-
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """float32, of any content. A tensor that `torch.from_numpy` makes of it keeps it from being handed out again,
-        an array that shares its memory does not."""
-        length = math.prod(shape)
-        for number, (array, handed_out) in enumerate(self._arrays):
-            if handed_out() is None:
-                if array.size < length:
-                    array = np.empty(length, np.float32)
-                taken = array[:length].reshape(shape)
-                self._arrays[number] = (array, weakref.ref(taken))
-                return taken
-        array = np.empty(length, np.float32)
-        taken = array.reshape(shape)
-        if len(self._arrays) < self._MOST:
-            self._arrays.append((array, weakref.ref(taken)))
-        return taken
 
 
 ENGINE: type[Engine] = PillowEngine

@@ -5,7 +5,8 @@ import threading
 import weakref
 
 from pipelines.data.engines.factory import make_engine
-from pipelines.data.engines.pillow import PillowEngine, ReusedMemory, normalised, scale_and_shift
+from pipelines.data.engines.pillow import PillowEngine, normalised, scale_and_shift
+from pipelines.data.engines.reused_memory import ReusedMemory
 from pipelines.data.plan import Views
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers.engines import CPU, FAULTS, make_loader, train_plan
@@ -71,7 +72,9 @@ def test_batches_that_are_kept_stay_as_they_are(split, name):
 
 
 @pytest.mark.parametrize("name", REUSING)
-def test_threads_normalise_to_the_bits_that_a_device_does(split, name):
+@pytest.mark.parametrize("largest", [0, ReusedMemory.LARGEST])
+def test_threads_normalise_to_the_bits_that_a_device_does(split, name, largest, monkeypatch):
+    monkeypatch.setattr(ReusedMemory, "LARGEST", largest)
     engine, views = make_engine(name, split, micro_batch=8, device=CPU, threads=2), train_plan(split).views(0, EIGHT)
     assert isinstance(engine, PillowEngine)
     engine.submit(views)
