@@ -14,9 +14,10 @@ Every run is `accelerate launch train.py` (or tutorial.py beside this file) in a
 machine meets all of them. A run that is in --out already is not run again, so an interrupted benchmark goes on where
 it was.
 
-`best` is of the best evaluation, `last` of the last one; with ema_decay both count what the averaged weights reached.
-`balanced` is the mean recall of the classes. `seconds` are those of the whole command on the clock; `processor` are the
-seconds that all cores together worked for it (0 on Windows, which does not tell), which a busy machine stretches less.
+`best` is of the best evaluation, with ema_decay of the weights or their average; `last` is of the last one, with
+ema_decay of the average. `balanced` is the mean recall of the classes. `seconds` are those of the whole command on the
+clock; `processor` are the seconds that all cores together worked for it (0 on Windows, which does not tell), which a
+busy machine stretches less.
 """
 
 import argparse
@@ -50,10 +51,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES, help="names in configs/, or YAML files")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
     parser.add_argument("--data", help="folder or CSV (default: ants and bees, or DALITUNE_DATA)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of every recipe")
-    parser.add_argument(
-        "--vary", nargs="*", default=[], metavar="CHANGE", help="beside each recipe: KEY=VALUE, or several"
-    )
+    several: dict[str, Any] = {"nargs": "*", "default": [], "type": _settings}
+    parser.add_argument("--set", **several, metavar="KEY=VALUE", help="settings on top of every recipe")
+    parser.add_argument("--vary", **several, metavar="CHANGE", help="beside each recipe: KEY=VALUE, or several")
     parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="JSON lines, one a run")
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of this suite's runs")
     parser.add_argument("--tutorial", action="store_true", help="beside tutorial.py; --data has train/ and val/ then")
@@ -67,8 +67,6 @@ def main() -> None:
         for change in ("", *(() if recipe in TUTORIAL else dict.fromkeys(options.vary)))
     ]
     known, rows = _read(options.out), []
-    if options.vary:  # rows of an older version lack what the table of changes shows
-        known = [row for row in known if "last_balanced" in row]
     for recipe, change, seed in tqdm(wanted, unit="run", disable=None):
         settings = [] if recipe in TUTORIAL else [*options.set, *shlex.split(change)]
         precision = "no" if recipe in TUTORIAL else options.precision
@@ -85,9 +83,16 @@ def main() -> None:
         f"\n{shlex.join(['python', *sys.argv])}\n{machine()}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
     )
     print(table([row for row in rows if not row["change"]], recipes))
-    for recipe in recipes if options.vary else ():
+    for recipe in [recipe for recipe in recipes if options.vary and recipe not in TUTORIAL]:
         of_recipe = [row for row in rows if row["recipe"] == recipe]
         print(f"\n{recipe}, changed:\n{table_of_changes(of_recipe)}")
+
+
+def _settings(words: str) -> str:
+    """Of a flag: `KEY=VALUE`, or several."""
+    if not words.strip() or not all("=" in word for word in shlex.split(words)):
+        raise argparse.ArgumentTypeError(f"'{words}' is no KEY=VALUE")
+    return words
 
 
 def _run(recipe: str, seed: int, data: str | None, settings: list[str], precision: str) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def _run(recipe: str, seed: int, data: str | None, settings: list[str], precisio
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds, processor = time.perf_counter() - started, _processor_seconds() - worked
         if done.returncode:
-            sys.exit(f"{recipe}, seed {seed} failed:\n{done.stderr[-2000:]}")
+            sys.exit(f"{' '.join([recipe, *settings])}, seed {seed} failed:\n{done.stderr[-2000:]}")
         scores = json.loads(done.stdout) if recipe in TUTORIAL else _scores(Path(runs) / "run")
     return scores | {
         "seconds": round(seconds, 1),
@@ -150,7 +155,9 @@ def _commit() -> str | None:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [{"precision": "no"} | json.loads(line) for line in lines]
+    rows = [{"precision": "no"} | json.loads(line) for line in lines]
+    # Those of an older version lack the mean recall.
+    return [row for row in rows if row["recipe"] in TUTORIAL or "last_balanced" in row]
 
 
 def table(rows: list[dict[str, Any]], recipes: list[str]) -> str:

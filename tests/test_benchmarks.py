@@ -18,7 +18,14 @@ from PIL import Image
 
 def row(recipe: str, best: float, *, processor: float = 100.0, seed: int = 0) -> dict:
     key = {"recipe": recipe, "seed": seed, "data": None, "set": []}
-    return key | {"best": best, "last": best, "last_loss": 0.25, "seconds": 60.4, "processor": processor}
+    return key | {
+        "best": best,
+        "last": best,
+        "last_balanced": 0.5,
+        "last_loss": 0.25,
+        "seconds": 60.4,
+        "processor": processor,
+    }
 
 
 def test_the_table_of_accuracies():
@@ -63,13 +70,15 @@ def test_a_change_is_compared_with_the_recipe_as_it_is_seed_by_seed(tmp_path, mo
     def run(recipe, seed, data, settings, precision):
         asked.append((recipe, seed, settings))
         last = 0.5 + 0.1 * seed + 0.02 * len(settings)
-        return row(recipe, last, seed=seed) | {"set": settings, "last_balanced": 0.5}
+        return row(recipe, last, seed=seed) | {"set": settings}
 
     monkeypatch.setattr(accuracy, "_run", run)
     command = ["accuracy.py", "--recipes", "finetune", "--seeds", "2", "--set", "epochs=2", "--out", str(out)]
     changes = ["--vary", "augment=light", "eval_size=288 resize=329"]
     # What an older version has measured lacks the mean recall.
-    out.write_text(json.dumps(row("finetune", 0.1) | {"set": ["epochs=2"], "precision": "no"}) + "\n")
+    older = row("finetune", 0.1) | {"set": ["epochs=2"], "precision": "no"}
+    del older["last_balanced"]
+    out.write_text(json.dumps(older) + "\n")
     monkeypatch.setattr(sys, "argv", [*command, *changes])
     accuracy.main()
     sets = [["epochs=2"], ["epochs=2", "augment=light"], ["epochs=2", "eval_size=288", "resize=329"]]
@@ -82,6 +91,14 @@ def test_a_change_is_compared_with_the_recipe_as_it_is_seed_by_seed(tmp_path, mo
 
     accuracy.main()
     assert len(asked) == 6, "what is in --out already is not run again"
+
+
+@pytest.mark.parametrize("words", ["augment", "", "lr=1 augment"])
+def test_a_change_that_is_no_setting_is_refused_before_anything_runs(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--vary", words])
+    with pytest.raises(SystemExit, match="2"):
+        accuracy.main()
+    assert f"'{words}' is no KEY=VALUE" in capsys.readouterr().err
 
 
 def test_the_last_accuracy_is_that_of_the_averaged_weights_where_there_are_some(tmp_path):
@@ -285,13 +302,12 @@ def test_both_ways_of_turning_a_crop_mean_the_same_on_a_smooth_photo(tmp_path, m
     smooth = np.stack([rows * 0.8, columns * 0.6, 255 - rows * 0.5], 2).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "smooth.jpg", quality=95)
     monkeypatch.setattr(sys, "argv", ["affine.py", "--data", str(tmp_path), "--runs", "1"])
-    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     affine.main()
-    torch.set_num_threads(threads)
-    here, fused = capsys.readouterr().out.splitlines()[-2:]
+    *_, here, fused, of_floats = capsys.readouterr().out.splitlines()
     assert here.startswith("| resized, then turned (as here) |")
     assert fused.startswith("| one affine map |")
-    for line in (here, fused):
+    for line in (here, fused, of_floats):
         mean, most = (float(cell) for cell in line.split("|")[4:6])
         assert mean <= 1
         assert most <= 3

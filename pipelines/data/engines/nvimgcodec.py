@@ -23,6 +23,7 @@ from pipelines.data.plan import Views
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 _JPEG = FORMATS.index("JPEG")
 # Times the square that is kept: of a long strip all is resized here, and Pillow does that part alone.
@@ -177,11 +178,9 @@ def _resized(
     if part.shape[:2] != tuple(size.tolist()):
         whole = np.empty((*size.tolist(), 3), np.uint8)  # what stands elsewhere decides nothing that is kept
         whole[rows.start : rows.stop, columns.start : columns.stop] = part
-    image = torch.from_numpy(np.ascontiguousarray(whole)[None]).permute(0, 3, 1, 2)
-    height, width = resized.tolist()
-    found = torch.empty((1, 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
-    # What interpolate(mode="bilinear", antialias=True) calls; its own output has channels apart, which costs as much
-    # again as the resize, and as much to put the pixels together.
-    torch.ops.aten._upsample_bilinear2d_aa.out(image, (height, width), False, None, None, out=found)
+    # A dimension that NumPy adds has no stride, and PyTorch does not see then that pixels lie together: it would take
+    # the channels apart, which costs as much again as the resize, here and where they are put together.
+    image = torch.from_numpy(np.ascontiguousarray(whole))[None].permute(0, 3, 1, 2)
+    found = functional.interpolate(image, tuple(resized.tolist()), mode="bilinear", antialias=True)
     top, left = anchor
     return found[:, :, top : top + image_size, left : left + image_size]

@@ -4,7 +4,6 @@ Threads, not worker processes: Pillow lets go of Python's lock while it decodes 
 start at once, share the memory and die with their process.
 """
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,13 +29,13 @@ class PillowEngine:
         self._scale, self._shift = (part.to(self._device) for part in scale_and_shift(settings.mean, settings.std))
         self._memory = ReusedMemory()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
+        # Of each batch the photos, uint8 or, where the threads have normalised them, float32: [n, size, size, 3].
         self._submitted: deque[tuple[torch.Tensor, list[Future[str | None]]]] = deque()
 
     def submit(self, views: Views) -> None:
-        size = views.image_size
-        shape = (len(views), size, size, 3)
-        if self._device.type == "cpu" and 4 * math.prod(shape) <= ReusedMemory.LARGEST:
-            target = self._memory.take(shape)
+        shape = (len(views), views.image_size, views.image_size, 3)
+        target = self._memory.take(shape) if self._device.type == "cpu" else None
+        if target is not None:
             pixels = torch.from_numpy(target)
         else:
             pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -63,6 +62,7 @@ class PillowEngine:
     def close(self) -> None:
         self.cancel()
         self._pool.shutdown(cancel_futures=True)
+        self._memory = ReusedMemory()
 
     def _execute(self, views: Views, position: int, target: np.ndarray) -> str | None:
         """Puts one view's pixels in its place, normalised where that has floats; returns a reason where the photo

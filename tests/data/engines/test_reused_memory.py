@@ -1,9 +1,8 @@
 """The memory of batches is used again, and never while somebody still looks at one."""
 
-import gc
 import threading
-import weakref
 
+from pipelines.data.engines import reused_memory
 from pipelines.data.engines.factory import make_engine
 from pipelines.data.engines.pillow import PillowEngine, normalised, scale_and_shift
 from pipelines.data.engines.reused_memory import ReusedMemory
@@ -19,62 +18,78 @@ EIGHT = np.arange(8)
 REUSING = [name for name in ("pillow", "nvimgcodec") if not FAULTS[name]]
 
 
+def taken(memory: ReusedMemory, *shape: int) -> np.ndarray:
+    array = memory.take(shape)
+    assert array is not None
+    assert array.shape == shape
+    assert array.dtype == np.float32
+    return array
+
+
 def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
 def test_memory_is_handed_out_again_once_no_tensor_is_left_of_it():
     memory = ReusedMemory()
-    taken = memory.take((2, 3))
-    place, tensor = address(taken), torch.from_numpy(taken)
+    array = taken(memory, 2, 3)
+    place, tensor = address(array), torch.from_numpy(array)
     seen = tensor.view(6)[2:4]
-    del taken, tensor
-    assert address(memory.take((2, 3))) != place, "a part of the tensor is still there"
+    del array, tensor
+    assert address(taken(memory, 2, 3)) != place, "a part of the tensor is still there"
     del seen
-    assert address(memory.take((2, 3))) == place
+    assert place in {address(array) for array in [taken(memory, 2, 3), taken(memory, 2, 3)]}
 
 
 def test_smaller_and_larger_batches_share_it():
     memory = ReusedMemory()
-    place = address(memory.take((4, 3)))
-    smaller = memory.take((3, 3))
-    assert address(smaller) == place
-    assert smaller.shape == (3, 3)
-    del smaller
-    larger = memory.take((5, 3))
-    assert larger.shape == (5, 3)
-    assert larger.dtype == np.float32
+    place = address(taken(memory, 4, 3))
+    assert address(taken(memory, 3, 3)) == place
+    larger = taken(memory, 5, 3)
     place = address(larger)
     del larger
-    assert address(memory.take((4, 3))) == place, "what was too small is replaced"
+    assert address(taken(memory, 4, 3)) == place
+    assert len(memory._arrays) == 1, "what was too small has gone"
 
 
-def test_what_is_held_beyond_a_few_batches_is_not_kept():
+def test_so_much_is_handed_out_and_no_more(monkeypatch):
+    monkeypatch.setattr(reused_memory, "_MOST_BYTES", 4 * 10)
     memory = ReusedMemory()
-    held = [memory.take((2,)) for _ in range(20)]
-    assert len({address(each) for each in held}) == 20
-    arrays = [weakref.ref(each.base) for each in held if each.base is not None]
+    assert memory.take((11,)) is None
+    held = [taken(memory, 5), taken(memory, 5)]
+    assert memory.take((1,)) is None
+    del held[0]
+    held.append(taken(memory, 4))
+    assert memory.take((1,)) is None
     held.clear()
-    gc.collect()
-    assert sum(array() is not None for array in arrays) <= 4
+    assert len(taken(memory, 10)) == 10, "in place of the two"
 
 
 @pytest.mark.parametrize("name", REUSING)
 def test_batches_that_are_kept_stay_as_they_are(split, name):
-    loader = make_loader(split, name, micro_batch=4)
-    batches = [batch for step in loader.epoch(0) for batch in step.batches]
-    once = [batch.images.clone() for batch in batches]
-    again = [batch.images.clone() for step in loader.epoch(0) for batch in step.batches]
+    """Of several epochs, every third one, so that the memory of the others is used again beside them."""
+    loader = make_loader(split, name, batch_size=4, micro_batch=4)
+    kept, once, places = [], [], set()
+    for epoch in (0, 0, 1, 0):
+        for number, step in enumerate(loader.epoch(epoch)):
+            images = next(step.batches).images
+            places.add(images.data_ptr())
+            if number % 3 == 0:
+                kept.append(images)
+                once.append(images.clone())
+            del images, step
     loader.close()
-    for kept, first, second in zip(batches, once, again, strict=True):
-        assert torch.equal(kept.images, first)
-        assert torch.equal(first, second)
+    assert len(kept) == 8
+    assert len(places) < 4 * 6, "some memory was used again"
+    assert all(torch.equal(images, copy) for images, copy in zip(kept, once, strict=True))
+    assert torch.equal(kept[0], kept[2])
+    assert torch.equal(kept[1], kept[7])
 
 
 @pytest.mark.parametrize("name", REUSING)
-@pytest.mark.parametrize("largest", [0, ReusedMemory.LARGEST])
-def test_threads_normalise_to_the_bits_that_a_device_does(split, name, largest, monkeypatch):
-    monkeypatch.setattr(ReusedMemory, "LARGEST", largest)
+@pytest.mark.parametrize("most", [0, 1 << 28])
+def test_threads_normalise_to_the_bits_that_a_device_does(split, name, most, monkeypatch):
+    monkeypatch.setattr(reused_memory, "_MOST_BYTES", most)
     engine, views = make_engine(name, split, micro_batch=8, device=CPU, threads=2), train_plan(split).views(0, EIGHT)
     assert isinstance(engine, PillowEngine)
     engine.submit(views)
