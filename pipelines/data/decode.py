@@ -204,14 +204,20 @@ def decoding_error(error: Exception) -> str:
 
 
 def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """uint8 [H, W, 3] of the stored picture, turned as EXIF's orientation says; a view of it."""
+    """uint8 [H, W, 3] of the stored picture, turned as EXIF's orientation says."""
+    turned = pixels
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
+        turned = turned.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
+        turned = turned[:, ::-1]
     if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
+        turned = turned[::-1]
+    if turned is pixels:
+        return pixels
+    upright = np.empty(turned.shape, np.uint8)
+    for channel in range(3):  # of three values at a time NumPy copies two to eight times as slowly
+        upright[..., channel] = turned[..., channel]
+    return upright
 
 
 def stored_box(window: np.ndarray, orientation: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
