@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import accuracy, affine, forward, gpu, review, tutorial
+from benchmarks import accuracy, affine, forward, gpu, loader, review, tutorial
 from pipelines.distributed.hardware import machine
 from pipelines.model.label_errors import LabelErrors
 
@@ -182,6 +182,24 @@ def test_a_row_of_the_tutorials_own_code(recipe, photo_folder, random_weights, m
     assert 0 <= measured["last"] <= measured["best"] <= 1
     assert measured["last_loss"] > 0
     assert measured["processor"] > 0
+
+
+# benchmarks/loader.py
+
+
+def test_a_loader_that_gives_fewer_photos_than_it_should_is_left_out_with_a_word(photos, monkeypatch, capsys, tmp_path):
+    counts = {"whole": 38, "drops a last batch": 35, "fails in silence": 20, "shrink, once": 19, "empty": 0}
+    variants = {name: lambda run, count=count: count for name, count in counts.items()}
+    monkeypatch.setattr(loader, "_variants", lambda *_: dict(variants))
+    monkeypatch.setenv("DALITUNE_CACHE", str(tmp_path))
+    arguments = ["--data", str(photos), "--views", "train", "--runs", "1", "--epochs", "2"]  # 19 photos
+    monkeypatch.setattr(sys, "argv", ["loader.py", *arguments])
+    loader.main()
+    said = capsys.readouterr().out.splitlines()
+    assert "fails in silence: left out (of 38 photos it gave 20)" in said
+    assert "empty: left out (of 38 photos it gave 0)" in said
+    measured = [line[:34].strip() for line in said[said.index(next(s for s in said if s.startswith("variant"))) + 1 :]]
+    assert measured[:3] == ["whole", "drops a last batch", "shrink, once"]
 
 
 # benchmarks/forward.py
