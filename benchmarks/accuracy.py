@@ -205,14 +205,12 @@ def table_of_changes(rows: list[dict[str, Any]]) -> str:
 
 
 def _differences(rows: list[dict[str, Any]], plain: dict[int, dict[str, Any]], name: str) -> str:
-    differences = [row[name] - plain[row["seed"]][name] for row in rows]
-    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    return f"{statistics.mean(differences):+.4f} ± {spread:.4f}"
+    return _mean_and_spread([row[name] - plain[row["seed"]][name] for row in rows], sign="+")
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def _mean_and_spread(values: list[float], *, sign: str = "") -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+    return f"{statistics.mean(values):{sign}.4f} ± {spread:.4f}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
@@ -224,6 +224,22 @@ def undisturbed(lab, training) -> Job:
     return job
 
 
+def on_node2(lab: Lab) -> list[str]:
+    """The beginning of a command that sees the disks that node2 does."""
+    holder = (Path(lab.environment["SLURM_CLUSTER"]) / "run" / "node2.pid").read_text().strip()
+    return ["nsenter", "-t", holder, "-m"]
+
+
+@contextmanager
+def node2s_own_disk(lab: Lab, folder: Path) -> Iterator[None]:
+    """There, a folder of both nodes is one of node2 alone."""
+    subprocess.run([*on_node2(lab), "mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True, timeout=60)
+    try:
+        yield
+    finally:
+        subprocess.run([*on_node2(lab), "umount", str(folder)], check=True, timeout=60)
+
+
 def revive(lab: Lab) -> None:
     subprocess.run([CLUSTER, "start"], env=lab.environment, capture_output=True, timeout=120, check=True)
 
@@ -407,14 +423,9 @@ def test_a_job_with_a_task_for_each_gpu_and_no_environment(lab, training):
 def test_a_run_folder_that_is_not_shared(lab, training):
     runs = lab.folder / "unshared"
     runs.mkdir()
-    holder = (Path(lab.environment["SLURM_CLUSTER"]) / "run" / "node2.pid").read_text().strip()
-    own_disk = ["nsenter", "-t", holder, "-m", "mount", "-t", "tmpfs", "tmpfs", str(runs)]
-    subprocess.run(own_disk, check=True, timeout=60)
-    try:
+    with node2s_own_disk(lab, runs):
         job = lab.submit("train.sbatch", ["--nodes=2", "--gpus-per-node=0"], [*training, "--runs", runs])
         assert job.ends() == "FAILED"
-    finally:
-        subprocess.run(["nsenter", "-t", holder, "-m", "umount", str(runs)], check=True, timeout=60)
     assert re.search(rf"error: run folder {runs}/finetune-\d+: .* not seen on node2", job.text()), job.text()
     assert not any(runs.iterdir())
 
@@ -426,19 +437,13 @@ def test_large_photos_are_shrunk_by_all_nodes_together_or_by_each_for_itself(
     """Then all processes read the same pixels: the training is one node's, to rounding."""
     folder = lab.folder / f"cache {cache}"
     folder.mkdir()
-    holder = (Path(lab.environment["SLURM_CLUSTER"]) / "run" / "node2.pid").read_text().strip()
-    on_node2 = ["nsenter", "-t", holder, "-m"]
-    if cache == "of each node":
-        subprocess.run([*on_node2, "mount", "-t", "tmpfs", "tmpfs", str(folder)], check=True, timeout=60)
-    try:
+    with node2s_own_disk(lab, folder) if cache == "of each node" else nullcontext():
         job = lab.submit(
             "train.sbatch", ["--nodes=2", "--gpus-per-node=0"], [*training, *SHRUNK], DALITUNE_CACHE=str(folder)
         )
         assert job.ends() == "COMPLETED", job.text()
-        listed = subprocess.run([*on_node2, "find", str(folder), "-type", "f"], capture_output=True, text=True)
-    finally:
-        if cache == "of each node":
-            subprocess.run([*on_node2, "umount", str(folder)], check=True, timeout=60)
+        find = [*on_node2(lab), "find", str(folder), "-type", "f"]
+        listed = subprocess.run(find, check=True, capture_output=True, text=True, timeout=60)
     large = sum(min(size) > 80 for size in photo_sizes)
     assert job.text().count(f"shrink: {large} of {len(photo_sizes)} photos are read from copies of 80 pixels") == 1
     assert "the first all-reduce of 2 processes" in job.text()

@@ -24,9 +24,10 @@ class ReusedMemory:
         memory does not.
         """
         length = math.prod(shape)
-        arrays = [each for each in self._arrays if each[1]() is not None or each[0].size >= length]
+        # What is too small and free is let go.
+        arrays = [(array, view) for array, view in self._arrays if view() is not None or array.size >= length]
         self._arrays = arrays
-        free = next((number for number, (_, handed_out) in enumerate(arrays) if handed_out() is None), None)
+        free = next((number for number, (_, view) in enumerate(arrays) if view() is None), None)
         if free is None and 4 * (sum(array.size for array, _ in arrays) + length) > _MOST_BYTES:
             return None
         array = np.empty(length, np.float32) if free is None else arrays.pop(free)[0]
