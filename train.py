@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError
-from pipelines.model.average import follow
+from pipelines.model.average import average_of, follow
 from pipelines.model.network import TransferModel, average_batchnorm_statistics
 from pipelines.report import write_page
 from pipelines.run import figures
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> None:
         components = build(checked, built, session)
         network, model, schedule = components.network, components.model, components.schedule
         optimizer, training, features = components.optimizer, components.training, components.features
+        average = average_of(network) if config.ema_decay else None
         recorder = Recorder(checked, components, session)
 
         # All that a resume needs; another part is another entry.
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
             "losses": session.watch,
             "unreadable": UnreadablePhotos(run, (training, components.validation)),
             **({"scaler": accelerator.scaler} if accelerator.scaler else {}),  # of fp16
-            **({"average": components.average} if components.average else {}),
+            **({"average": average} if average else {}),
         }
         checkpoints = Checkpoints(
             run, checked.dataset, accelerator, checkpoint_parts, components.decisions, config.keep_checkpoints
@@ -108,8 +109,8 @@ def main(arguments: list[str]) -> None:
                 votes, targets = session.votes(), (built.class_weights, components.teacher)
                 sums, batch = update(model, features, optimizer, step, votes, training, accelerator, config, *targets)
                 progress.global_step += 1
-                if components.average and config.ema_decay:
-                    follow(components.average, network, config.ema_decay, progress.global_step)
+                if average and config.ema_decay:
+                    follow(average, network, config.ema_decay, progress.global_step)
                 progress.skipped_steps += accelerator.optimizer_step_was_skipped  # the fp16 scaler looks for its scale
                 session.watch_step(sums, partial(where, progress.global_step, rates, batch.indices[:3], training))
                 recorder.step(sums, batch)
@@ -118,7 +119,8 @@ def main(arguments: list[str]) -> None:
                     save()
             session.watch_remaining_steps()
             session.stop_if_agreed()
-            evaluate_and_keep_best(checked, components, session, recorder, progress.epoch + 1, recorder.epoch_means())
+            means = recorder.epoch_means()
+            evaluate_and_keep_best(checked, components, session, recorder, progress.epoch + 1, means, average)
             save()
         if not progress.has_best:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
@@ -136,10 +138,11 @@ def evaluate_and_keep_best(
     recorder: Recorder,
     epoch: int,
     means: Mapping[str, float],
+    average: TransferModel | None = None,
 ) -> None:
     """After `epoch` epochs: evaluates, saves the weights where they are the best so far, counts the epoch as done.
 
-    means: the epoch's training means; {} before the training.
+    means: the epoch's training means; {} before the training. average: of the weights, which is evaluated beside them.
     """
     config, run, progress = checked.config, checked.run, session.progress
     best_by = BEST_BY[config.best_by]
@@ -147,12 +150,12 @@ def evaluate_and_keep_best(
     records, scores = _evaluated(components.network, checked, components, session)
     row |= scores
     network, better = components.network, records
-    if components.average and progress.global_step:
-        of_average, averaged = _evaluated(components.average, checked, components, session)
+    if average:
+        of_average, averaged = _evaluated(average, checked, components, session)
         row |= {key.replace("val/", "ema/"): value for key, value in averaged.items()}
         if averaged[best_by] > scores[best_by]:
-            network, better, scores = components.average, of_average, averaged
-        scores = {**scores, "averaged": int(network is components.average)}
+            network, better, scores = average, of_average, averaged
+        scores = {**scores, "averaged": int(network is average)}
     _, _, correct = loss_and_top1(better)
     is_best = progress.keep_best({**row, **scores}, best_by, correct, len(better))
     row |= best_scores(progress.best)  # a sweep stops by it

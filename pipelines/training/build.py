@@ -10,7 +10,6 @@ from pipelines.data.dataset import map_labels
 from pipelines.data.loader import Loader, eval_loader, train_loader
 from pipelines.data.shrink_pass import make_copies
 from pipelines.errors import UserError
-from pipelines.model.average import average_of
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.features import MEMORY_LIMIT, FrozenFeatures
 from pipelines.model.logistic_regression import class_weights_of
@@ -53,10 +52,10 @@ class Components:
 
     resolved_config: the settings with what auto has come to, which `start` gives a reason for. network: without
     wrappers. model: its trained part, as the processes train it together, compiled where asked for. head_row: the row
-    of metrics of a head that was fitted just now, or {}. average: of the network's weights, or None. training,
-    validation: the loaders; features, validation_features: what is kept of them. teacher: the answers that are learned
-    beside the labels, or None. micro_batch: the most photos of a training's batch on a process. facts: for trackers.
-    decisions: JSON, for the checkpoints.
+    of metrics of a head that was fitted just now, or {}. training, validation: the loaders; features,
+    validation_features: what is kept of them. teacher: the answers that are learned beside the labels, or None.
+    micro_batch: the most photos of a training's batch on a process. facts: for trackers. decisions: JSON, for the
+    checkpoints.
     """
 
     resolved_config: Config
@@ -65,7 +64,6 @@ class Components:
     decisions: Mapping[str, Any]
     head_row: Mapping[str, Any]
     network: TransferModel
-    average: TransferModel | None
     model: Any
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -141,7 +139,6 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
     assert chosen.views_per_photo != "auto"
     schedule = Schedule(chosen, checked.steps_per_epoch)
 
-    average = average_of(network) if config.ema_decay is not None else None
     # The loaders are not prepared by Accelerate: the plan shards.
     optimizer = accelerator.prepare(make_optimizer(network, config))
     model = trained_together(network, accelerator, config)
@@ -179,6 +176,6 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
         "head_restarts": start.head_restarts,
     }
     return Components(
-        *(chosen, start, facts, decisions, head_row, network, average, model, optimizer, schedule),
+        *(chosen, start, facts, decisions, head_row, network, model, optimizer, schedule),
         *(training, features, validation, validation_features, answers, micro_batch),
     )
