@@ -12,7 +12,6 @@ number are left in runs/<name>/.
 
 import sys
 import time
-from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -59,8 +58,8 @@ def main(arguments: list[str]) -> None:
         average = average_of(network) if config.ema_decay else None
         recorder = Recorder(checked, components, session)
 
-        # All that a resume needs; another part is another entry.
-        checkpoint_parts: dict[str, Stateful] = {
+        # All that a checkpoint holds and a resume needs; another part is another entry.
+        parts: dict[str, Stateful] = {
             "model": network,
             "optimizer": optimizer,
             "progress": progress,
@@ -71,7 +70,7 @@ def main(arguments: list[str]) -> None:
             **({"average": average} if average else {}),
         }
         checkpoints = Checkpoints(
-            run, checked.dataset, accelerator, checkpoint_parts, components.decisions, config.keep_checkpoints
+            run, checked.dataset, accelerator, parts, components.decisions, config.keep_checkpoints
         )
         if saved:
             checkpoints.load(saved)
@@ -80,19 +79,12 @@ def main(arguments: list[str]) -> None:
         recorder.start()
         session.listen()  # again: a tracker may have taken the signals over
         checked.say(partial(training_report, checked, components))
-
-        def save() -> None:
-            checkpoints.save()
-            session.note_saved()
-
-        session.on_stop(save)
-        if components.head_row:
-            recorder.head(components.head_row)
+        session.save_by(checkpoints.save)
         if built.head_is_fitted and not progress.global_step and not progress.has_best:
-            evaluate_and_keep_best(checked, components, session, recorder, 0, {})  # the fitted head
-            save()
+            evaluate_and_keep_best(checked, components, session, recorder, 0)  # the fitted head
+            session.save()
         elif saved and schedule.is_over(progress.epoch, progress.best["epoch"]):  # no other save is to come
-            save()
+            session.save()
         if components.start.head_restarts and not progress.global_step:  # a checkpoint before has the fitted one
             network.reset_head()
 
@@ -116,12 +108,11 @@ def main(arguments: list[str]) -> None:
                 recorder.step(sums, batch)
                 session.stop_if_agreed()
                 if session.save_is_agreed and not schedule.ends_epoch(progress.global_step):
-                    save()
+                    session.save()
             session.watch_remaining_steps()
             session.stop_if_agreed()
-            means = recorder.epoch_means()
-            evaluate_and_keep_best(checked, components, session, recorder, progress.epoch + 1, means, average)
-            save()
+            evaluate_and_keep_best(checked, components, session, recorder, progress.epoch + 1, average)
+            session.save()
         if not progress.has_best:
             raise UserError("no evaluation gave a finite loss, so there are no best weights: lower --lr, in a new run")
         recorder.finish()
@@ -137,15 +128,15 @@ def evaluate_and_keep_best(
     session: Session,
     recorder: Recorder,
     epoch: int,
-    means: Mapping[str, float],
     average: TransferModel | None = None,
 ) -> None:
     """After `epoch` epochs: evaluates, saves the weights where they are the best so far, counts the epoch as done.
 
-    means: the epoch's training means; {} before the training. average: of the weights, which is evaluated beside them.
+    average: of the weights; it is evaluated beside them.
     """
     config, run, progress = checked.config, checked.run, session.progress
     best_by = BEST_BY[config.best_by]
+    means = recorder.epoch_means() if epoch else {}  # before an evaluation takes time
     row: dict[str, Any] = {"epoch": epoch, "global_step": progress.global_step}
     records, scores = _evaluated(components.network, checked, components, session)
     row |= scores

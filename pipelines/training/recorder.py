@@ -62,8 +62,12 @@ class Recorder:
         self._whole_epoch.restore(state["whole_epoch"])
 
     def start(self) -> None:
-        """Starts the tracker."""
+        """Starts the tracker, and writes the row of a head that was fitted just now."""
         self._tracking = Tracking(self._accelerator, self._config, self._run, self._dataset, self._facts)
+        if row := self._components.head_row:
+            self._run.append_metrics(row)
+            self._show("head_penalty")
+            self._tracker.log(row, hold=True)
 
     def end_early(self, status: ExitStatus) -> None:
         """The attempt ends before the run is done; the tracker is told."""
@@ -73,12 +77,6 @@ class Recorder:
             self._tracking.stopped(status.line)
         else:
             self._tracking.abandon(status.exit_code, status.line)
-
-    def head(self, row: Mapping[str, Any]) -> None:
-        """row: of a head that was fitted, as `fit_head` returns it."""
-        self._run.append_metrics(row)
-        self._show("head_penalty")
-        self._tracker.log(row, hold=True)
 
     def start_epoch(self, start_step: int) -> None:
         """start_step: steps of it that were done in an attempt before."""

@@ -21,8 +21,8 @@ class Session:
     kept, and whatever was registered is closed.
 
     All processes agree on a stop: by the votes of a step, which `watch_step` finds in its sums, or within a pass over
-    photos, which asks `stop_is_asked`. Either raises StopAgreed; the context then calls what `on_stop` has registered
-    and raises Stopped in its place. Any other error goes on through it.
+    photos, which asks `stop_is_asked`. Either raises StopAgreed; the context then saves and raises Stopped in its
+    place. Any other error goes on through it.
 
     progress: where the training stands. watch: looks at the steps' sums. Both are parts of the checkpoints.
     """
@@ -34,7 +34,7 @@ class Session:
         self._checked, self._run, self._state = checked, checked.run, checked.state
         self._stop = StopRequest(self._run.stop_file if self._state.is_main_process else None)
         self._clock = CheckpointClock(checked.config.checkpoint_minutes)
-        self._save: Callable[[], object] = lambda: None
+        self._write: Callable[[], object] = lambda: None
         self._told: list[Callable[[ExitStatus], object]] = []
         self._to_close = ExitStack()
 
@@ -59,7 +59,7 @@ class Session:
             if isinstance(error, StopAgreed):
                 try:
                     self._stop.tell()
-                    self._save()
+                    self.save()
                     raise self._stopped() from None
                 except BaseException as ending:
                     self._end(ending)
@@ -73,9 +73,9 @@ class Session:
         """Takes over the signals; again, where something else may have taken them since."""
         self._stop.listen()
 
-    def on_stop(self, save: Callable[[], object]) -> None:
-        """save: writes what a stop would lose. Called on all processes."""
-        self._save = save
+    def save_by(self, write: Callable[[], object]) -> None:
+        """write: writes a checkpoint, on all processes together. Before it is known, `save` writes nothing."""
+        self._write = write
 
     def on_end(self, tell: Callable[[ExitStatus], object]) -> None:
         """tell: is told how the attempt ends, where that is before the run's end."""
@@ -111,8 +111,9 @@ class Session:
         """Whether the steps that were looked at have a vote for a checkpoint."""
         return self.watch.save
 
-    def note_saved(self) -> None:
-        """Starts the checkpoint clock again."""
+    def save(self) -> None:
+        """Writes a checkpoint and starts the clock of the next one. Called on all processes."""
+        self._write()
         self._clock.start()
         self.watch.save = False
 

@@ -52,7 +52,7 @@ def recorder(tmp_path, said) -> Recorder:
     parts: Any = SimpleNamespace(
         resolved_config=CONFIG, schedule=Schedule(CONFIG, 3), training=training, optimizer=optimizer
     )
-    parts.facts = {}
+    parts.facts, parts.head_row = {}, {}
     session: Any = SimpleNamespace(progress=Progress(), close_at_end=lambda _: None, on_end=lambda _: None)
     made = Recorder(checked, parts, session)
     made.start()
@@ -64,6 +64,12 @@ def train(recorder: Recorder, steps: int) -> None:
     for _ in range(steps):
         recorder._progress.global_step += 1
         recorder.step(torch.tensor([2.0, 1, 2, 1, 1, 0, 0]), SimpleNamespace(images=[]))  # type: ignore[arg-type]
+
+
+def test_the_row_of_a_fitted_head_comes_first(recorder, said):
+    recorder._components.head_row = {"epoch": 0, "global_step": 0, "head/penalty": 0.001}
+    recorder.start()
+    assert said == [("show", str(recorder._run.figures / "head_penalty.png")), (0, "held", 1)]
 
 
 def test_rows_are_written_before_they_are_told(recorder, said, capsys):

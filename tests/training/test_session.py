@@ -59,7 +59,7 @@ def test_a_stop_is_saved_and_told_and_then_all_is_closed(begin, tmp_path):
             assert status(tmp_path)["state"] == "running"
             session.close_at_end(lambda: done.append("closed last"))
             session.close_at_end(lambda: done.append("closed first"))
-            session.on_stop(lambda: done.append("saved"))
+            session.save_by(lambda: done.append("saved"))
             session.on_end(lambda ended: done.append(ended.exit_code))
             session.progress.global_step = 7
             os.kill(os.getpid(), signal.SIGTERM)
@@ -87,7 +87,7 @@ def test_a_checkpoint_that_cannot_be_written_is_what_ended_the_run(begin, tmp_pa
         raise MachineError("disk full")
 
     session = begin()
-    session.on_stop(full)
+    session.save_by(full)
     with pytest.raises(MachineError, match="disk full"), session:
         raise StopAgreed
     assert status(tmp_path) == status(tmp_path) | {"state": "failed", "reason": "disk full", "exit_code": 3}
@@ -97,7 +97,7 @@ def test_a_failure_is_told_and_its_photo_noted(begin, tmp_path):
     ended: list[Any] = []
     session = begin()
     session.on_end(ended.append)
-    session.on_stop(lambda: ended.append("saved"))
+    session.save_by(lambda: ended.append("saved"))
     with pytest.raises(UserError, match=r"b\.jpg"), session:
         raise UserError("b.jpg: cannot be decoded", bad_photo=("train", 1))
     assert [each.line for each in ended] == ["b.jpg: cannot be decoded"], "nothing is saved in between"
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_due_by_the_clock_and_by_votes(begin):
         assert not session.save_is_agreed
         session.watch_step(sums(save=1), str)
         assert session.save_is_agreed
-        session.note_saved()
+        session.save()
         assert not session.save_is_agreed
     with begin({"metrics_bytes": 0, **ZERO}) as session:
         assert session.votes() == (False, False)
