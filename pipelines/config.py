@@ -38,8 +38,9 @@ _PAGE_BEGINS = """\
 Every setting is a key of a recipe (`configs/*.yaml`) and a flag of `train.py`. A flag wins over the recipe, the recipe
 over the default. A flag may be written with `-` for `_`, and as `--KEY=VALUE`; a yes-or-no flag without a value means
 true. An unknown, doubled or impossible setting is one line on stderr and exit code 2. Without `--config` the recipe is
-[configs/finetune.yaml](../configs/finetune.yaml), which sets some of them otherwise than the defaults here;
-`python train.py --help` shows both. Devices and precision are the launcher's ([distributed.md](distributed.md))."""
+[configs/finetune.yaml](../configs/finetune.yaml): where its column has a value, that is what counts then, and the
+default is what counts with a recipe that does not name the setting. Devices and precision are the launcher's
+([distributed.md](distributed.md))."""
 DEFAULT_RECIPE = ROOT / "configs" / "finetune.yaml"
 
 
@@ -148,8 +149,8 @@ class Config:
     skip_bad_files: bool = False
     """leave out files that cannot be read, instead of stopping"""
     cache_gb: Annotated[float, Field(ge=0)] = 4
-    """most gigabytes of what frozen stages made of photos that are kept in the cache folder, for later runs of any head
-    on the same views, and as many of shrunk photos; the longest unused go first; 0: none are kept or looked for"""
+    """most gigabytes of cached features, which are what frozen stages make of photos, for later runs on the same views,
+    and as many of shrunk photos; the longest unused go first; 0: none are kept or looked for"""
 
     image_size: ImageSize = 224
     """side of the square that the model sees, in pixels"""
@@ -175,7 +176,7 @@ class Config:
     transparency: Transparency = "white"
     """what transparent pixels are composed on; ignored: the colour that lies under them, often black"""
     crop_scale_min: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """smallest share of the photo that a training crop may have"""
+    """smallest area of a random training crop, as a share of the photo's: RandomResizedCrop's first scale"""
     crop_ratio_max: Annotated[float, Field(ge=1, le=10)] = 4 / 3
     """how many times as wide as high, and as high as wide, a training crop may be before it is made a square; 1: what
     is seen keeps its shape"""
@@ -275,7 +276,8 @@ class Config:
     batch_size: Annotated[int, Field(ge=1)] = 32
     """photos of a step, over all processes together"""
     max_batch_per_device: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
-    """a process's larger share of a step is split into micro-batches of this size; auto: what fits on the GPU"""
+    """the most photos of one forward and backward pass on a device; a larger share of the batch is taken in several, by
+    gradient accumulation; auto: as many as fit on the GPU; null: the whole share"""
     class_weights: Literal["none", "balanced"] = "none"
     """what a training photo weighs in the loss and in a fitted head; balanced: each class counts the same, however many
     photos it has"""
@@ -591,16 +593,26 @@ def dump_yaml(config: Config) -> str:
 
 
 def settings_page() -> str:
-    """docs/settings.md: for each group a heading and a table of flag, default, meaning."""
-    parts = [_PAGE_BEGINS]
+    """docs/settings.md: for each group a heading and a table of flag, default, the default recipe's value, meaning."""
+    parts, recipe = [_PAGE_BEGINS], _of_default_recipe()
     for group, keys in GROUPS.items():
-        rows = [f"| `--{key}` | `{_spelled(SCHEMA[key]['default'])}` | {_meaning(key)} |" for key in keys]
-        parts.append("\n".join([f"## {group}", "", "| flag | default | meaning |", "|---|---|---|", *rows]))
+        lines = [f"## {group}", "", "| flag | default | finetune.yaml | meaning |", "|---|---|---|---|"]
+        for key in keys:
+            of_recipe = f"`{recipe[key]}`" if key in recipe else ""
+            lines.append(f"| `--{key}` | `{_spelled(SCHEMA[key]['default'])}` | {of_recipe} | {_meaning(key)} |")
+        parts.append("\n".join(lines))
     for key, schema in SCHEMA.items():
         if len(schema.get("enum", [])) > _MOST_NAMED:
             names = textwrap.fill(", ".join(f"`{value}`" for value in schema["enum"]), 120)
             parts.append(f"## Values of {key}\n\n{names}")
     return "\n\n".join(parts) + "\n"
+
+
+def _of_default_recipe() -> dict[str, str]:
+    """What the recipe that runs without `--config` sets otherwise than the defaults, as it spells it."""
+    recipe = read_recipe(DEFAULT_RECIPE) if DEFAULT_RECIPE.is_file() else {}
+    values = {key: str(value) for key, value in recipe.items()}
+    return {key: value for key, value in values.items() if value != _spelled(SCHEMA[key]["default"])}
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -736,14 +748,13 @@ def _build_parser() -> _Parser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="the recipe (default configs/finetune.yaml)")
-    recipe = read_recipe(DEFAULT_RECIPE) if DEFAULT_RECIPE.is_file() else {}
+    recipe = _of_default_recipe()
     for group, keys in GROUPS.items():
         section = parser.add_argument_group(group)
         for key in keys:
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if SCHEMA[key].get("type") == "boolean" else {}
-            default = _spelled(SCHEMA[key]["default"])
-            of_recipe = f"; finetune.yaml: {recipe[key]}" if str(recipe.get(key, default)) != default else ""
-            text = f"{_meaning(key)} (default {default}{of_recipe})"
+            of_recipe = f"; finetune.yaml: {recipe[key]}" if key in recipe else ""
+            text = f"{_meaning(key)} (default {_spelled(SCHEMA[key]['default'])}{of_recipe})"
             section.add_argument(f"--{key}", metavar="VALUE", help=text, **bare)
     return parser
 

@@ -474,9 +474,17 @@ def test_the_page_has_a_row_for_every_flag_below_its_group() -> None:
     assert names == SCHEMA["arch"]["enum"]
     assert list(tables) == list(GROUPS)
     for group, keys in GROUPS.items():
-        rows = re.findall(r"^\| `--(\w+)` \| `([^|`]+)` \| ([^|]+) \|$", tables[group], re.MULTILINE)
-        assert [key for key, _, _ in rows] == keys
-    assert "| `--lr` | `0.01` | learning rate of the head [a finite number > 0] |" in tables["Optimizer"]
+        rows = re.findall(r"^\| `--(\w+)` \| `[^|`]+` \| (?:`[^|`]+`)? \| [^|]+ \|$", tables[group], re.MULTILINE)
+        assert rows == keys
+    assert "| `--lr` | `0.01` |  | learning rate of the head [a finite number > 0] |" in tables["Optimizer"]
+
+
+def test_the_page_says_what_the_default_recipe_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = tmp_path / "finetune.yaml"
+    recipe.write_text("epochs: auto\nlr: 0.01\n")
+    monkeypatch.setattr(config_module, "DEFAULT_RECIPE", recipe)
+    assert "| `--epochs` | `10` | `auto` |" in settings_page()
+    assert "| `--lr` | `0.01` |  |" in settings_page(), "as by default"
 
 
 def test_the_recipes_are_these() -> None:
