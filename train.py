@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> None:
     with Session(checked) as session:
         progress = session.progress
         checked.say(partial(beginning_report, checked, built))
-        components = build(checked, built, session)
-        network, model, schedule = components.network, components.model, components.schedule
-        optimizer, training, features = components.optimizer, components.training, components.features
+        components, model = build(checked, built, session)
+        network, schedule, optimizer = components.network, components.schedule, components.optimizer
+        training, features = components.training, components.features
         average = average_of(network) if config.ema_decay else None
         recorder = Recorder(checked, components, session)
 

@@ -97,14 +97,14 @@ def search(config: Config, highest: float, steps: int) -> Curve:
             raise UserError("lr_finder: it is for one process: start it with python -m pipelines.lr_finder")
         built = build_network(checked)
         with Session(checked) as session, tqdm(total=steps, desc="search", unit="step", disable=None) as progress:
-            components = build(checked, built, session)
+            components, model = build(checked, built, session)
             if components.start.head_restarts:
                 components.network.reset_head()
             components.network.train()
             for step in islice(_steps(components, session), steps):
                 rate = highest * 10 ** (_DECADES * (len(rates) / (steps - 1) - 1))
                 set_learning_rates(components.optimizer, rate / checked.config.lr)
-                what = (components.model, components.features, components.optimizer, step, session.votes())
+                what = (model, components.features, components.optimizer, step, session.votes())
                 targets = (built.class_weights, components.teacher)
                 sums, _ = update(*what, components.training, checked.accelerator, checked.config, *targets)
                 total = StepSums(*sums.tolist())

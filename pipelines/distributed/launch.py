@@ -85,6 +85,12 @@ def start_accelerator(config: Config, state: PartialState, trackers: str | None,
         raise UserError("mixed precision fp16 needs a GPU: start with accelerate launch --mixed_precision bf16, or no")
     torch.manual_seed(config.seed)
     if config.deterministic:
+        pools = config.arch.startswith(("alexnet", "vgg")) and config.mode == "finetune" and steps
+        if pools and state.device.type == "cuda":
+            raise UserError(
+                f"deterministic: PyTorch has no such backward pass for {config.arch}'s pooling on a GPU: take another "
+                "--arch, --mode feature_extract, or leave it out"
+            )
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     else:

@@ -349,7 +349,8 @@ def resolve_batchnorm(config: Config, weights: Weights) -> str:
 def average_batchnorm_statistics(model: TransferModel, world_size: int) -> None:
     """Makes the running statistics one and the same on all processes, each of which has seen photos of its own.
 
-    A mean, weighted by the batches that each has seen: a process that had no photo so far has nothing to say.
+    A mean, weighted by the batches that each has seen: a process that had no photo so far has nothing to say. Where no
+    process has seen any, as before the first update, they are those of the first weights and stay.
     """
     if world_size == 1 or model.batchnorm != "train":  # the others are the same already, and rounding would move them
         return
@@ -358,8 +359,9 @@ def average_batchnorm_statistics(model: TransferModel, world_size: int) -> None:
         all_batches = batches.clone()
         torch.distributed.all_reduce(all_batches)
         for buffer in (module.running_mean, module.running_var):
-            buffer *= batches / all_batches.clamp(min=1)
-            torch.distributed.all_reduce(buffer)
+            mean = buffer * (batches / all_batches.clamp(min=1))
+            torch.distributed.all_reduce(mean)
+            buffer.copy_(torch.where(all_batches > 0, mean, buffer))
         torch.distributed.all_reduce(module.num_batches_tracked, torch.distributed.ReduceOp.MAX)
 
 

@@ -339,7 +339,8 @@ def _own_or_mean(
 ) -> dict[str, torch.Tensor]:
     """A process's own BatchNorm statistics; on another number of processes than they come from, their mean.
 
-    The mean is weighted by the batches that each process has seen, as before an evaluation.
+    The mean is weighted by the batches that each process has seen, as before an evaluation. Where none has seen
+    any, they are the same on all.
     """
     if len(statistics) == num_processes:
         return statistics[process_index]
@@ -351,5 +352,5 @@ def _own_or_mean(
             continue
         counts = [each[f"{name.rpartition('.')[0]}.num_batches_tracked"] for each in statistics]
         weights = torch.stack(counts).to(first.dtype)
-        mean[name] = (values * (weights / weights.sum().clamp(min=1))[:, None]).sum(dim=0)
+        mean[name] = (values * (weights / weights.sum())[:, None]).sum(dim=0) if weights.any() else first
     return mean

@@ -51,10 +51,9 @@ class Components:
     """What a training is made of.
 
     resolved_config: the settings with what auto has come to, which `start` gives a reason for. network: without
-    wrappers. model: its trained part, as the processes train it together, compiled where asked for. head_row: the row
-    of metrics of a head that was fitted just now, or {}. training, validation: the loaders; features,
-    validation_features: what is kept of them. teacher: the answers that are learned beside the labels, or None.
-    micro_batch: the most photos of a training's batch on a process. facts: for trackers. decisions: JSON, for the
+    wrappers. head_row: the row of metrics of a head that was fitted just now, or {}. training, validation: the loaders;
+    features, validation_features: what is kept of them. teacher: the answers that are learned beside the labels, or
+    None. micro_batch: the most photos of a training's batch on a process. facts: for trackers. decisions: JSON, for the
     checkpoints.
     """
 
@@ -64,7 +63,6 @@ class Components:
     decisions: Mapping[str, Any]
     head_row: Mapping[str, Any]
     network: TransferModel
-    model: Any
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     training: Loader
@@ -113,10 +111,13 @@ def trained_together(network: TransferModel, accelerator: Accelerator, config: C
     return torch.compile(model)
 
 
-def build(checked: Checked, built: InitialModel, session: Session) -> Components:
-    """Makes shrunk copies of photos, where they are asked for; fits the head, where one is and no checkpoint has it;
+def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Components, Any]:
+    """What a training is made of, and the network's trained part as `trained_together` makes it.
+
+    Makes shrunk copies of photos, where they are asked for; fits the head, where one is and no checkpoint has it;
     decides what of the body is trained, which may depend on it; makes the optimizer and the loaders. StopAgreed where a
-    stop is asked for on the way."""
+    stop is asked for on the way.
+    """
     config, accelerator, saved, state = checked.config, checked.accelerator, checked.saved, checked.state
     photos, labels, network = checked.dataset.splits, built.labels, built.network
     make_copies([photos[name] for name in ("train", "val")], config, state, session.stop_is_asked)
@@ -168,6 +169,7 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
         "teacher": teacher and teacher.digest,
         "settings": asdict(config),
         "engine": checked.engine,
+        "micro_batch": micro_batch,
         "device": accelerator.device.type,
         "freeze": start.freeze,
         "views_per_photo": chosen.views_per_photo,
@@ -175,7 +177,8 @@ def build(checked: Checked, built: InitialModel, session: Session) -> Components
         "head_is_fitted": built.head_is_fitted,
         "head_restarts": start.head_restarts,
     }
-    return Components(
-        *(chosen, start, facts, decisions, head_row, network, model, optimizer, schedule),
+    components = Components(
+        *(chosen, start, facts, decisions, head_row, network, optimizer, schedule),
         *(training, features, validation, validation_features, answers, micro_batch),
     )
+    return components, model

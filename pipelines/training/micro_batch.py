@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 from torch.nn import functional
 
-_MARGIN = 0.1  # of a GPU's memory: for the optimizer's state, kept features and finished batches, which come later
+_MARGIN = 0.1  # of a GPU's memory: for kept features and finished batches, which come later
+_LATER_WEIGHTS = 3  # as does as much as the trained weights: the optimizer's state, twice at most, and their average
 _MOST_DECODED = 0.5  # of a GPU's memory: more is not kept back for the photos that DALI decodes, rarely all large ones
 
 
@@ -40,9 +41,10 @@ def micro_batch_of(
     if accelerator.device.type != "cuda":
         return share
     total = torch.cuda.mem_get_info(accelerator.device)[1]
+    weights = sum(each.numel() * each.element_size() for each in network.parameters() if each.requires_grad)
 
     def attempt(size: int) -> None:
-        others = int(_MARGIN * total)
+        others = int(_MARGIN * total) + _LATER_WEIGHTS * weights
         if engine == "dali":
             others += decoded_bytes(config, sizes, size, most=int(_MOST_DECODED * total))
         reserve = torch.empty(others, dtype=torch.uint8, device=accelerator.device)

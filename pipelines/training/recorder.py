@@ -88,7 +88,8 @@ class Recorder:
     def step(self, sums: torch.Tensor, batch: Batch) -> None:
         """One update is done, and counted in `progress`. sums: of `StepSums`. batch: its first micro-batch here."""
         global_step = self._progress.global_step
-        if global_step == 1 and self._is_main:
+        # Without kept features a batch may have no photo that can be read, and no other is asked of a loader at work.
+        if global_step == 1 and self._is_main and (len(batch.images) or self._components.features.are_kept):
             self._draw_train_batch(batch)
         self._interval.add(sums)
         self._whole_epoch.add(sums)

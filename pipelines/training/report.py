@@ -159,6 +159,8 @@ def _setup_report(checked: Checked, components: Components) -> list[str]:
         lines.append("train top1: photos are mixed, and an answer counts by the share that its class has in one")
     if network.batchnorm == "train" and (processes > 1 or config.max_batch_per_device):
         lines.append("batchnorm: train: each micro-batch of a process is normalised by itself")
+    if network.batchnorm == "sync" and config.max_batch_per_device:
+        lines.append("batchnorm: sync: micro-batches are normalised together with the other processes' only")
     return lines
 
 
@@ -258,11 +260,12 @@ def resume_report(checked: Checked, components: Components) -> list[str]:
     if saved is None:
         return ["resumed: there is no checkpoint yet, so it begins at step 0", *changes]
     lines = [f"resumed at step {saved['global_step']}, from {saved['checkpoint']}", *changes]
-    by_itself = "BatchNorm (train) normalises each by itself, so that results differ by more than rounding"
+    by_itself = f"BatchNorm ({batchnorm}) normalises each by itself, so that results differ by more than rounding"
     if saved["world_size"] != accelerator.num_processes:
-        what = "sums in another order" if batchnorm != "train" else f"in other shares, and {by_itself}"
+        is_split = batchnorm == "train" or (batchnorm == "sync" and config.max_batch_per_device)
+        what = f"in other shares, and {by_itself}" if is_split else "sums in another order"
         lines.append(f"the checkpoint is of {counted(saved['world_size'], 'process')}: the same photos, {what}")
-    elif batchnorm == "train" and config.max_batch_per_device != before.max_batch_per_device:
+    elif batchnorm in ("train", "sync") and components.micro_batch != saved.get("micro_batch", components.micro_batch):
         lines.append(f"max_batch_per_device: other micro-batches, and {by_itself}")
     if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
         lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")
@@ -283,7 +286,7 @@ def where(global_step: int, rates: Mapping[str, float], indices: torch.Tensor, l
 
 
 def save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tuple[str, ...]) -> None:
-    if not len(batch.images):  # its features were known; what they are of is worth a look
+    if not len(batch.images):  # its features are kept; what they are of is worth a look
         batch = next(next(training.epoch(0)).batches)
     images, path = batch.images[: figures.MAX_PHOTOS].float().cpu().numpy(), run.figures / "train_batch.png"
     titles = batch.names(classes)[: figures.MAX_PHOTOS]

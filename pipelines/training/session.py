@@ -112,7 +112,11 @@ class Session:
         return self.watch.save
 
     def save(self) -> None:
-        """Writes a checkpoint and starts the clock of the next one. Called on all processes."""
+        """Writes a checkpoint and starts the clock of the next one. Called on all processes.
+
+        Steps that a GPU has not been asked about yet are looked at first: they belong to it, and may have voted for it.
+        """
+        self.watch.check()
         self._write()
         self._clock.start()
         self.watch.save = False

@@ -2,6 +2,7 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 from pipelines.config import Config
 from pipelines.distributed.exits import run_script
@@ -24,6 +25,12 @@ def test_half_precision_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match=re.escape("fp16 needs a GPU: start with accelerate launch --mixed_precision")):
         start_accelerator(Config(), PartialState(cpu=True), None)
+
+
+def test_what_no_gpu_can_repeat_is_refused_as_deterministic():
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match="PyTorch has no such backward pass for vgg11's pooling on a GPU"):
+        start_accelerator(Config(arch="vgg11", deterministic=True), gpu, None, steps=5)
 
 
 def test_the_accelerator_scales_nothing_and_makes_no_folder(monkeypatch, tmp_path):

@@ -89,6 +89,15 @@ def main(arguments):
         and module.num_batches_tracked == 3
         for number, module in enumerate(batchnorms(network))
     )
+    first = TransferModel(resnet18(num_classes=3), frozen_stages=0, batchnorm="train")
+    for module in batchnorms(first):  # of weights whose batches nobody has counted
+        module.running_mean += 0.1
+    average_batchnorm_statistics(first, 2)
+    found["first"] = all(
+        torch.equal(module.running_mean, torch.full_like(module.running_mean, 0.1))
+        and torch.equal(module.running_var, torch.ones_like(module.running_var))
+        for module in batchnorms(first)
+    )
     if rank == 0:  # alone: nothing that is frozen goes through a collective
         average_batchnorm_statistics(TransferModel(network.network, frozen_stages=0, batchnorm="frozen"), 2)
 
@@ -196,6 +205,7 @@ def test_two_processes_agree_share_and_count_each_photo_once(tmp_path, photo_fol
         assert found["files"] == [[True, 1], [True, 1]]
         assert found["untouched"]
         assert found["averaged"]
+        assert found["first"], "statistics of the first weights stay"
         assert found["cached_is_same"]
         assert found["learning"][::2] == [["fc"], ["fc", "layer4"], ["conv1", "fc", "layer3", "layer4"]]
         assert found["learning"][1::2] == [[1.0, 1.0, 1.0]] * 3

@@ -283,6 +283,13 @@ def test_a_rate_that_is_off_its_course_is_said_with_both_values():
         ("frozen", 2, None, "of 2 processes: the same photos, sums in another order"),
         ("sync", 2, None, "of 2 processes: the same photos, sums in another order"),
         (
+            "sync",
+            2,
+            4,
+            "of 2 processes: the same photos, in other shares, and BatchNorm (sync) normalises each by itself",
+        ),
+        ("sync", 1, 4, "max_batch_per_device: other micro-batches, and BatchNorm (sync) normalises each by itself"),
+        (
             "train",
             2,
             None,
@@ -294,11 +301,12 @@ def test_a_rate_that_is_off_its_course_is_said_with_both_values():
     ],
 )
 def test_another_number_of_processes_is_reported_with_batchnorm(batchnorm, world_size, micro_batch, line):
-    saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions()}
+    saved = PROGRESS | {"world_size": world_size, "checkpoint": "c", "versions": versions(), "micro_batch": 16}
     now, one = Config(max_batch_per_device=micro_batch), SimpleNamespace(num_processes=1, mixed_precision="no")
     checked: Any = SimpleNamespace(config=now, previous_config=Config(), saved=saved, accelerator=one)
     schedule, network = SimpleNamespace(total_steps=50), SimpleNamespace(batchnorm=batchnorm)
     parts: Any = SimpleNamespace(resolved_config=Config(epochs=5), network=network, schedule=schedule)
+    parts.micro_batch = micro_batch or 16
     lines = resume_report(checked, parts)
     lines = [each for each in lines if "resumed at" not in each and "settings changed" not in each]
     assert len(lines) == bool(line)

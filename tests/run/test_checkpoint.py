@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import kills
 from pipelines.config import Config
 from pipelines.model.network import TransferModel
-from pipelines.run.checkpoint import Checkpoints, Progress, UnreadablePhotos
+from pipelines.run.checkpoint import Checkpoints, Progress, UnreadablePhotos, _own_or_mean
 from pipelines.run.folder import RunFolder
 from pipelines.training.progress import StepWatch
 
@@ -112,3 +112,15 @@ def test_the_best_is_kept(rows, best):
         progress.keep_best({"val/top1": top1, "val/loss": loss, "epoch": number}, "val/top1", 1, 2)
     assert progress.has_best
     assert progress.best["epoch"] == best
+
+
+@pytest.mark.parametrize(("counts", "mean"), [((1, 3), 1.75), ((0, 2), 2.0), ((0, 0), 1.0)])
+def test_another_number_of_processes_has_the_mean_of_batchnorms_statistics(counts, mean):
+    """Weighted by batches; where nobody has counted any, those of the first weights."""
+    values = (1.0, 2.0) if any(counts) else (1.0, 1.0)
+    saved = [
+        {"bn.running_mean": torch.full((2,), value), "bn.num_batches_tracked": torch.tensor(count)}
+        for value, count in zip(values, counts, strict=True)
+    ]
+    assert _own_or_mean(saved, 0, 1)["bn.running_mean"].tolist() == [mean, mean]
+    assert _own_or_mean(saved, 1, 2) is saved[1]

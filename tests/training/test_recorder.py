@@ -52,7 +52,7 @@ def recorder(tmp_path, said) -> Recorder:
     parts: Any = SimpleNamespace(
         resolved_config=CONFIG, schedule=Schedule(CONFIG, 3), training=training, optimizer=optimizer
     )
-    parts.facts, parts.head_row = {}, {}
+    parts.facts, parts.head_row, parts.features = {}, {}, SimpleNamespace(are_kept=True)
     session: Any = SimpleNamespace(progress=Progress(), close_at_end=lambda _: None, on_end=lambda _: None)
     made = Recorder(checked, parts, session)
     made.start()
@@ -86,6 +86,15 @@ def test_rows_are_written_before_they_are_told(recorder, said, capsys):
     assert [(each["epoch"], each["global_step"]) for each in rows] == [(1, 2), (1, 3), (1, 3)]
     assert rows[0] == rows[0] | {"lr/head": 0.5, "train/loss": 1.0, "train/top1": 0.5}
     assert "1/2  5.00e-01" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("are_kept", [True, False])
+def test_a_first_batch_without_photos_leaves_a_loader_at_work_alone(recorder, said, monkeypatch, are_kept):
+    drawn: list[Any] = []
+    monkeypatch.setattr(recorder, "_draw_train_batch", drawn.append)
+    recorder._components.features = SimpleNamespace(are_kept=are_kept)
+    train(recorder, 1)
+    assert len(drawn) == are_kept
 
 
 def test_the_last_row_waits_for_the_end(recorder, said):

@@ -124,6 +124,12 @@ def test_a_checkpoint_is_due_by_the_clock_and_by_votes(begin):
         assert session.save_is_agreed
         session.save()
         assert not session.save_is_agreed
+        # On a GPU the next step's vote is on its way when the first one is seen.
+        session.watch._copies.append((sums(save=1).tolist, str))
+        session.save()
+        assert not session.save_is_agreed
+        session.watch_step(sums(), str)
+        assert not session.save_is_agreed, "one checkpoint, and not two, a step apart"
     with begin({"metrics_bytes": 0, **ZERO}) as session:
         assert session.votes() == (False, False)
 
