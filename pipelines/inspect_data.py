@@ -28,7 +28,7 @@ from pipelines.data.plan import EvalPlan
 from pipelines.data.samples import locate
 from pipelines.data.shrink_pass import shrink_advice
 from pipelines.distributed.exits import run_script
-from pipelines.errors import UserError
+from pipelines.errors import UserError, write_error
 from pipelines.files import begins_with, check_replaceable
 from pipelines.run import figures
 from pipelines.text import check_printed, counted, printable
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     index = scan_dataset(data, cache, SCHEMA["val_fraction"]["default"], options.class_names)
     dataset = load_dataset(index)
     sheet = options.sheet or index.with_suffix(".png")
-    for path in (sheet, options.json):
+    for path in (options.sheet, options.json):
         _check_outside(path, dataset.root)
     check_replaceable(sheet, figures.is_own_picture)
     if options.json and options.json != Path("-"):
@@ -59,7 +59,11 @@ def main(arguments: list[str]) -> None:
     drawn = figures.attempt("the contact sheet", lambda: save_sheet(sheet, dataset))
     text = json.dumps(facts | {"contact_sheet": str(sheet) if drawn else None}, indent=2)
     if options.json and options.json != Path("-"):
-        options.json.write_text(text + "\n", "utf-8")
+        try:
+            options.json.write_text(text + "\n", "utf-8")
+        except OSError as error:
+            line = f"{printable(options.json)}: cannot be written ({error.strerror}): give another --json FILE"
+            raise write_error(error, line) from None
     print(text if options.json == Path("-") else "\n".join(_lines(dataset, facts)))
     if drawn and options.json != Path("-"):
         print(f"contact sheet: {printable(sheet)}")

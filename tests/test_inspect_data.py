@@ -82,6 +82,21 @@ def test_what_a_training_would_refuse_is_told(messy: Path, run_here) -> None:
     assert "fits: " not in done.stdout
 
 
+def test_a_cache_below_the_folder_of_a_csv_file_is_no_mistake(messy: Path, monkeypatch, run_here) -> None:
+    csv = messy.parent / "labels.csv"
+    csv.write_text("path,label\nmy photos/Train/ant/00.jpg,ant\nmy photos/Train/bee/00.jpg,bee\n")
+    monkeypatch.setenv("DALITUNE_CACHE", str(csv.parent / "home" / "cache"))
+    done = run_here(inspect_data, csv)
+    assert done.returncode == 0, done.stderr
+    assert "contact sheet: " in done.stdout
+
+
+def test_facts_that_cannot_be_written_are_one_line(messy: Path, tmp_path: Path, run_here) -> None:
+    done = run_here(inspect_data, messy, "--json", tmp_path / "gone" / "facts.json")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "facts.json: cannot be written (No such file or directory): give another --json FILE" in done.stderr
+
+
 def test_nothing_goes_into_the_folder_of_the_photos(messy: Path, tmp_path: Path, run_here) -> None:
     before = contents(messy)
     for flag, name in (("--sheet", "sheet.png"), ("--json", "facts.json")):

@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from pipelines.cache import files_below, remove
 from pipelines.data.headers import EDGE, FAULTS, SHRUNK, inspect_file
 from pipelines.data.layout import WANTED, Findings, Photo, folder_of_csv, list_csv, list_folder
 from pipelines.data.memory import PhotoMemory
@@ -267,6 +268,9 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str 
     if header != known_header or not is_same:
         table |= {name: known[name] for name in _PAIRS} if is_same else _twins(root, table, splits)
         _write_index(index_file, table, header)
+        _remove_unused(index_file.parent)
+    with suppress(OSError):
+        os.utime(index_file, ns=(time.time_ns(), index_file.stat().st_mtime_ns))  # it is used, and as old as it was
     return index_file
 
 
@@ -476,8 +480,8 @@ def _scan(root: bytes, table: Table) -> None:
         except (OSError, ValueError):
             byte_size, mtime = 0, 0  # the inspection will tell why
         unchanged = table["byte_sizes"][row] == byte_size and table["mtimes"][row] == mtime
-        # That a file may be read again shows neither in its size nor in its time.
-        if unchanged and FAULTS[table["faults"][row]] != "cannot be read":
+        # That a file can be read by now, as with pillow-heif installed, shows neither in its size nor in its time.
+        if unchanged and not table["faults"][row]:
             return
         fault, size, signature, kind = inspect_file(path)
         for name, fact in zip(_FACTS, (size, FAULTS.index(fault), byte_size, mtime, signature, kind), strict=True):
@@ -609,6 +613,15 @@ def _write_index(index_file: Path, table: Table, header: dict[str, Any]) -> None
             save_file(table, partial, {"header": f"{_index_digest(table, text)} {text}"})
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{index_file.parent}: the index cannot be written there: {printable(error)}") from None
+
+
+def _remove_unused(folder: Path) -> None:
+    """Indexes and contact sheets that nobody has asked for in a month, as those of a folder that a job has for itself;
+    what was being written when a process was killed, a week ago."""
+    for file, state in files_below(folder):
+        days = (time.time() - max(state.st_atime, state.st_mtime)) / 86400
+        if days > (7 if file.suffix == ".tmp" else 30):
+            remove(file, folder)
 
 
 def _index_digest(table: Table, header: str) -> str:

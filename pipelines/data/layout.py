@@ -32,8 +32,8 @@ _SUFFIX = re.compile(r"[ _-]*(set|data|dataset|split|images|imgs|photos|pictures
 _LIKE_VAL = ("eval", "evaluation", "vali", "validate", "crossval", "cv", "va")  # val or test: who knows
 # Compared in lower case. Besides them, everything that begins with a dot.
 _SYSTEM = {
-    *("__macosx", "@eadir", "@recycle", "#recycle", "@tmp", "#snapshot", "$recycle.bin", "recycler"),
-    *("recycled", "found.000", "@sharesnap", "@recently-snapshot", "~snapshot", "network trash folder"),
+    *("__macosx", "@eadir", "@recycle", "#recycle", "@tmp", "#snapshot", "$recycle.bin"),
+    *("found.000", "@sharesnap", "@recently-snapshot", "~snapshot", "network trash folder"),
     *("system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
 }
 _TOOLS = {"wandb", "mlruns", "mlartifacts", "lightning_logs", "tb_logs", "__pycache__", "node_modules"}
@@ -357,8 +357,8 @@ def _look_into(folder: Path, findings: Findings, *, is_root: bool = False) -> tu
     if not is_root and (_is_of_a_tool(files) or _are_own_pictures(folder.name, loose)):
         findings.tools += 1
         return [], 0
-    for name in files:  # perhaps a class or a split on a disk that is not there
-        if "." not in name and os.path.islink(folder / name) and not os.path.exists(folder / name):
+    for name in files - loose:  # perhaps a class or a split on a disk that is not there
+        if name[0] != "." and os.path.islink(folder / name) and not os.path.exists(folder / name):
             raise UserError(f"{printable(folder / name)}: a link that leads nowhere; mend it, or remove it")
     folders = [name for name, is_one in is_folder.items() if is_one and not _is_passed_over(name, findings)]
     return sorted(folders), len(loose)
@@ -434,6 +434,7 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
     "drop", or "relabel" to what stands in the column `new_label`.
     """
     below_folder = os.path.join(folder_of_csv(file), "")
+    real_folder = os.path.join(os.path.realpath(below_folder), "")
     seen: set[bytes] = set()
     meant: dict[str, str] = {}  # split -> as it is spelled
     labels, new_labels = set[str](), dict[str, str]()  # the latter with the line
@@ -470,6 +471,8 @@ def list_csv(file: Path, findings: Findings) -> Iterator[Photo]:
                         f"{where}: {printable(given)} is no path here: write it as from the CSV file's folder"
                     )
                 full = os.path.normpath(os.path.join(below_folder, given))
+                if not full.startswith(below_folder) and full.startswith(real_folder):  # reached by a link
+                    full = os.path.join(below_folder, full[len(real_folder) :])
                 path = os.fsencode(full[len(below_folder) :])
                 if not full.startswith(below_folder):
                     whose = printable(below_folder) if is_review else "the folder of the CSV file"

@@ -9,6 +9,8 @@ from pipelines.data.dataset import Dataset, load_dataset, scan_dataset
 from pipelines.data.samples import locate
 from pipelines.data.shrink import ShrunkCopies
 from pipelines.distributed.sync import on_main_process, share_file
+from pipelines.errors import MachineError
+from pipelines.text import printable
 
 from accelerate import PartialState
 
@@ -29,4 +31,7 @@ def open_dataset(
     index = Path(on_main_process(state, scan))
     share_file(state, index)
     dataset = load_dataset(index, config.transparency)
+    if dataset.fingerprint != on_main_process(state, lambda: dataset.fingerprint):
+        told = "the processes have found other photos each, as while some are copied there: start again"
+        raise MachineError(f"{printable(dataset.root)}: {told}")
     return dataset.shrunk(ShrunkCopies(config.shrink, cache_folder())) if config.shrink else dataset

@@ -455,6 +455,34 @@ def test_only_new_and_changed_files_are_opened(tmp_path: Path, opened: list[byte
     assert first.splits["train"].sizes[0].tolist() == [16, 20]  # the index that is in use stays as it was
 
 
+def test_a_file_that_could_not_be_used_is_looked_at_again(tmp_path: Path, monkeypatch) -> None:
+    """As where what decodes it has been installed since."""
+    root = make_folder(tmp_path / "data", {"train/b": 2, "train/c": 2, "val/b": 2})
+    with monkeypatch.context() as patch:
+        real = dataset_module.inspect_file
+        patch.setattr(
+            dataset_module,
+            "inspect_file",
+            lambda path: ("damaged", (0, 0), 0, 0) if path.endswith(b"train/b/1.jpg") else real(path),
+        )
+        assert scan(root, tmp_path).splits["train"].class_counts() == {"b": 1, "c": 2}
+    assert scan(root, tmp_path).splits["train"].class_counts() == {"b": 2, "c": 2}
+
+
+def test_what_nobody_uses_leaves_the_cache(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"train/b": 2, "train/c": 2, "val/b": 2})
+    index_file = scan_dataset(root, tmp_path / "cache", 0.2)
+    others = {name: index_file.with_name(name) for name in ("gone.safetensors", "gone.png", ".killed.tmp", "new.png")}
+    for name, file in others.items():
+        file.write_bytes(b"x")
+        days = {"gone.safetensors": 31, "gone.png": 31, ".killed.tmp": 8, "new.png": 8}[name]
+        os.utime(file, (time.time() - days * 86400,) * 2)
+    os.utime(index_file, (time.time(), time.time() - 100 * 86400))  # old, and in use
+    write(root / "train" / "b" / "new.jpg", encoded())
+    scan_dataset(root, tmp_path / "cache", 0.2)
+    assert {path.name for path in index_file.parent.iterdir()} == {index_file.name, "new.png"}
+
+
 def test_a_slow_scan_says_so_and_a_quick_one_is_silent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,11 +99,16 @@ def test_what_cannot_be_told_is_refused_with_what_to_type(tmp_path: Path, files:
     assert told.replace("ROOT", str(root)) in refused(root)
 
 
-@pytest.mark.parametrize("name", ["val", "train/c"])
+@pytest.mark.parametrize("name", ["val", "train/c", "train/St. Bernard", "train/v1.5"])
 def test_a_folder_that_is_a_link_to_nowhere_is_refused(tmp_path: Path, name: str) -> None:
     root = make(tmp_path, "train/{a,b}/1.jpg")
     (root / name).symlink_to(tmp_path / "gone")
     assert f"{name}: a link that leads nowhere" in refused(root)
+
+
+def test_a_class_of_things_that_are_recycled_is_a_class(tmp_path: Path) -> None:
+    found, _ = read(make(tmp_path, "train/{recycled,Recycler,trash}/1.jpg"))
+    assert {name for _, name in found} == {"recycled", "Recycler", "trash"}
 
 
 def test_below_a_split_the_folder_above_is_named(tmp_path: Path) -> None:
@@ -325,3 +330,12 @@ def test_photos_of_a_review_that_have_moved_are_asked_for(tmp_path: Path) -> Non
 def test_an_action_of_somebody_elses_is_a_column_like_others(tmp_path: Path) -> None:
     rows, _ = read_csv(tmp_path, "path,label,action,folder\nphotos/0.jpg,a,jumping,x\n")
     assert rows == [("train", "a", "photos/0.jpg")]
+
+
+def test_real_paths_are_below_a_folder_that_is_reached_by_a_link(tmp_path: Path) -> None:
+    """As where /home is a link to another disk, and paths were written with `Path.resolve`."""
+    photo = make(tmp_path / "disk", "me/p/0.jpg") / "me" / "p" / "0.jpg"
+    (tmp_path / "home").symlink_to(tmp_path / "disk")
+    file = tmp_path / "home" / "me" / "l.csv"
+    file.write_text(f"path,label\n{photo.resolve()},a\n")
+    assert list(list_csv(file, Findings())) == [("train", "a", b"p/0.jpg")]

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 _READERS = ("fn.decoders.image", "fn.io.file.read", "fn.peek_image_shape")  # what fails because of a photo
 # In a row, of photos that Pillow reads: then it is the decoder that fails. Each costs a new pipeline.
 _MOST_FAILURES = 8
+_MOST_PREALLOCATED = 2**30  # bytes
 
 
 def image_pipeline(*, device: str, mean: Sequence[float], std: Sequence[float], largest: tuple[int, int]) -> Any:
     """Paths and views in; float32 [n, image_size, image_size, 3] and the photos' shapes, int64 [n, 3], out.
 
-    For DALI's `pipeline_def`. device: "cpu" or "gpu". largest: the height and width of the largest photo, for which a
-    GPU's decoder makes room.
+    For DALI's `pipeline_def`. device: "cpu" or "gpu". largest: height and width of photos for which a GPU's decoder
+    makes room at once; for larger ones it does when they come.
     """
     from nvidia.dali import fn, types
 
@@ -99,7 +100,7 @@ class DaliEngine:
         self._of_pipeline = {
             "mean": tuple(settings.mean),
             "std": tuple(settings.std),
-            "largest": tuple(split.sizes.max(axis=0, initial=0).tolist()),
+            "largest": _preallocated(split.sizes, settings.micro_batch),
             "num_threads": settings.threads,
         }
         self._micro_batch = settings.micro_batch
@@ -310,3 +311,13 @@ def fault(device: torch.device) -> Fault | None:
         return Fault(f"DALI is built for CUDA {dali}, PyTorch for CUDA {ours}", "install the build that fits")
     found = fault_of_dali(device)
     return Fault(found) if found else None
+
+
+def _preallocated(sizes: np.ndarray, micro_batch: int) -> tuple[int, int]:
+    """The largest height and width, or less: a decoder makes room for a whole batch of such photos, in RGB.
+
+    sizes: int [N, 2]. A tall and a wide photo make a size that no photo has.
+    """
+    height, width = sizes.max(axis=0, initial=0).tolist()
+    part = min(1.0, (_MOST_PREALLOCATED / max(1, micro_batch * 3 * height * width)) ** 0.5)
+    return int(part * height), int(part * width)

@@ -30,7 +30,7 @@ _SECONDS = 120  # PyTorch and DALI are imported, and a GPU is started
 _MEAN_LEVELS, _FAR_LEVELS, _MOST_FAR = 2.0, 12, 0.02  # of 255; a GPU's decoder rounds otherwise than libjpeg
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # What may be otherwise a moment later: it is not kept.
-_PASSING = re.compile(r"memory|too many open files|resource temporarily|busy or unavailable|no space left", re.I)
+_PASSING = re.compile(r"memory|too many open files|resource temporarily|busy or unavailable|no space left|quota", re.I)
 _PASSING_SIGNALS = {"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"}
 
 
@@ -93,7 +93,8 @@ def _ask_child(device: torch.device, command: Sequence[str] | None) -> tuple[str
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {_SECONDS} seconds", True  # each run would wait as long
+        # Kept, one slow disk would decide for all later runs.
+        return f"no answer within {_SECONDS} seconds; --loader pillow does not wait for one", False
     except OSError as error:
         return f"its check could not be started: {error.strerror}", False
     if done.returncode < 0:
