@@ -90,9 +90,15 @@ def main(arguments: list[str]) -> None:
 
     engine, reason = agree_on_engine(config.loader, state)
     if accelerator.is_main_process:
-        print(f"{printable(weights.source)} on {printable(dataset.root)}, {_what_is_scored(dataset, split)}")
+        known = description["dataset_fingerprint"] if description else dataset.fingerprint
+        is_drawn = dataset.val_fraction is not None and split_name in ("train", "val")
+        is_divided_otherwise = is_drawn and dataset.fingerprint != known
+        scored = _what_is_scored(dataset, split, "here" if is_divided_otherwise else "from training")
+        print(f"{printable(weights.source)} on {printable(dataset.root)}, {scored}")
         for note in notes + spelling_notes(split, classes):
             print(note)
+        if is_divided_otherwise:
+            print("the run has trained on other photos, or on others of these: some of them may be among its own")
         if config.test_flips:
             print("test_flips: an answer is the mean of a photo's logits and its mirror image's")
         if description and description["temperature"] != 1 and description["test_flips"] != config.test_flips:
@@ -250,12 +256,12 @@ def _choose_split(dataset: Dataset, options: argparse.Namespace) -> tuple[Datase
     return whole, "all"
 
 
-def _what_is_scored(dataset: Dataset, split: Split) -> str:
-    """The split, and how many photos of how many."""
+def _what_is_scored(dataset: Dataset, split: Split, aside: str) -> str:
+    """The split, and how many photos of how many. aside: from what a drawn "val" is set aside, or where."""
     count, total = len(split), sum(map(len, dataset.splits.values()))
     if dataset.val_fraction is None or split.name not in ("train", "val"):
         return f"split {printable(split.name)}: {count} of {counted(total, 'photo')}"
-    part = "set aside from training" if split.name == "val" else "not set aside"
+    part = f"set aside {aside}" if split.name == "val" else "not set aside"
     are = "is" if count == 1 else "are"
     return f"split {split.name}: the {count} of {counted(total, 'photo')} that {are} {part} (--split all: all of them)"
 

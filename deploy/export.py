@@ -132,7 +132,12 @@ def main(arguments: list[str]) -> None:
     weights = read_run_weights(run, description["arch"], "run")
     device = torch.device("cpu")
     reference = open_run(run, device, batch_size=8, threads=cpu_cores(), test_flips=options.test_flips)
-    dataset = _own_dataset(description, config)
+    try:
+        dataset = _own_dataset(description, config)
+    except UserError:
+        if not options.photos:
+            raise
+        dataset = None  # a folder of that name that holds others, or nothing
     paths, labels = _photos(options, dataset, weights.classes or ())
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as temporary:

@@ -160,7 +160,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options.allow_host = [_host_of(name) or name for name in options.allow_host]
     options.prefix = "/" + options.prefix.strip("/") if options.prefix.strip("/") else ""
     for origin in options.allow_origin:
-        parts = urlsplit(origin)
+        try:
+            parts = urlsplit(origin)
+        except ValueError:  # as `http://[`
+            parts = urlsplit("")
         if origin != "null" and (origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc):
             raise UserError(
                 f"--allow-origin {origin}: an origin is scheme, host and maybe port, as https://photos.example"
@@ -454,7 +457,10 @@ def _client(request: Any) -> str:
     if ":" not in host:
         return host
     with suppress(ValueError):
-        return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False))
+        address = ipaddress.IPv6Address(host.partition("%")[0])
+        if address.ipv4_mapped:  # of a server that listens by both
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False))
     return host
 
 
@@ -478,7 +484,10 @@ def _is_own(headers: Mapping[str, str], origins: Collection[str], names: Collect
         return False
     if origin is None:
         return True
-    asked = urlsplit(origin)
+    try:
+        asked = urlsplit(origin)
+    except ValueError:  # as `http://[`
+        return False
     # Behind a proxy Host may be another; but each port of this machine is a website of its own.
     is_a_name = asked.hostname in names and asked.hostname != "localhost" and not _is_loopback(asked.hostname or "")
     return asked.netloc.lower() == headers.get("host", "").lower() or is_a_name

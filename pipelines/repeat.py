@@ -155,7 +155,7 @@ def _without(flags: list[str], names: Sequence[str]) -> list[str]:
 def _write_folds(dataset: Dataset, folds: int, files: Sequence[Path]) -> None:
     """The folds' CSV files and the link to the photos. UserError where there are others for other photos already, or a
     fold would hold out nothing; MachineError where the disk is full."""
-    whole = dataset.undivided()
+    whole = dataset.undivided(without_others=True)
     split = whole.splits.get("all") or whole.splits.get("train")
     if split is None:
         raise UserError(f"repeat: {printable(dataset.root)} has no split 'train', whose photos would be in folds")
@@ -235,6 +235,9 @@ def _train(command: Sequence[str], training: Training) -> None:
         told = f"repeat: {training.folder} ended with exit code {child.returncode}, as its lines above say: the same "
         told += "command goes on with it once that is put right"
         raise UserError(told) if child.returncode == UserError.exit_code else MachineError(told)
+    # A launcher of several processes ends with 0 after a stop, too.
+    if RunFolder(training.folder).status().get("state") != "finished":
+        raise Stopped(f"repeat: stopped in {training.folder}: the same command goes on")
 
 
 @contextmanager

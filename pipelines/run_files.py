@@ -17,7 +17,7 @@ from pipelines.config import Arch, Config, ImageSize, Resize, Shrink, Transparen
 from pipelines.errors import UserError
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict  # pydantic asks for it before Python 3.12
+from typing_extensions import NotRequired, TypedDict  # pydantic asks for it before Python 3.12
 
 # A format goes up when an older version would misread the file. A key that is only added stands below, with the value
 # that means what versions without it did.
@@ -170,6 +170,7 @@ class Status(TypedDict):
     exit_code: Annotated[int, Field(ge=0, le=255)] | None
     epoch: Count
     global_step: Count
+    job: NotRequired[str | None]  # Slurm's number of it
 
 
 @with_config(ConfigDict(strict=True))

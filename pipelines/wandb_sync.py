@@ -68,6 +68,9 @@ def send_run(run: Path) -> bool:
     except Timeout:
         print(f"{printable(run)}: is being trained, or sent; what it leaves then is sent the next time")
         return False
+    except (OSError, NotImplementedError) as error:  # somebody else's, or no locks on this disk
+        print(f"{printable(run)}: not sent, as it cannot be locked ({error})", file=sys.stderr)
+        return False
 
 
 def _is_sent_now(attempt: Path) -> bool:

@@ -62,7 +62,12 @@ def read(path: Path) -> dict:
     [
         ("another", [], 24, "split all: 24 of 24 photos"),
         ("another as CSV", [], 24, "split all: 24 of 24 photos"),
-        ("another", ["--split=val"], 5, "split val: the 5 of 24 photos that are set aside from training"),
+        (
+            "another",
+            ["--split=val"],
+            5,
+            "split val: the 5 of 24 photos that are set aside here (--split all: all of them)",
+        ),
         ("own", [], 4, "split val: the 4 of 20 photos that are set aside from training"),
         ("own, given", [], 4, "split val: the 4 of 20 photos that are set aside from training"),
         ("own", ["--split=all"], 20, "split all: 20 of 20 photos"),
@@ -89,6 +94,7 @@ def test_photos_without_splits_are_scored_as_a_whole(
     done = run_here(evaluate, run, *flags, "--json", tmp_path / "scores.json")
     assert done.returncode == (0 if count else 2), done.stderr
     assert told in (done.stdout if count else done.stderr)
+    assert ("on others of these: some of them may be among its own" in done.stdout) == ("set aside here" in told)
     if count:
         assert read(tmp_path / "scores.json")["count"] == count
 

@@ -16,6 +16,7 @@ from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.distributed.exits import run_script
 from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.repeat import Result, Training, _group, _without, table
+from pipelines.run.folder import RunFolder
 from pipelines.run_files import read_run_config
 from tests.helpers.run_files import DESCRIPTION
 from tests.helpers.runs import SMALL
@@ -127,6 +128,15 @@ def test_no_fold_is_empty_where_classes_have_one_photo(photo_folder, tmp_path, c
     assert "of 11 photos 1, 1 are held out in turn; 9 train in all, each the only" in capsys.readouterr().out
 
 
+def test_folds_are_of_all_training_photos_where_there_is_a_test_split_and_no_val(photo_folder, tmp_path):
+    photos = photo_folder({"train": {"ant": 10, "bee": 10}, "test": {"ant": 2, "bee": 2}})
+    dataset = load_dataset(scan_dataset(photos, tmp_path / "index", 0.2))
+    files = [tmp_path / "cv-folds" / f"fold{fold}.csv" for fold in range(1, 5)]
+    repeat._write_folds(dataset, 4, files)
+    found = load_dataset(scan_dataset(files[0], tmp_path / "index", 0.2)).splits
+    assert {name: len(split) for name, split in found.items()} == {"train": 15, "val": 5}
+
+
 def test_a_carriage_return_in_a_name_is_read_back(photo_folder, tmp_path):
     photos = photo_folder({"train": {"ant": 3, "bee": 3}})
     (photos / "train" / "ant" / "00.jpg").rename(photos / "train" / "ant" / "a\rb.jpg")
@@ -218,7 +228,12 @@ def test_a_run_that_fails_ends_all(code, error, tmp_path):
     text = f"import os, signal, sys; sys.exit({code}) if {code} > 0 else os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(error, match="the same command goes on"):
         repeat._train(child(tmp_path, text), TRAINING)
-    repeat._train(child(tmp_path, ""), TRAINING)
+    with pytest.raises(Stopped, match="the same command goes on"):  # a launcher of several ends with 0 then
+        repeat._train(child(tmp_path, ""), TRAINING)
+    finished = Training(1, 0, tmp_path / "run", None)
+    RunFolder(finished.folder).create(Config())
+    RunFolder(finished.folder).write_status("finished", exit_code=0)
+    repeat._train(child(tmp_path, ""), finished)
     with pytest.raises(UserError, match="--launch no-such-program: cannot be started"):
         repeat._train(["no-such-program"], TRAINING)
 

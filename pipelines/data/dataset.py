@@ -155,9 +155,12 @@ class Dataset:
     index_file: Path
     gone: Mapping[str, Sequence[int]]
 
-    def undivided(self) -> "Dataset":
-        """The same with one split, "all", where "val" was taken from "train" and there is no other split."""
-        if self.val_fraction is None or len(self.splits) > 2:
+    def undivided(self, *, without_others: bool = False) -> "Dataset":
+        """The same with one split, "all", where "val" was taken from "train" and there is no other split.
+
+        without_others: others are left out.
+        """
+        if self.val_fraction is None or (len(self.splits) > 2 and not without_others):
             return self
         train, val = self.splits["train"], self.splits["val"]
         names = ("labels", "sizes", "faults", "signatures", "mtimes", "kinds")

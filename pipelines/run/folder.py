@@ -120,8 +120,9 @@ class RunFolder:
         UserError where a run is there that goes on, whose result other settings have decided, or that has lost what it
         would go on from, or something that is no run. Photos and first weights are not looked at.
         """
-        # A job that Slurm has requeued has the flags of its first attempt, in which --overwrite has done its work.
-        overwrite = config.overwrite and not _is_requeued()
+        # A job that Slurm has requeued has the flags of its first attempt, in which --overwrite has done its work if
+        # it came so far.
+        overwrite = config.overwrite and not (_is_requeued() and self.status().get("job", _job()) == _job())
         if self._is_unbegun():
             return "new"
         self._refuse_what_is_no_run()
@@ -388,10 +389,9 @@ class RunFolder:
         self, state: str, reason: str = "", exit_code: int | None = None, epoch: int = 0, global_step: int = 0
     ) -> None:
         """status.json, which programs read: state is running, stopped, finished or failed."""
-        self._write_json(
-            "status.json",
-            {"state": state, "reason": reason, "exit_code": exit_code, "epoch": epoch, "global_step": global_step},
-        )
+        where = {"epoch": epoch, "global_step": global_step}
+        status = {"state": state, "reason": reason, "exit_code": exit_code, **where, "job": _job()}
+        self._write_json("status.json", status)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """One line more in metrics.jsonl, or none of it. MachineError where the disk is full."""
@@ -534,6 +534,11 @@ def refuse_links(run: Path, *names: str) -> None:
                 f"{path} is a link that leads out of the run, to {os.path.realpath(path)}, and nothing is written "
                 "through it: remove the link"
             )
+
+
+def _job() -> str | None:
+    """The Slurm job that this is; one of an array has its own."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def _is_requeued() -> bool:

@@ -30,9 +30,9 @@ class Pairing:
 
     left_out: photos that all have, and not with one label. accuracies: on these photos, of each run of each side.
     difference: the second side's mean accuracy minus the first's; interval: its confidence interval at `level`, over
-    photos; seeds_interval: over runs, where both sides have several. p: of McNemar's exact test, of two runs. shares:
-    float [N, 2], by photo, the runs of each side that have it right. rows: for each run of the first side and then of
-    the second, where its predictions have the photo, int [N].
+    photos; seeds_interval: over runs, where both sides have several that are not all alike. p: of McNemar's exact test,
+    of two runs. shares: float [N, 2], by photo, the runs of each side that have it right. rows: for each run of the
+    first side and then of the second, where its predictions have the photo, int [N].
     """
 
     photos: int

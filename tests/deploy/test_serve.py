@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from deploy import connections, decoding, serve
 from pipelines.data.decode import pixels_of_file
@@ -267,6 +268,7 @@ def test_the_names_of_a_server_for_the_network():
         ({"Origin": "https://evil.example"}, False),
         ({"Origin": "http://localhost:1234", "Host": "localhost"}, False),
         ({"Origin": "null"}, False),
+        ({"Origin": "http://["}, False),
         ({"Sec-Fetch-Site": "cross-site"}, False),
         ({"Sec-Fetch-Site": "same-site"}, False),
     ],
@@ -548,6 +550,7 @@ def test_a_mistake_is_one_line(exported_run, run_here, tmp_path):
         (exported_run.folder, "--port", 99_999): "cannot listen on 127.0.0.1, port 99999",
         (exported_run.folder, "--weights", "tf"): "--help",
         (exported_run.folder, "--allow-origin", "https://x.org/"): "--allow-origin https://x.org/: an origin is scheme",
+        (exported_run.folder, "--allow-origin", "http://["): "--allow-origin http://[: an origin is scheme",
         (stale, "--weights", "onnx"): "was made of other weights than best.pt: make it anew, `python deploy/export.py",
     }
     for arguments, told in mistakes.items():
@@ -580,6 +583,18 @@ def test_an_answer_is_explained_where_that_is_asked_for(server, exported_run):
     status, told = server.ask("POST", "/classify?explain=yes", body)
     assert (status, json.loads(told)["error"]) == (400, "no such value")
     assert not list(server.folder.iterdir())
+
+
+def test_a_share_is_an_address_or_of_ipv6_a_network():
+    """Also where a server listens by both, and sees addresses of IPv4 as those of IPv6."""
+    shares = {
+        "192.0.2.1": "192.0.2.1",
+        "::ffff:192.0.2.1": "192.0.2.1",
+        "2001:db8::7": "2001:db8::/64",
+        "fe80::1%eth0": "fe80::/64",
+    }
+    for host, share in shares.items():
+        assert serve._client(SimpleNamespace(client=SimpleNamespace(host=host))) == share
 
 
 # The page in a browser

@@ -87,7 +87,8 @@ def test_create_leaves_config_and_status(run):
     assert files(run.folder) == ["config.yaml", "figures", "status.json"]
     assert (run.folder / "config.yaml").read_text() == "format: 1\n" + dump_yaml(config)
     assert parse_config([f"--config={run.folder / 'config.yaml'}"])[0] == config
-    assert run.status() == {"state": "running", "reason": "", "exit_code": None, "epoch": 0, "global_step": 0}
+    where = {"epoch": 0, "global_step": 0, "job": None}
+    assert run.status() == {"state": "running", "reason": "", "exit_code": None, **where}
 
 
 def test_the_other_processes_write_nothing(tmp_path):
@@ -116,6 +117,11 @@ def test_a_run_is_new_resumed_or_finished(run, monkeypatch):
     assert run.beginning(Config(epochs=5, overwrite=True)) == "new"
     # The flags of a job that Slurm starts again are those of its first attempt.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run.beginning(Config(epochs=6, overwrite=True)) == "resumed"
+    # But one that was requeued before it came so far has done nothing yet to what another has left.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert run.beginning(Config(epochs=6, overwrite=True)) == "new"
+    run.write_status("running")
     assert run.beginning(Config(epochs=6, overwrite=True)) == "resumed"
 
 

@@ -10,6 +10,7 @@ from pipelines.run.significance import (
     means_interval,
     photos_interval,
     photos_needed,
+    sign_test,
     t_quantile,
 )
 
@@ -84,7 +85,31 @@ def test_students_quantiles_are_those_of_the_tables(freedom, level, t):
 
 
 def test_the_mean_over_photos():
-    assert photos_interval(np.array([0.0, 0.0, 0.0, 1.0])) == pytest.approx((0.25 - 0.48999, 0.25 + 0.48999), abs=1e-4)
+    # Bonett and Price: (c - b) / (n + 2) -+ 1.96 sqrt((b' + c' - (c' - b')^2) / (n + 2)), b' = (b + 1) / (n + 2)
+    b, c, n = 4, 14, 98
+    half = 1.959964 * math.sqrt((0.05 + 0.15 - 0.1**2) / 100)
+    assert photos_interval(np.repeat([-1.0, 1.0, 0.0], [b, c, n - b - c])) == pytest.approx((0.1 - half, 0.1 + half))
+
+
+@pytest.mark.parametrize("truth", [(0.0, 0.005), (0.0, 0.02), (0.03, 0.05)])
+def test_the_interval_over_photos_covers_the_truth(truth):
+    """Also where few of them differ, where the normal distribution alone does so in half of all cases."""
+    drawn = np.random.default_rng(0).random((1000, 153))
+    differences = np.where(drawn < truth[1], 1.0, np.where(drawn < sum(truth), -1.0, 0.0))
+    intervals = np.array([photos_interval(each) for each in differences])
+    covered = ((intervals[:, 0] <= truth[1] - truth[0]) & (truth[1] - truth[0] <= intervals[:, 1])).mean()
+    assert covered > 0.94
+
+
+def test_signs_are_flipped_in_all_ways():
+    for b, c in itertools.product(range(8), repeat=2):
+        assert sign_test(np.repeat([-1.0, 1.0, 0.0], [b, c, 5])) == pytest.approx(mcnemar(b, c)), (b, c)
+    differences = np.random.default_rng(0).integers(-6, 7, 9) / 6
+    flips = np.array(list(itertools.product((1, -1), repeat=9)))
+    assert sign_test(differences) == pytest.approx((abs(flips @ differences) >= abs(differences.sum()) - 1e-9).mean())
+    assert sign_test(np.zeros(3)) == 1
+    many = np.repeat([-1.0, 1.0], [1000, 1090])
+    assert sign_test(many) == pytest.approx(mcnemar(1000, 1090), abs=0.005), "by the normal distribution"
 
 
 def test_means_of_seeds():
@@ -93,4 +118,4 @@ def test_means_of_seeds():
     half = 2.776445 * 0.01 * math.sqrt(2 / 3)
     found = means_interval([0.94, 0.95, 0.96], [0.95, 0.96, 0.97])
     assert found == pytest.approx((0.01 - half, 0.01 + half), abs=1e-5)
-    assert means_interval([0.5, 0.5], [0.6, 0.6]) == pytest.approx((0.1, 0.1))
+    assert means_interval([0.5, 0.5], [0.6, 0.6]) is None, "seeds that answer alike tell of no spread"
