@@ -84,6 +84,7 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(
         "exit_code": 75,
         "epoch": (step - 1) // 5,
         "global_step": step,
+        "job": None,
     }
     again = succeeded(run_here(train, *command, "--run", run.name))
     assert f"resumed at step {step}, from {newest(run).name[:5]}" in again
