@@ -265,7 +265,11 @@ def resume_report(checked: Checked, components: Components) -> list[str]:
         is_split = batchnorm == "train" or (batchnorm == "sync" and config.max_batch_per_device)
         what = f"in other shares, and {by_itself}" if is_split else "sums in another order"
         lines.append(f"the checkpoint is of {counted(saved['world_size'], 'process')}: the same photos, {what}")
-    elif batchnorm in ("train", "sync") and components.micro_batch != saved.get("micro_batch", components.micro_batch):
+    elif batchnorm in ("train", "sync") and (
+        saved["micro_batch"] != components.micro_batch
+        if "micro_batch" in saved
+        else config.max_batch_per_device != before.max_batch_per_device  # of an older version
+    ):
         lines.append(f"max_batch_per_device: other micro-batches, and {by_itself}")
     if (precision := saved.get("precision")) not in (None, accelerator.mixed_precision):
         lines.append(f"the checkpoint is of precision {precision}: the same photos, rounded otherwise")

@@ -116,7 +116,7 @@ class Session:
 
         Steps that a GPU has not been asked about yet are looked at first: they belong to it, and may have voted for it.
         """
-        self.watch.check()
+        self.watch_remaining_steps()
         self._write()
         self._clock.start()
         self.watch.save = False
