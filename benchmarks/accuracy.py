@@ -4,10 +4,12 @@
     python benchmarks/accuracy.py --seeds 5 --tutorial                              # and the tutorial's own code
     python benchmarks/accuracy.py --recipes finetune --data photos/ --set lr=0.02   # another folder, another setting
     python benchmarks/accuracy.py --data photos/train --seeds 3                     # choose by a part of train
-    python benchmarks/accuracy.py --data photos/train --recipes finetune --vary augment=light "eval_size=288 resize=329"
+    python benchmarks/accuracy.py --data photos/train --recipes finetune --vary augment=light "lr=0.02 lr_body=0.002"
+    python benchmarks/accuracy.py --data photos/train --recipes finetune --evaluate "--image-size 288 --resize 329"
 
 --vary runs each recipe as it is and once with each of the changes, a change being one setting or several in quotes. The
-table then has the differences from the recipe as it is, seed by seed: their mean and standard deviation.
+table then has the differences from the recipe as it is, seed by seed: their mean and standard deviation. --evaluate has
+evaluate.py look at the best weights of each run again, with each of the given flags, and compares that in the same way.
 
 Every run is `accelerate launch train.py` (or tutorial.py beside this file) in a process of its own, and a line of
 --out, with its settings, versions and commit. Recipes and changes take turns within a seed, so that a busy hour of the
@@ -54,6 +56,7 @@ def main() -> None:
     several: dict[str, Any] = {"nargs": "*", "default": [], "type": _settings}
     parser.add_argument("--set", **several, metavar="KEY=VALUE", help="settings on top of every recipe")
     parser.add_argument("--vary", **several, metavar="CHANGE", help="beside each recipe: KEY=VALUE, or several")
+    parser.add_argument("--evaluate", nargs="*", default=[], metavar="FLAGS", help="of evaluate.py, in quotes")
     parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="JSON lines, one a run")
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of this suite's runs")
     parser.add_argument("--tutorial", action="store_true", help="beside tutorial.py; --data has train/ and val/ then")
@@ -71,9 +74,11 @@ def main() -> None:
         settings = [] if recipe in TUTORIAL else [*options.set, *shlex.split(change)]
         precision = "no" if recipe in TUTORIAL else options.precision
         key = {"recipe": recipe, "seed": seed, "data": options.data, "set": settings, "precision": precision}
-        row = next((row for row in known if key.items() <= row.items()), None)
+        # The tutorial's script leaves no run to evaluate.
+        again = [] if recipe in TUTORIAL else ["", *options.evaluate] if options.evaluate else []
+        row = next((row for row in known if key.items() <= row.items() and {*again} <= {*row["evaluated"]}), None)
         if row is None:
-            row = key | _run(recipe, seed, options.data, settings, precision)
+            row = key | _run(recipe, seed, options.data, settings, precision, again)
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             name = f"{recipe} {change}".strip()
@@ -86,6 +91,9 @@ def main() -> None:
     for recipe in [recipe for recipe in recipes if options.vary and recipe not in TUTORIAL]:
         of_recipe = [row for row in rows if row["recipe"] == recipe]
         print(f"\n{recipe}, changed:\n{table_of_changes(of_recipe)}")
+    for recipe in [recipe for recipe in recipes if options.evaluate and recipe not in TUTORIAL]:
+        of_recipe = [row for row in rows if row["recipe"] == recipe]
+        print(f"\n{recipe}, evaluated again:\n{table_of_evaluations(of_recipe, options.evaluate)}")
 
 
 def _settings(words: str) -> str:
@@ -95,8 +103,10 @@ def _settings(words: str) -> str:
     return words
 
 
-def _run(recipe: str, seed: int, data: str | None, settings: list[str], precision: str) -> dict[str, Any]:
-    """One training: its accuracies and times, and what they depend on."""
+def _run(
+    recipe: str, seed: int, data: str | None, settings: list[str], precision: str, again: list[str]
+) -> dict[str, Any]:
+    """One training: its accuracies and times, and what evaluate.py finds with each of the flags."""
     with tempfile.TemporaryDirectory() as runs:
         flags = [f"--seed={seed}", *([f"--data={data}"] if data else [])]
         if recipe in TUTORIAL:
@@ -115,6 +125,7 @@ def _run(recipe: str, seed: int, data: str | None, settings: list[str], precisio
         if done.returncode:
             sys.exit(f"{' '.join([recipe, *settings])}, seed {seed} failed:\n{done.stderr[-2000:]}")
         scores = json.loads(done.stdout) if recipe in TUTORIAL else _scores(Path(runs) / "run")
+        scores["evaluated"] = {flags: _evaluation(Path(runs) / "run", flags, precision) for flags in again}
     return scores | {
         "seconds": round(seconds, 1),
         "processor": round(processor, 1),
@@ -139,6 +150,18 @@ def _scores(run: Path) -> dict[str, Any]:
     }
 
 
+def _evaluation(run: Path, flags: str, precision: str) -> dict[str, float]:
+    """What evaluate.py finds of the best weights with such flags; the loss at the run's own temperature."""
+    scores = run / "scores.json"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
+    command = [*launch, str(ROOT / "evaluate.py"), str(run), "--json", str(scores), *shlex.split(flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"evaluate.py {flags} failed:\n{done.stderr[-2000:]}")
+    found = json.loads(scores.read_text(encoding="utf-8"))
+    return {name: found[name] for name in ("top1", "balanced_top1", "loss", "ece")}
+
+
 def _processor_seconds() -> float:
     """User and system time of all child processes that have ended, their own children included."""
     return os.times().children_user + os.times().children_system
@@ -155,7 +178,7 @@ def _commit() -> str | None:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [{"precision": "no"} | json.loads(line) for line in lines]
+    rows = [{"precision": "no", "evaluated": {}} | json.loads(line) for line in lines]
     # Those of an older version lack the mean recall.
     return [row for row in rows if row["recipe"] in TUTORIAL or "last_balanced" in row]
 
@@ -201,6 +224,29 @@ def table_of_changes(rows: list[dict[str, Any]]) -> str:
             f"| {statistics.mean(row['last_loss'] for row in changed):.4f} | {loss} "
             f"| {statistics.median(row['processor'] for row in changed):.0f} |"
         )
+    return "\n".join(lines)
+
+
+def table_of_evaluations(rows: list[dict[str, Any]], evaluations: list[str]) -> str:
+    """The Markdown table of the best weights of one recipe and of its changes, evaluated again with each of the flags.
+
+    rows: of one recipe, each with its `change` and what was `evaluated`, "" for the evaluation as it is.
+    """
+    lines = [
+        "| change | evaluated | n | top1: mean ± sd | difference | loss: difference | ECE: difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for change in dict.fromkeys(row["change"] for row in rows):
+        found = [row["evaluated"] for row in rows if row["change"] == change]
+        for flags in ["", *dict.fromkeys(evaluations)]:
+            differences = [
+                _mean_and_spread([each[flags][name] - each[""][name] for each in found], sign="+") if flags else ""
+                for name in ("top1", "loss", "ece")
+            ]
+            lines.append(
+                f"| {f'`{change}`' if change else 'none'} | {f'`{flags}`' if flags else 'as it is'} | {len(found)} "
+                f"| {_mean_and_spread([each[flags]['top1'] for each in found])} | {' | '.join(differences)} |"
+            )
     return "\n".join(lines)
 
 

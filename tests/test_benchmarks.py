@@ -38,7 +38,7 @@ def test_the_table_of_accuracies():
 def test_the_tutorial_and_the_recipes_take_turns(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def run(recipe, seed, data, settings, precision):
+    def run(recipe, seed, data, settings, precision, again):
         asked.append((recipe, seed, settings, precision))
         return row(recipe, 0.9)
 
@@ -67,7 +67,7 @@ def test_the_tutorial_and_the_recipes_take_turns(tmp_path, monkeypatch, capsys):
 def test_a_change_is_compared_with_the_recipe_as_it_is_seed_by_seed(tmp_path, monkeypatch, capsys):
     asked, out = [], tmp_path / "out"
 
-    def run(recipe, seed, data, settings, precision):
+    def run(recipe, seed, data, settings, precision, again):
         asked.append((recipe, seed, settings))
         last = 0.5 + 0.1 * seed + 0.02 * len(settings)
         return row(recipe, last, seed=seed) | {"set": settings}
@@ -99,6 +99,34 @@ def test_a_change_that_is_no_setting_is_refused_before_anything_runs(words, monk
     with pytest.raises(SystemExit, match="2"):
         accuracy.main()
     assert f"'{words}' is no KEY=VALUE" in capsys.readouterr().err
+
+
+def test_best_weights_are_evaluated_again_and_compared_with_themselves(tmp_path, monkeypatch, capsys):
+    asked, out = [], tmp_path / "out"
+
+    def run(recipe, seed, data, settings, precision, again):
+        asked.append((seed, again))
+        found = {"top1": 0.5 + 0.1 * seed, "balanced_top1": 0.5, "loss": 1.0, "ece": 0.1}
+        larger = found | {"top1": found["top1"] + 0.02, "loss": 0.75 + 0.1 * seed}
+        return row(recipe, 0.5, seed=seed) | {"evaluated": {flags: larger if flags else found for flags in again}}
+
+    monkeypatch.setattr(accuracy, "_run", run)
+    out.write_text(
+        json.dumps(row("finetune", 0.1) | {"precision": "no"}) + "\n"
+    )  # seed 0, which nobody evaluated again
+    larger = "--image-size 288 --resize 329"
+    command = ["accuracy.py", "--recipes", "finetune", "--seeds", "2", "--out", str(out), "--evaluate", larger]
+    monkeypatch.setattr(sys, "argv", command)
+    accuracy.main()
+    assert asked == [(0, ["", larger]), (1, ["", larger])]
+    printed = capsys.readouterr().out.splitlines()
+    lines = printed[printed.index("finetune, evaluated again:") + 3 :]
+    assert lines[0] == "| none | as it is | 2 | 0.5500 ± 0.0707 |  |  |  |"
+    differences = "+0.0200 ± 0.0000 | -0.2000 ± 0.0707 | +0.0000 ± 0.0000 |"
+    assert lines[1] == f"| none | `{larger}` | 2 | 0.5700 ± 0.0707 | {differences}"
+
+    accuracy.main()
+    assert len(asked) == 2, "what is in --out already is not run again"
 
 
 def test_the_last_accuracy_is_that_of_the_averaged_weights_where_there_are_some(tmp_path):
@@ -164,13 +192,16 @@ def test_processor_seconds_are_those_of_the_ended_children():
 @pytest.mark.slow
 def test_a_row_has_the_scores_and_what_they_depend_on():
     settings = ["epochs=1", "max_steps=1", "image_size=64", "resize=64"]
-    measured = accuracy._run("quickstart", 3, None, settings, "no")
+    measured = accuracy._run("quickstart", 3, None, settings, "no", ["", "--image-size 72 --resize 72"])
     assert 0 <= measured["last"] <= measured["best"] <= 1
     assert measured["processor"] > 0
     assert measured["seconds"] > 0
     assert measured["config"]["seed"] == 3
     assert measured["config"]["max_steps"] == 1
     assert measured["versions"]["torch"]
+    as_it_is, larger = measured["evaluated"].values()
+    assert as_it_is["top1"] == pytest.approx(measured["best"])
+    assert larger["loss"] != as_it_is["loss"]
 
 
 @pytest.mark.slow
@@ -178,7 +209,7 @@ def test_a_row_has_the_scores_and_what_they_depend_on():
 def test_a_row_of_the_tutorials_own_code(recipe, photo_folder, random_weights, monkeypatch):
     photos = photo_folder({"train": {"ant": 2, "bee": 2}, "val": {"ant": 1, "bee": 1}})  # ten epochs of 224 pixels
     monkeypatch.setenv("DALITUNE_WEIGHTS", str(random_weights))
-    measured = accuracy._run(recipe, 3, str(photos), [], "no")
+    measured = accuracy._run(recipe, 3, str(photos), [], "no", [])
     assert 0 <= measured["last"] <= measured["best"] <= 1
     assert measured["last_loss"] > 0
     assert measured["processor"] > 0
