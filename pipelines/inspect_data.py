@@ -23,7 +23,7 @@ from pipelines.cache import cache_folder
 from pipelines.config import SCHEMA, ScriptParser
 from pipelines.data.dataset import Dataset, Split, check_dataset, load_dataset, scan_dataset
 from pipelines.data.decode import central_views
-from pipelines.data.headers import FORMATS, TRANSPARENT
+from pipelines.data.headers import FORMAT, FORMATS, TRANSPARENT
 from pipelines.data.plan import EvalPlan
 from pipelines.data.samples import locate
 from pipelines.data.shrink_pass import shrink_advice
@@ -92,7 +92,7 @@ def survey(dataset: Dataset, class_names: str = "top") -> dict[str, Any]:
             for split in splits
         },
         "val_fraction": dataset.val_fraction,
-        "formats": {FORMATS[kind]: count for kind, count in Counter((kinds % TRANSPARENT).tolist()).most_common()},
+        "formats": {FORMATS[kind]: count for kind, count in Counter((kinds & FORMAT).tolist()).most_common()},
         "transparent": int((kinds >= TRANSPARENT).sum()),
         "shorter_side": dict(zip(("min", "median", "max"), _quantiles(shorter), strict=True)),
         "smaller_than_the_model_sees": int((shorter < _IMAGE_SIZE).sum()),

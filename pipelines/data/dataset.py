@@ -21,7 +21,7 @@ from threading import Event
 from typing import Any
 
 from pipelines.cache import files_below, remove
-from pipelines.data.headers import EDGE, FAULTS, SHRUNK, inspect_file
+from pipelines.data.headers import EDGE, FAULTS, FORMAT, SHRUNK, inspect_file, may_be_uncompressed
 from pipelines.data.layout import WANTED, Findings, Photo, folder_of_csv, list_csv, list_folder
 from pipelines.data.memory import PhotoMemory
 from pipelines.data.shrink import ShrunkCopies, is_whole, shrunk_sizes
@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-_LAYOUT = [4, *FAULTS]  # an index of another layout, or with other faults, is made anew
+_LAYOUT = [5, *FAULTS]  # an index of another layout, or with other faults, is made anew
 # The columns that come out of the files themselves.
 _FACTS = ("sizes", "faults", "byte_sizes", "mtimes", "signatures", "kinds")
 _PAIRS = ("duplicates", "contradictions")  # of rows
@@ -53,8 +53,9 @@ class Split:
     is path_blob[path_offsets[i]:path_offsets[i + 1]].
     signatures: uint64 [N], of byte size and edges, 0 for a faulty file; mtimes: int64 [N], nanoseconds. The two tell
     whether a photo is the same as in an earlier run.
-    kinds: uint8 [N], `headers.Inspection.kind`, or SHRUNK of a photo that is read from a shrunk copy. transparency:
-    what transparent pixels are composed on, "white" or "black", or "ignored". copies, memory: None where none are.
+    kinds: uint8 [N], `headers.Inspection.kind`; of a photo that is read from a shrunk copy its format, and SHRUNK.
+    transparency: what transparent pixels are composed on, "white" or "black", or "ignored". copies, memory: None where
+    none are.
     """
 
     name: str
@@ -106,7 +107,8 @@ class Split:
 
     def shrunk(self, copies: ShrunkCopies) -> "Split":
         """The same photos, the larger ones read from copies."""
-        kinds = np.where(self.sizes.min(axis=1) > copies.shrink, np.uint8(SHRUNK), self.kinds)
+        is_large = self.sizes.min(axis=1) > copies.shrink
+        kinds = np.where(is_large, self.kinds & FORMAT | SHRUNK, self.kinds)
         return replace(self, sizes=shrunk_sizes(self.sizes, copies.shrink), kinds=kinds, copies=copies, memory=None)
 
     def only(self, chosen: np.ndarray) -> "Split":
@@ -117,6 +119,19 @@ class Split:
         offsets = np.cumsum([0, *map(len, paths)]).astype(np.uint64)
         blob = np.frombuffer(b"".join(paths), np.uint8)
         return replace(self, path_blob=blob, path_offsets=offsets, memory=None, **columns)
+
+    def path_keys(self) -> np.ndarray:
+        """uint64 [N], 0 where signature and time tell one photo from all others.
+
+        Of what is stored without compression many have one size and the same edges, as drawings and scans with margins
+        do, and one time where they came out of an archive: these have a hash of their absolute path.
+        """
+        keys = np.zeros(len(self), np.uint64)
+        root = os.path.realpath(self.root)
+        for row in np.flatnonzero(may_be_uncompressed(self.kinds)).tolist():
+            path = os.path.join(root, self.path_below_root(row))
+            keys[row] = int.from_bytes(blake2b(path, digest_size=8).digest(), "little")
+        return keys
 
     def class_counts(self) -> dict[str, int]:
         """How many sound photos each class has."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from pipelines.data.dataset import Split
-from pipelines.data.headers import FAULTS, MAX_PIXELS, SHRUNK, exif_orientation, inspect_file, white_level
+from pipelines.data.headers import FAULTS, FORMAT, MAX_PIXELS, SHRUNK, exif_orientation, inspect_file, white_level
 from pipelines.data.plan import EvalPlan, Views
 from pipelines.data.preprocess import Preprocess
 from pipelines.data.shrink import JPEG, SPARE, ShrunkCopies, keep_copy, shrunk_sizes
@@ -281,7 +281,7 @@ def inspect_at(split: Split, index: int) -> None:
     split.faults[index] = FAULTS.index(fault)
     if split.copies and split.sizes[index].min() > split.copies.shrink:
         split.sizes[index] = shrunk_sizes(split.sizes[index][None], split.copies.shrink)[0]
-        split.kinds[index] = SHRUNK
+        split.kinds[index] = split.kinds[index] & FORMAT | SHRUNK
 
 
 def views_of_sound(split: Split, preprocess: Preprocess, indices: range) -> Views:

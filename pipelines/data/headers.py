@@ -10,7 +10,7 @@ import stat
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from pipelines.data.boxes import fault_of_boxes
 from pipelines.data.structure import EXIF, TOO_COSTLY, fault_of_structure, jpeg_scans, tags_are_bounded
@@ -29,13 +29,16 @@ FAULTS: tuple[str, ...] = (
     *(_NO_HEIF, _ODD_PIXELS),
 )
 FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF")  # Pillow's names
-TRANSPARENT = 0x80
+# Of a byte: the position of a format, and what else is to be known.
+FORMAT, TRANSPARENT = 0x1F, 0x80
 SHRUNK = 0x40  # in a `Split`, never in a scan: what is read is a copy (`shrink`), an opaque JPEG
-# Of a byte that holds a position in FORMATS, and TRANSPARENT where some pixels may be: what only Pillow reads right.
-# DALI composes nothing, knows no AVIF and no HEIC, scales no PPM by its largest value, and of a damaged TIFF takes the
-# crops whose rows are sound.
+ODDLY_TURNED = 0x20  # EXIF orientation of another type than the standard's, several of them, or in broken data
+# What only Pillow reads right. DALI composes nothing, turns by a number that it reads as if it were of the standard's
+# type, knows no AVIF and no HEIC, scales no PPM by its largest value, and of a damaged TIFF takes the crops whose rows
+# are sound.
 _PILLOWS = {FORMATS.index(name) for name in ("TIFF", "PPM", "AVIF", "HEIF")}
-_FOR_PILLOW = np.array([byte >= TRANSPARENT or byte in _PILLOWS for byte in range(256)])
+_IS_FOR_PILLOW = np.array([byte & (TRANSPARENT | ODDLY_TURNED) > 0 or byte in _PILLOWS for byte in range(256)])
+_UNCOMPRESSED = [FORMATS.index(name) for name in ("BMP", "TIFF", "PPM")]
 HAS_AVIF, HAS_HEIF = features.check("avif"), importlib.util.find_spec("pillow_heif") is not None
 if HAS_HEIF:
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -64,6 +67,7 @@ _LARGE_TILE = 1 << 22  # pixels
 _MOST_LOOKED_AT = 1 << 24  # pixels of 4 bytes, which are decoded to judge them
 _MOST_SCANS_A_STRIP = 4  # of a TIFF with JPEG in it: one for each colour
 _SMALL_PICTURE, _MOST_PIXELS_A_BYTE = 1 << 23, 10_000  # a blank page of a scanner has some thousands
+_ORIENTATION = 0x0112
 EDGE = 4096  # bytes read at a file's start and at its end
 _MAGIC = re.compile(  # the groups carry Pillow's names of the formats
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<WEBP>RIFF....WEBP)|(?P<BMP>BM)"
@@ -96,7 +100,8 @@ _silence_libtiff()
 
 class Inspection(NamedTuple):
     """fault: one of FAULTS. size: upright height and width in pixels. signature: of byte size and edges. kind: position
-    in FORMATS, and TRANSPARENT where pixels may be that. A faulty file has size (0, 0), signature 0 and kind 0.
+    in FORMATS, TRANSPARENT where pixels may be that, and ODDLY_TURNED. A faulty file has size (0, 0), signature 0 and
+    kind 0.
     """
 
     fault: str
@@ -165,6 +170,7 @@ def _inspect_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -
         photo.info["exif"] = tail[at + 4 : at + 4 + int.from_bytes(tail[at - 4 : at], "big")]
     size = (width, height) if exif_orientation(photo) >= 5 else (height, width)
     number = FORMATS.index(kind) | (TRANSPARENT if kind != "JPEG" and photo.has_transparency_data else 0)
+    number |= 0 if _is_plainly_turned(photo) else ODDLY_TURNED
     if photo.mode not in _MODES or (photo.mode in ("I", "F") and not white_level(photo)):
         return Inspection(_ODD_PIXELS)
     return Inspection("", size, 0, number)
@@ -172,7 +178,12 @@ def _inspect_content(file: BinaryIO, head: bytes, tail: bytes, byte_size: int) -
 
 def for_pillow(kinds: np.ndarray) -> np.ndarray:
     """bool, of `Inspection.kind`: which photos only Pillow reads as they are meant."""
-    return _FOR_PILLOW[kinds]
+    return _IS_FOR_PILLOW[kinds]
+
+
+def may_be_uncompressed(kinds: np.ndarray) -> np.ndarray:
+    """bool, of `Inspection.kind`: photos of one size and with the same edges may differ between them."""
+    return np.isin(kinds & FORMAT, _UNCOMPRESSED)
 
 
 def white_level(photo: Image.Image) -> int | None:
@@ -233,6 +244,27 @@ def _holds(file: BinaryIO, marker: bytes, tail: bytes, byte_size: int) -> bool:
     return False
 
 
+def _is_plainly_turned(photo: Image.Image) -> bool:
+    """Whether every reader of an opened photo's EXIF data finds one orientation, or none (EXIF 2.32, section 4.6.4)."""
+    if isinstance(photo, TiffImageFile):  # Pillow's anyway
+        return True
+    if isinstance(photo, JpegImageFile) and sum(content.startswith(EXIF) for _, content in photo.applist) > 1:
+        return False
+    tags: bytes = photo.info.get("exif", b"").removeprefix(EXIF)
+    if not tags:
+        return True
+    if tags[:4] not in (b"II*\0", b"MM\0*"):
+        return False
+    order: Literal["little", "big"] = "little" if tags[:2] == b"II" else "big"
+    first = int.from_bytes(tags[4:8], order)
+    count = int.from_bytes(tags[first : first + 2], order)
+    entries = [tags[at : at + 12] for at in range(first + 2, min(first + 2 + 12 * count, len(tags)), 12)]
+    found = [entry for entry in entries if int.from_bytes(entry[:2], order) == _ORIENTATION]
+    is_whole = len(tags) >= first + 2 + 12 * count
+    is_short = all(entry[2:8] == (3).to_bytes(2, order) + (1).to_bytes(4, order) for entry in found)
+    return is_whole and len(found) <= 1 and is_short
+
+
 def exif_orientation(photo: Image.Image) -> int:
     """How an opened photo's pixels are to be turned, 1 to 8 (EXIF 2.32, tag 0x0112); 1 where the EXIF data is broken.
 
@@ -241,7 +273,7 @@ def exif_orientation(photo: Image.Image) -> int:
     """
     try:
         if isinstance(photo, TiffImageFile):
-            orientation = photo.tag_v2.get(0x0112)
+            orientation = photo.tag_v2.get(_ORIENTATION)
         else:
             exif, content = Image.Exif(), photo.info.get("exif", b"")
             if not isinstance(photo, JpegImageFile):  # of a JPEG Pillow has read it as it opened the file
@@ -249,7 +281,7 @@ def exif_orientation(photo: Image.Image) -> int:
                 if not tags_are_bounded(io.BytesIO(tags), len(tags)):
                     return 1
             exif.load(content)
-            orientation = exif.get(0x0112)
+            orientation = exif.get(_ORIENTATION)
     except Exception:  # Pillow's parsers raise many kinds of error on broken data
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from PIL import Image
 from torchvision.models import resnet18
 
 CONFIG = Config(image_size=64, resize=72, batch_size=4, views_per_photo=2, loader="pillow", loader_threads=2)
@@ -192,6 +193,26 @@ def test_an_operation_of_a_view_tells_its_features_apart(resnet, split):
         drawn = training.in_order(1).plan.views(0, np.arange(len(split))).alterations
         training.close()
     np.testing.assert_array_equal(keys[0] != keys[1], drawn.operations > 0)
+
+
+def test_drawings_without_compression_keep_their_own_features(resnet, tmp_path):
+    """Of one size, with the same margins, and of one second, as they come out of an archive."""
+    for number in range(8):
+        photo = tmp_path / "train" / "ab"[number % 2] / f"{number}.bmp"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((96, 96, 3), np.uint8)
+        pixels[40:56, 40:56] = 30 * number
+        Image.fromarray(pixels).save(photo)
+        os.utime(photo, ns=(10**18, 10**18))
+    split = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.0001)).splits["train"]
+    assert len({*split.signatures.tolist()}) == len({*split.mtimes.tolist()}) == 1
+    network, store = TransferModel(resnet, frozen_stages=5, batchnorm="frozen"), FeatureStore(tmp_path / "store", 10**9)
+    settings = {"crop_scale_min": 1, "flip_probability": 0}
+    rows, _ = a_view(split, network, store, **settings)
+    again, said = a_view(split, network, store, **settings)
+    assert said == "2 views of 6 train photos", "which are one, the whole photo"
+    assert len({*map(tuple, rows.tolist())}) == 6
+    assert torch.equal(rows, again)
 
 
 def test_each_run_finds_bad_and_changed_photos_itself(resnet, split, tmp_path, capfd):

@@ -50,7 +50,8 @@ class NvImageCodecEngine(PillowEngine):
         rows = _needed(int(window[2]), int(views.resized[position, 0]), top, size)
         columns = _needed(int(window[3]), int(views.resized[position, 1]), left, size)
         is_strip = views.resized[position].prod(dtype=np.int64) > _LARGEST_RESIZED * size**2
-        is_taken = self._split.kinds[index] in (_JPEG, SHRUNK) and not is_strip
+        kind = int(self._split.kinds[index])
+        is_taken = (kind == _JPEG or kind & SHRUNK) and not is_strip
         part = None
         if is_taken:
             with suppress(Exception):  # of many kinds; Pillow tells it of a photo, and makes a damaged copy anew
@@ -87,7 +88,7 @@ class NvImageCodecEngine(PillowEngine):
     def _orientation(self, index: int) -> int:
         """EXIF's, from a photo's header, which is read again where its time has changed; _NOT_TAKEN where Pillow is to
         decode it, or to say what is wrong. Copies are upright."""
-        if self._split.kinds[index] == SHRUNK:
+        if self._split.kinds[index] & SHRUNK:
             return 1
         path = self._split.path(index)
         if not self._orientations[index] or os.stat(path).st_mtime_ns != self._split.mtimes[index]:

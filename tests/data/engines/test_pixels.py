@@ -1,6 +1,8 @@
 """Both engines execute the same plan to the same pixels, torchvision's."""
 
 import os
+import struct
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -128,6 +130,55 @@ def test_engines_agree_on_every_format_and_orientation(tmp_path):
         names = [Path(photos.path(index)).name for index in images["pillow"].indices.tolist()]
         worst = dict(zip(names, difference.tolist(), strict=True))
         assert max(worst.values()) <= LEVELS + 0.01, (engine, worst)
+
+
+def odd_exif(order: str, entries: Sequence[tuple[int, int, bytes]]) -> bytes:
+    """EXIF data of orientations alone: of each the type and how many it says there are, and four bytes."""
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    parts = [struct.pack(f"{order}HHI", 0x0112, kind, count) + value for kind, count, value in entries]
+    return b"Exif\0\0" + head + struct.pack(f"{order}IH", 8, len(parts)) + b"".join(parts) + bytes(4)
+
+
+BYTE, SHORT, LONG = 1, 3, 4
+ODD_EXIF = {
+    "long_big": odd_exif(">", [(LONG, 1, struct.pack(">I", 3))]),
+    "long_big_sideways": odd_exif(">", [(LONG, 1, struct.pack(">I", 6))]),
+    "long_little": odd_exif("<", [(LONG, 1, struct.pack("<I", 6))]),
+    "byte_big": odd_exif(">", [(BYTE, 1, b"\x06\0\0\0")]),
+    "byte_little": odd_exif("<", [(BYTE, 1, b"\x06\0\0\0")]),
+    "none_of_it": odd_exif(">", [(SHORT, 0, struct.pack(">HH", 6, 0))]),
+    "two": odd_exif(">", [(SHORT, 1, struct.pack(">HH", 6, 0)), (SHORT, 1, struct.pack(">HH", 3, 0))]),
+    "cut": odd_exif(">", [(SHORT, 1, struct.pack(">HH", 6, 0))])[:-8],
+    "plain": odd_exif(">", [(SHORT, 1, struct.pack(">HH", 6, 0))]),
+    "plain_little": odd_exif("<", [(SHORT, 1, struct.pack("<HH", 3, 0))]),
+}
+
+
+@pytest.mark.parametrize("engine", HERE)
+def test_engines_turn_photos_of_odd_exif_data_alike(tmp_path, engine):
+    """Readers differ where an orientation is not of the standard's type, or where there are two."""
+    for number, (name, exif) in enumerate(ODD_EXIF.items()):
+        photo = tmp_path / "train" / "ab"[number % 2] / f"{name}.jpg"
+        write_photo(photo, 130, 97, number, exif=exif)
+        for ending in ("png", "webp"):
+            write_photo(photo.with_suffix(f".{ending}"), 130, 97, number, exif=exif)
+    content = (tmp_path / "train" / "a" / "plain.jpg").read_bytes()
+    at = content.index(b"\xff\xe1")
+    other = content[at : at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")].replace(b"\0\6\0\0", b"\0\3\0\0")
+    (tmp_path / "train" / "b" / "two_segments.jpg").write_bytes(content[:at] + other + content[at:])
+    photos = load_dataset(scan_dataset(tmp_path, tmp_path / "cache", 0.0001)).splits["train"]
+    assert not photos.faults.any(), photos.faulty_files()
+    for epoch in range(2):
+        images = {}
+        for each in ("pillow", engine):
+            loader = make_loader(photos, each, batch_size=len(photos), micro_batch=len(photos))
+            images[each] = next(next(loader.epoch(epoch)).batches)
+            loader.close()
+        assert torch.equal(images["pillow"].indices, images[engine].indices)
+        difference = (levels(images["pillow"].images) - levels(images[engine].images)).abs()[..., 1:-1, 1:-1]
+        names = [Path(photos.path(index)).name for index in images["pillow"].indices.tolist()]
+        worst = dict(zip(names, difference.amax(dim=(1, 2, 3)).tolist(), strict=True))
+        assert max(worst.values()) <= LEVELS + 0.01, worst
 
 
 ENCODINGS = [
