@@ -99,7 +99,7 @@ def survey(dataset: Dataset, class_names: str = "top") -> dict[str, Any]:
         "much_larger_than_needed": int((shorter > _LARGE).sum()),
         "passed_over": {
             "hidden_or_system": dataset.findings.hidden,
-            "of_runs_or_tools": dataset.findings.tools,
+            "of_runs_or_tools": len(dataset.findings.tools),
             "other_endings": {printable(ending): count for ending, count in dataset.findings.endings.items()},
         },
         "notes": dataset.findings.notes,

@@ -416,10 +416,10 @@ def check_dataset(dataset: Dataset, *, skip_bad_files: bool, splits: Sequence[st
             raise UserError(f"{root}: split {name!r} has no photo that can be used; add some")
         there = {composed(label) for label in train or ()}
         if train and (absent := sorted(label for label in present[name] if composed(label) not in there)):
-            raise UserError(
-                f"{root}: {name!r} has classes without a photo in 'train': {listed(absent)}"
-                f"{_case_hint(absent, sorted(train))}; add some, or remove those of {name!r}"
-            )
+            end = f"{_case_hint(absent, sorted(train))}; add some, or remove those of {name!r}"
+            if name == "val" and dataset.val_fraction is not None:  # which nobody but us has put there
+                end = ": of so few, those that were not set aside to validate cannot be read; mend these, or add some"
+            raise UserError(f"{root}: {name!r} has classes without a photo in 'train': {listed(absent)}{end}")
         spellings = Counter(map(composed, present[name]))
         if name == "train" and (twins := [label for label, count in spellings.items() if count > 1]):
             raise UserError(

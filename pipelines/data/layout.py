@@ -57,12 +57,14 @@ _OWN_PICTURES = re.compile(r"(confusion_matrix|predictions)_\w+\.png")  # evalua
 class Findings:
     """What a person should know of how the data was read.
 
-    hidden: hidden and system files and folders that were passed over; tools: folders of runs and of other tools.
-    endings: how many other files were, by their ending. notes: whole lines.
+    root: the folder that was read. hidden: how many hidden and system files and folders were passed over; tools: the
+    folders of runs and of other tools that were. endings: how many other files were, by their ending. notes: whole
+    lines.
     """
 
+    root: str = ""
     hidden: int = 0
-    tools: int = 0
+    tools: list[str] = field(default_factory=list)
     endings: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -74,7 +76,9 @@ class Findings:
             counted(self.hidden, "hidden or system file or folder", "hidden or system files and folders")
             if self.hidden
             else "",
-            counted(self.tools, "folder of a run or tool", "folders of runs or tools") if self.tools else "",
+            f"{counted(len(tools), 'folder of a run or tool', 'folders of runs or tools')} ({listed(tools)})"
+            if (tools := sorted({os.path.relpath(folder, self.root or os.curdir) for folder in self.tools}))
+            else "",
             f"{counted(sum(others.values()), 'other file')} ({_counted(others)})" if others else "",
         ]
         passed = [f"passed over: {', '.join(filter(None, parts))}"] if any(parts) else []
@@ -122,6 +126,7 @@ def _check_spellings(where: str, names: Sequence[str]) -> None:
 def list_folder(root: Path, class_names: str, findings: Findings) -> Iterator[Photo]:
     """The photos of a folder. class_names: "top", a class is a folder in its split; "path", every folder with photos is
     one, called by its path below the split. UserError where there are none, or where what is meant cannot be told."""
+    findings.root = str(root)
     folders, _ = _look_into(root, findings, is_root=True)
     if any(map(split_of, folders)):
         splits = _splits(root, folders, findings)
@@ -155,8 +160,8 @@ def _list_split(
     split_name, tops, paths, example = name_of_folder(split), 0, 0, ""
     inside: dict[str, set[str]] = {}  # class folder -> folders in it with photos at some depth
     for name in classes:
-        tools, found = findings.tools, sorted(_walk(str(top / name), findings))
-        if not found and split in ("train", "val") and findings.tools == tools:
+        tools, found = len(findings.tools), sorted(_walk(str(top / name), findings))
+        if not found and split in ("train", "val") and len(findings.tools) == tools:
             raise _no_photos(top / name)
         if not folder:
             _check_class(root, name, found, is_alone=len(classes) == 1)
@@ -331,15 +336,16 @@ def _walk(
         if photos and photos[0][0] <= ".":  # hidden ones, and what sorts before them
             photos = [name for name in photos if name[0] != "."]
         if len(photos) < len(names) and _is_of_a_tool(others := set(names).difference(photos)):
-            findings.tools += 1
+            findings.tools.append(below)
             folders.clear()
             continue
         if _are_own_pictures(os.path.basename(below), photos):
-            findings.tools += 1
+            findings.tools.append(below)
             continue
         if folders:
-            folders[:] = [name for name in folders if not _is_passed_over(name, findings)]
+            folders[:] = [name for name in folders if not _is_passed_over(below, name, findings)]
         if len(photos) < len(names):
+            _refuse_dead_links(below, others)
             _count_others(others, findings)
         if photos:
             yield below, photos
@@ -355,12 +361,11 @@ def _look_into(folder: Path, findings: Findings, *, is_root: bool = False) -> tu
     files = {name for name, is_one in is_folder.items() if not is_one}
     loose = {name for name in files if _is_photo(name, ENDINGS) and name[0] != "."}
     if not is_root and (_is_of_a_tool(files) or _are_own_pictures(folder.name, loose)):
-        findings.tools += 1
+        findings.tools.append(str(folder))
         return [], 0
-    for name in files - loose:  # perhaps a class or a split on a disk that is not there
-        if name[0] != "." and os.path.islink(folder / name) and not os.path.exists(folder / name):
-            raise UserError(f"{printable(folder / name)}: a link that leads nowhere; mend it, or remove it")
-    folders = [name for name, is_one in is_folder.items() if is_one and not _is_passed_over(name, findings)]
+    _refuse_dead_links(str(folder), files - loose)
+    found = [name for name, is_one in is_folder.items() if is_one]
+    folders = [name for name in found if not _is_passed_over(str(folder), name, findings)]
     return sorted(folders), len(loose)
 
 
@@ -368,10 +373,24 @@ def _is_photo(name: str, endings: Container[str]) -> bool:
     return name[name.rfind(".") :].lower() in endings
 
 
-def _is_passed_over(name: str, findings: Findings) -> bool:
+def _refuse_dead_links(folder: str, names: set[str]) -> None:
+    """Of what is no photo in a folder: a link may be to a split, a class or a part of one, on a disk that is not there.
+
+    A dead link that is called as a photo is a faulty photo, which the scan will name.
+    """
+    if not names:
+        return
+    with os.scandir(folder) as entries:  # which knows links without a look at each of perhaps a million files
+        links = [entry.path for entry in entries if entry.is_symlink() and entry.name in names and entry.name[0] != "."]
+    for link in sorted(links):
+        if not os.path.exists(link):
+            raise UserError(f"{printable(link)}: a link that leads nowhere; mend it, or remove it")
+
+
+def _is_passed_over(folder: str, name: str, findings: Findings) -> bool:
     hidden, tool = name[0] == "." or name.lower() in _SYSTEM, name.lower() in _TOOLS
     findings.hidden += hidden
-    findings.tools += tool
+    findings.tools += [os.path.join(folder, name)] if tool else []
     return hidden or tool
 
 

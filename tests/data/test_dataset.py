@@ -711,6 +711,16 @@ def test_data_that_cannot_be_trained_on_is_one_clear_line(tmp_path: Path, counts
     assert message in str(error.value)
 
 
+def test_a_class_that_has_nothing_to_learn_from_but_bad_files_is_told_so(tmp_path: Path) -> None:
+    """Which of two photos is set aside to validate is decided before they are looked at."""
+    root = make_folder(tmp_path / "data", {"a": 4, "b": 4, "c": 2})
+    learned = paths(scan(root, tmp_path).splits["train"])
+    (bad,) = (path for path in learned if "/c/" in path)
+    Path(bad).write_bytes(b"")
+    with pytest.raises(UserError, match=r"without a photo in 'train': c: of so few, .* cannot be read; mend these"):
+        check_dataset(scan(root, tmp_path), skip_bad_files=True)
+
+
 NFC, NFD = "K\u00e4fer", "Ka\u0308fer"
 
 

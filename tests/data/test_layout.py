@@ -99,7 +99,7 @@ def test_what_cannot_be_told_is_refused_with_what_to_type(tmp_path: Path, files:
     assert told.replace("ROOT", str(root)) in refused(root)
 
 
-@pytest.mark.parametrize("name", ["val", "train/c", "train/St. Bernard", "train/v1.5"])
+@pytest.mark.parametrize("name", ["val", "train/c", "train/St. Bernard", "train/v1.5", "train/a/part 2"])
 def test_a_folder_that_is_a_link_to_nowhere_is_refused(tmp_path: Path, name: str) -> None:
     root = make(tmp_path, "train/{a,b}/1.jpg")
     (root / name).symlink_to(tmp_path / "gone")
@@ -161,7 +161,7 @@ def test_hidden_and_system_and_tools_folders_never_count(tmp_path: Path, split: 
     found, findings = read(root)
     assert found == plain
     assert findings.hidden >= len(HIDDEN if in_class else [name for name in HIDDEN if "/" in name])
-    assert findings.tools >= len(TOOLS)
+    assert len(findings.tools) >= len(TOOLS)
 
 
 def test_what_is_passed_over_is_counted_in_the_report(tmp_path: Path) -> None:
@@ -169,10 +169,17 @@ def test_what_is_passed_over_is_counted_in_the_report(tmp_path: Path) -> None:
     _, findings = read(make(tmp_path, "{a,b}/1.jpg", *(f"a/{name}" for name in names), "wandb/x/1.png"))
     first, second = findings.lines()
     assert first == (
-        "passed over: 2 hidden or system files and folders, 1 folder of a run or tool, 2 other files "
+        "passed over: 2 hidden or system files and folders, 1 folder of a run or tool (wandb), 2 other files "
         "(.txt 1, no ending 1)"
     )
     assert second.startswith("3 pictures are not used, of formats that are not read here: .jxl 2, .gif 1; ")
+
+
+def test_a_class_that_is_passed_over_is_named(tmp_path: Path) -> None:
+    names = ["{a,b}/1.jpg", "wandb/1.jpg", "scans/1.jpg", "scans/args.yaml", "figures/predictions_cats.png"]
+    found, findings = read(make(tmp_path, *names))
+    assert found == {("train", "a"): 1, ("train", "b"): 1}
+    assert findings.lines() == ["passed over: 3 folders of runs or tools (figures, scans, wandb)"]
 
 
 def test_endings_of_photos(tmp_path: Path) -> None:
