@@ -17,7 +17,8 @@ from torch.nn import functional
 PENALTIES = tuple(10 ** (-exponent / 2) for exponent in range(-2, 11))  # 10 to 0.00001, beside the mean loss
 _PENALTY_WITHOUT_FOLDS = PENALTIES[6]  # 0.01, in the middle of what data sets have chosen
 _MOST_FOLDS = 5
-_MOST_BYTES = 2**29  # of the features in float64, of which a fold's fit has a second copy
+_MOST_BYTES = 2**29  # of the features in float64; a fit takes some three times as much
+_MOST_KEPT_BYTES = 2**25  # of a fit's own copy while it waits for those of other folds: more is computed again
 _MOST_PRODUCTS = 2**28  # photos x views x features x classes: some minutes
 _TOLERANCE = 1e-6  # the largest entry of the gradient at the end of a fit
 _MOST_STEPS, _MOST_PRODUCTS_OF_A_STEP = 50, 250  # three to five steps of some dozens are usual
@@ -93,8 +94,8 @@ def choose_and_fit(
 ) -> Fit | None:
     """The penalty by folds, then the fit to all photos; None where `stop`, asked before each fit, says yes.
 
-    features: float [V, N, D], V views of each photo, all of them in the photo's fold; accuracies are of the first.
-    labels: int [N]. class_weights: float64 [C], of the photos in fits, accuracies and losses.
+    features: float [V, N, D], V views of each photo, all of them in the photo's fold; accuracies and losses are of the
+    first. labels: int [N]. class_weights: float64 [C], of the photos in fits and losses.
 
     Chosen is the penalty of the least mean loss on what is held out. Of a few hundred photos, accuracies are equal for
     many penalties, and the largest is luck. The search goes from strong to weak and ends behind the least: the weaker,
@@ -121,7 +122,7 @@ def _choose_and_fit(
     folds = folds_of(labels)
     names = range(int(folds.max(initial=-1)) + 1)
     whole = fits(features, labels, class_weights)
-    ahead = [fits(features[:, folds != fold], labels[folds != fold], class_weights) for fold in names]
+    ahead = [fits(features, labels, class_weights, folds != fold) for fold in names]
     scores: list[list[tuple[float, float]]] = []
     best = torch.full((len(labels), len(class_weights)), torch.nan).double()
     for _ in PENALTIES if names else ():
@@ -148,55 +149,84 @@ def _choose_and_fit(
 
 
 def fits(
-    features: torch.Tensor, labels: np.ndarray, class_weights: np.ndarray, penalties: tuple[float, ...] = PENALTIES
+    features: torch.Tensor,
+    labels: np.ndarray,
+    class_weights: np.ndarray,
+    chosen: np.ndarray | None = None,
+    penalties: tuple[float, ...] = PENALTIES,
 ) -> Iterator[Head]:
     """For each penalty, the head of the least (mean cross-entropy + penalty / 2 x the sum of the squared weights).
 
-    features: float [V, N, D]; labels: int [N]; class_weights: float64 [C], of a class's photos in the mean. Each fit
-    starts where the one before has ended. Newton's method (Nocedal and Wright 2006, algorithm 7.1); a step comes of
-    conjugate gradients, in the features' principal axes, where a diagonal comes near the Hessian.
+    features: float [V, N, D]; labels: int [N]; class_weights: float64 [C], of a class's photos in the mean; chosen:
+    bool [N], the photos that are fitted to, or None, all. Each fit starts where the one before has ended. Newton's
+    method (Nocedal and Wright 2006, algorithm 7.1); a step comes of conjugate gradients, in the features' principal
+    axes, where a diagonal comes near the Hessian.
     """
+    chosen = np.ones(len(labels), bool) if chosen is None else chosen
     views, classes = len(features), len(class_weights)
-    x, y = features.flatten(0, 1).double(), torch.from_numpy(np.tile(labels, views).astype(np.int64))
+    y = torch.from_numpy(np.tile(labels[chosen], views).astype(np.int64))
     share = torch.from_numpy(class_weights)[y, None]
     share = share / share.sum()
-    centre = (share * x).sum(dim=0)
-    x = x - centre  # the bias, which is free, takes it up
+    x = features[:, chosen].flatten(0, 1).double()
+    centre = (share * x).sum(dim=0)  # the bias, which is free, takes it up
+    x -= centre
     variances, axes = torch.linalg.eigh((share * x).T @ x)
     has_any = variances > variances[-1] * 1e-12  # along other axes the weights are 0
     variances, axes = variances[has_any], axes[:, has_any]
-    x = torch.cat([x @ axes, torch.ones_like(share)], dim=1)
     variances = torch.cat([variances, torch.ones(1).double()])[:, None]
     is_penalised = torch.ones_like(variances)
     is_penalised[-1] = 0
     point = torch.zeros(len(variances), classes).double()
-    truth = functional.one_hot(y, classes).double()
+    turned = torch.cat([x @ axes, torch.ones_like(share)], dim=1)
+    del x
     for penalty in penalties:
-        drawn = penalty * is_penalised
-
-        def loss(at: torch.Tensor, drawn: torch.Tensor = drawn) -> float:
-            errors = functional.cross_entropy(x @ at, y, reduction="none")
-            return float((share[:, 0] * errors).sum() + (drawn * at * at).sum() / 2)
-
-        now = loss(point)
-        for _ in range(_MOST_STEPS):
-            p = (x @ point).softmax(dim=1)
-            gradient = x.T @ (share * (p - truth)) + drawn * point
-            if (size := float(gradient.abs().max())) < _TOLERANCE:
-                break
-
-            def curvature(along: torch.Tensor, p: torch.Tensor = p, drawn: torch.Tensor = drawn) -> torch.Tensor:
-                moved = x @ along
-                return x.T @ (share * p * (moved - (p * moved).sum(dim=1, keepdim=True))) + drawn * along
-
-            diagonal = variances * (share * p * (1 - p)).sum(dim=0) + drawn
-            step = _solve(curvature, gradient, diagonal.clamp(min=1e-12), tolerance=min(0.1, size**0.5))
-            slope, length = float((gradient * step).sum()), 1.0
-            while (ahead := loss(point + length * step)) > now + _DECREASE * length * slope and length > 1e-6:
-                length /= 2
-            point, now = point + length * step, ahead
+        if turned is None:
+            x = features[:, chosen].flatten(0, 1).double().sub_(centre)
+            turned = torch.cat([x @ axes, torch.ones_like(share)], dim=1)
+            del x
+        point = _least(turned, y, share, variances, penalty * is_penalised, point)
+        turned = turned if turned.nbytes <= _MOST_KEPT_BYTES else None
         weight = axes @ point[:-1]
         yield Head(weight.T, point[-1] - centre @ weight)
+
+
+def _least(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    share: torch.Tensor,
+    variances: torch.Tensor,
+    drawn: torch.Tensor,
+    point: torch.Tensor,
+) -> torch.Tensor:
+    """Where `fits` has its least, from `point` on: float64 [D, C].
+
+    x: float64 [n, D]; y: int64 [n]; share: float64 [n, 1], of sum 1; variances, drawn: float64 [D, 1], x's and what
+    draws each weight to 0.
+    """
+    truth = functional.one_hot(y, point.shape[1]).double()
+
+    def loss(at: torch.Tensor) -> float:
+        errors = functional.cross_entropy(x @ at, y, reduction="none")
+        return float((share[:, 0] * errors).sum() + (drawn * at * at).sum() / 2)
+
+    now = loss(point)
+    for _ in range(_MOST_STEPS):
+        p = (x @ point).softmax(dim=1)
+        gradient = x.T @ (share * (p - truth)) + drawn * point
+        if (size := float(gradient.abs().max())) < _TOLERANCE:
+            break
+
+        def curvature(along: torch.Tensor, p: torch.Tensor = p) -> torch.Tensor:
+            moved = x @ along
+            return x.T @ (share * p * (moved - (p * moved).sum(dim=1, keepdim=True))) + drawn * along
+
+        diagonal = variances * (share * p * (1 - p)).sum(dim=0) + drawn
+        step = _solve(curvature, gradient, diagonal.clamp(min=1e-12), tolerance=min(0.1, size**0.5))
+        slope, length = float((gradient * step).sum()), 1.0
+        while (ahead := loss(point + length * step)) > now + _DECREASE * length * slope and length > 1e-6:
+            length /= 2
+        point, now = point + length * step, ahead
+    return point
 
 
 def _solve(
@@ -218,9 +248,9 @@ def _solve(
 
 
 def _score(logits: torch.Tensor, labels: np.ndarray, class_weights: np.ndarray) -> tuple[float, float]:
-    """Accuracy and mean loss, weighted as a fit is. logits: float64 [n, C]."""
+    """Accuracy, in which all photos count the same, and mean loss, weighted as a fit is. logits: float64 [n, C]."""
     truth = torch.from_numpy(labels.astype(np.int64))
     share = torch.from_numpy(class_weights)[truth]
     errors = functional.cross_entropy(logits, truth, reduction="none")
     right = (logits.argmax(dim=1) == truth).double()
-    return float((right * share).sum() / share.sum()), float((errors * share).sum() / share.sum())
+    return float(right.mean()), float((errors * share).sum() / share.sum())

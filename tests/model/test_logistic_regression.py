@@ -1,5 +1,7 @@
 """The fit that a fitted head is: the optimum, its folds, its penalty."""
 
+import gc
+
 import pipelines.model.logistic_regression as regression
 from pipelines.model.logistic_regression import (
     PENALTIES,
@@ -105,7 +107,7 @@ def test_the_clearer_the_classes_the_weaker_the_penalty(spread, low, high):
     assert PENALTIES[means.argmin()] == found.penalty
     assert found.accuracies.shape == found.losses.shape == (len(means), 5)
     assert len(means) in (means.argmin() + 3, len(PENALTIES)), "the search ends behind the least"
-    *_, head = fits(seen, labels, np.ones(3), PENALTIES[: means.argmin() + 1])
+    *_, head = fits(seen, labels, np.ones(3), penalties=PENALTIES[: means.argmin() + 1])
     torch.testing.assert_close(found.head.weight, head.weight)
 
 
@@ -116,6 +118,42 @@ def test_a_fit_can_be_stopped_and_leaves_the_threads_as_they_were():
         asked = iter([False] * after + [True])
         assert choose_and_fit(seen, labels, np.ones(3), lambda asked=asked: next(asked)) is None
         assert torch.get_num_threads() == threads
+
+
+def test_accuracies_count_photos_whatever_the_losses_weigh():
+    seen, labels = photos(210, features=4, spread=3.0)
+    labels[:] = (np.arange(210) % 10 == 0) & (labels == 0)  # of one class nine of ten photos, and more
+    found = choose_and_fit(seen, labels, class_weights_of("balanced", labels, 2))
+    chosen = PENALTIES.index(found.penalty)
+    right = found.held_out.argmax(dim=1).numpy() == labels
+    of_folds = [right[folds_of(labels) == fold].mean() for fold in range(5)]
+    np.testing.assert_allclose(found.accuracies[chosen], of_folds)
+    recall = [right[labels == label].mean() for label in (0, 1)]
+    assert abs(np.mean(recall) - right.mean()) > 0.01, "the two would be told apart"
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    found = [each.untyped_storage() for each in gc.get_objects() if type(each) is torch.Tensor]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def test_folds_that_wait_hold_no_features_of_their_own(monkeypatch):
+    seen, labels = photos(400, features=64)
+    monkeypatch.setattr(regression, "_MOST_KEPT_BYTES", 0)
+    calls, held = iter(range(100)), []
+
+    def score(*arguments):
+        gc.collect()
+        if next(calls) == 7:  # the third fold of the second penalty
+            held.append(bytes_of_tensors())
+        return score_of(*arguments)
+
+    before = bytes_of_tensors()
+    score_of = regression._score
+    monkeypatch.setattr(regression, "_score", score)
+    choose_and_fit(seen, labels, np.ones(3), lambda: bool(held))
+    assert held[0] - before < 0.7 * 2 * seen.nbytes, "of the features in float64"
 
 
 def test_what_would_take_too_much_is_said(monkeypatch):
