@@ -177,7 +177,7 @@ def fits(
     is_penalised = torch.ones_like(variances)
     is_penalised[-1] = 0
     point = torch.zeros(len(variances), classes).double()
-    turned = torch.cat([x @ axes, torch.ones_like(share)], dim=1)
+    turned: torch.Tensor | None = torch.cat([x @ axes, torch.ones_like(share)], dim=1)
     del x
     for penalty in penalties:
         if turned is None:

@@ -20,7 +20,7 @@ from pipelines.data.dataset import Dataset, Split, load_dataset
 from pipelines.data.engines.factory import libraries
 from pipelines.data.known_photos import in_known_positions, keep_photos
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.errors import MachineError, UserError
+from pipelines.errors import MachineError, UserError, write_error
 from pipelines.files import atomic_write
 from pipelines.model.weights import read_weights
 from pipelines.run.resume import REFUSED, ask_for_the_same_photos, is_longer, other_result, spelled
@@ -123,10 +123,15 @@ class RunFolder:
         # A job that Slurm has requeued has the flags of its first attempt, in which --overwrite has done its work if
         # it came so far.
         overwrite = config.overwrite and not (_is_requeued() and self.status().get("job", _job()) == _job())
-        if self._is_unbegun():
-            return "new"
-        self._refuse_what_is_no_run()
-        self._hold()
+        try:
+            if self._is_unbegun():
+                return "new"
+            self._refuse_what_is_no_run()
+            self._hold()
+        except OSError as error:
+            reason = error.strerror or error
+            line = f"run: cannot write into {self.folder} ({reason}): give another --run, or --runs DIR"
+            raise write_error(error, line) from None
         try:
             beginning = "new" if overwrite or self._is_unbegun() else self._continuation(config)
         except UserError:
@@ -158,7 +163,7 @@ class RunFolder:
             )
         # Best weights that somebody has removed are in the checkpoint, and are put back on the way to the end.
         has_its_weights = self.best.exists() or not self.has_checkpoint()
-        if is_finished and has_its_weights and not is_longer(before, config, *at):
+        if is_finished and has_its_weights and not is_longer(before, config, *at, self._not_named):
             return "finished"
         # A run that is cut off before its first checkpoint may have best weights, of its first epoch, and begins anew.
         has_lost = is_finished or status.get("epoch", 0) > 1
@@ -315,7 +320,8 @@ class RunFolder:
             raise
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
+            line = f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR"
+            raise write_error(error, line) from None
         # --overwrite was for this once: with it, --config RUN/config.yaml would empty the folder again.
         kept = replace(config, overwrite=False) if config.overwrite else config
         self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(kept)}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -42,13 +43,16 @@ def ask_for_the_same_photos(before: Config, now: Config) -> bool:
     return one == other
 
 
-def is_longer(before: Config, now: Config, epoch: int, global_step: int) -> bool:
-    """Whether a run that was finished after `epoch` epochs is to go on: for more of them, or more of its steps."""
+def is_longer(before: Config, now: Config, epoch: int, global_step: int, not_named: Collection[str] = ()) -> bool:
+    """Whether a run that was finished after `epoch` epochs is to go on: for more of them, or more of its steps.
+
+    not_named: settings that nobody has given a value; a run that `patience` has ended does not go on by its absence.
+    """
     if now.max_steps is not None and now.max_steps <= global_step:
         return False
     was_cut = before.max_steps is not None and before.max_steps <= global_step
     if before.patience is not None and before.epochs != epoch:  # it may have ended the run
-        was_cut |= now.patience is not None and now.patience > before.patience
+        was_cut |= "patience" not in not_named and (now.patience is None or now.patience > before.patience)
     if now.epochs == "auto":  # as before: it is the same number for the same photos
         return was_cut
     return was_cut or now.epochs > (epoch if before.epochs == "auto" else before.epochs)

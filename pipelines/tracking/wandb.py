@@ -238,13 +238,18 @@ class WandbTracker(Tracker):
 
         give_up = time.monotonic() + _UPLOAD_SECONDS
         for artifact in self._artifacts:
-            with suppress(Exception):  # what the server refuses is not waited for
-                while time.monotonic() < give_up and _answers(self._wandb.settings.base_url):
-                    try:
-                        artifact.wait(timeout=5)
-                        break
-                    except WaitTimeoutError:
-                        say(f"wandb: {artifact.name} is being sent ...")
+            is_sent = False
+            while not is_sent:
+                # Asked for each: what does not answer one of them will not answer the others.
+                if time.monotonic() > give_up or not _answers(self._wandb.settings.base_url):
+                    return
+                try:
+                    artifact.wait(timeout=5)
+                    is_sent = True
+                except WaitTimeoutError:
+                    say(f"wandb: {artifact.name} is being sent ...")
+                except Exception:  # what the server refuses is not waited for
+                    is_sent = True
 
 
 def check_tracked(run: Path, config: Config) -> TrackerNames:

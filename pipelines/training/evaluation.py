@@ -129,7 +129,7 @@ def answers_are_finite(records: np.ndarray) -> bool:
 
 def balanced_top1(records: np.ndarray, classes: int) -> float:
     """Balanced accuracy: the mean recall of the classes that have photos, as a fraction (Brodersen et al. 2010)."""
-    photos, right, _ = _class_counts(records, classes)
+    photos, right, _ = _class_counts(records["predicted"], records["label"], classes)
     has_photos = photos > 0
     return float((right[has_photos] / photos[has_photos]).mean()) if has_photos.any() else 0.0
 
@@ -178,29 +178,34 @@ def calibration_error(records: np.ndarray) -> float:
 def score(records: np.ndarray, classes: int, ks: Sequence[int] = (5,)) -> Scores:
     """All scores of `records`. k of top-k is clamped to the number of classes."""
     loss, top1, correct = loss_and_top1(records)
-    photos, right, answers = _class_counts(records, classes)
-    precision, recall = right / np.maximum(answers, 1), right / np.maximum(photos, 1)
-    f1 = 2 * right / np.maximum(photos + answers, 1)
-    columns = (column.tolist() for column in (precision, recall, f1, photos))
-    per_class: list[dict[str, float | None]] = [
-        {"precision": p, "recall": r, "f1": f, "count": n}
-        if n
-        else {"precision": None, "recall": None, "f1": None, "count": 0}
-        for p, r, f, n in zip(*columns, strict=True)
-    ]
+    labels, predicted = records["label"], records["predicted"]
     return Scores(
         loss=loss,
         top1=top1,
         balanced_top1=balanced_top1(records, classes),
-        majority_top1=int(photos.max(initial=0)) / max(1, len(records)),
+        majority_top1=int(np.bincount(labels).max(initial=0)) / max(1, len(records)),
         correct=correct,
         count=len(records),
         interval=wilson_interval(correct, len(records)),
         topk={k: top_k(records, k) for k in {min(k, classes) for k in ks}},
         ece=calibration_error(records),
-        confusion_pairs=confusion_pairs(records["predicted"], records["label"], classes),
-        per_class=per_class,
+        confusion_pairs=confusion_pairs(predicted, labels, classes),
+        per_class=class_scores(predicted, labels, classes),
     )
+
+
+def class_scores(predicted: np.ndarray, labels: np.ndarray, classes: int) -> list[dict[str, float | None]]:
+    """`Scores.per_class`. predicted, labels: int [photos], 0 <= each < classes."""
+    photos, right, answers = _class_counts(predicted, labels, classes)
+    precision, recall = right / np.maximum(answers, 1), right / np.maximum(photos, 1)
+    f1 = 2 * right / np.maximum(photos + answers, 1)
+    columns = (column.tolist() for column in (precision, recall, f1, photos))
+    return [
+        {"precision": p, "recall": r, "f1": f, "count": n}
+        if n
+        else {"precision": None, "recall": None, "f1": None, "count": 0}
+        for p, r, f, n in zip(*columns, strict=True)
+    ]
 
 
 def confusion_pairs(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -219,9 +224,8 @@ def confusion_matrix(pairs: np.ndarray, classes: int) -> np.ndarray:
     return matrix
 
 
-def _class_counts(records: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _class_counts(predicted: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int64 [C] each: photos of a class, those of them that are answered right, answers that name the class."""
-    labels, predicted = records["label"], records["predicted"]
     return (
         np.bincount(labels, minlength=classes),
         np.bincount(labels[labels == predicted], minlength=classes),

@@ -49,7 +49,6 @@ class Recorder:
         session.close_at_end(self._table.close)
         session.on_end(self.end_early)
         self._tracking: Tracking | None = None
-        self._records: np.ndarray | None = None  # of the last evaluation in this attempt at the run
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: `interval` and `whole_epoch`."""
@@ -108,7 +107,6 @@ class Recorder:
 
     def evaluation(self, row: Mapping[str, Any], records: np.ndarray) -> None:
         """row: of metrics.jsonl, of `records`."""
-        self._records = records
         self._run.append_metrics(row)
         self._tracker.log(row, records, hold=self._schedule.is_over(row["epoch"], self._progress.best["epoch"]))
 
@@ -131,9 +129,7 @@ class Recorder:
         """The run is done: the last pictures, and its scores for the tracker."""
         if not self._is_main:
             return
-        save_last_figures(
-            self._run, self._records, self._classes, self._best_by, mixes_photos=self._config.mixes_photos
-        )
+        save_last_figures(self._run, self._classes, self._best_by, mixes_photos=self._config.mixes_photos)
         if not self._schedule.epochs:
             views = self._training.central(self._config)
             self._draw_train_batch(views.empty_batch(), views)

@@ -23,13 +23,14 @@ from pipelines.model.weights import Weights
 from pipelines.run import figures
 from pipelines.run.checkpoint import Progress
 from pipelines.run.folder import RunFolder, versions
+from pipelines.run.predictions import predictions_of, read_predictions
 from pipelines.run.resume import changed_settings
 from pipelines.run_files import Description, read_description
-from pipelines.text import counted, listed, printable
+from pipelines.text import counted, listed, printable, spelled
 from pipelines.training.build import Components, InitialModel
 from pipelines.training.calibration import calibration_line, calibration_panels, unsure_for, unsure_line
 from pipelines.training.check import Checked
-from pipelines.training.evaluation import BEST_BY, answers_are_finite, score, wilson_interval
+from pipelines.training.evaluation import BEST_BY, class_scores, confusion_pairs, wilson_interval
 
 import numpy as np
 import torch
@@ -297,11 +298,8 @@ def save_train_batch(run: RunFolder, batch: Batch, training: Loader, classes: tu
     figures.save_train_batch(path, images, titles, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def save_last_figures(
-    run: RunFolder, records: np.ndarray | None, classes: tuple[str, ...], best_by: str, *, mixes_photos: bool
-) -> None:
-    """The curves, how far the best weights' confidences can be relied on, and what the last evaluation says of each
-    class."""
+def save_last_figures(run: RunFolder, classes: tuple[str, ...], best_by: str, *, mixes_photos: bool) -> None:
+    """The curves, how far the best weights' confidences can be relied on, and what they answer to each class."""
     paths = {name: run.figures / f"{name}.png" for name in ("curves", "calibration", "confusion_matrix", "per_class")}
     title = run.folder.name
     draw = figures.attempt
@@ -315,9 +313,15 @@ def save_last_figures(
     if (description := _description(run)) and (found := description["calibration"]):
         panels = calibration_panels(found["before"], found["after"], description["temperature"])
         draw("calibration.png", lambda: figures.save_calibration(paths["calibration"], panels))
-    # A run that was killed between its last evaluation and its end has them already.
-    if records is not None and answers_are_finite(records):
-        scores = score(records, len(classes))
-        pairs, per_class = scores.confusion_pairs, scores.per_class
+    # From the file, which is there in whatever attempt at the run the weights were the best.
+    with suppress(UserError):
+        best = read_predictions(predictions_of(run.folder))
+        positions = {spelled(name): position for position, name in enumerate(classes)}
+        known = np.array([positions.get(name, -1) for name in best.classes], np.int64)
+        predicted, labels = known[best.answers[:, 0]], known[best.labels]
+        if (np.minimum(predicted, labels) < 0).any():
+            return  # somebody has put another file there
+        pairs = confusion_pairs(predicted, labels, len(classes))
+        per_class = class_scores(predicted, labels, len(classes))
         draw("confusion_matrix.png", partial(figures.save_confusion_matrix, paths["confusion_matrix"], pairs, classes))
         draw("per_class.png", partial(figures.save_per_class, paths["per_class"], per_class, classes))

@@ -417,6 +417,22 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
             RunFolder(run).create(Config(overwrite=overwrite))
 
 
+@pytest.mark.parametrize("call", ["os.open", "pathlib.Path.iterdir"])
+def test_a_run_of_somebody_else_is_one_line(call, run, monkeypatch):
+    """A stand-in for a folder of another user: the administrator, who may run this test, may write everywhere."""
+    run.create(Config())
+    run.close()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        with pytest.raises(UserError) as error:
+            RunFolder(run.folder).beginning(Config())
+    assert f"cannot write into {run.folder} (Permission denied): give another --run, or --runs DIR" in str(error.value)
+
+
 # Files
 
 

@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluate
+import pipelines.tracking.wandb as module
 import train
 from pipelines import wandb_sync
 from pipelines.config import parse_config
@@ -276,6 +278,19 @@ def test_online_a_server_that_dies_in_mid_run_holds_nothing_up(folder, dataset, 
         assert wandb_sync.main([str(folder)]) == 0
         assert [without_own(row) for row in run["history"]] == rows_until(16)
     assert run["summary"]["best/val_top1"] == 0.75
+
+
+def test_a_server_that_swallows_everything_is_asked_once(monkeypatch):
+    """As behind a firewall that drops packets: whatever is to be sent, a run ends in a few seconds."""
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = SimpleNamespace(base_url=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker = object.__new__(module.WandbTracker)  # of which only what is sent at the end counts
+        tracker._wandb = SimpleNamespace(offline=False, settings=settings)
+        tracker._artifacts = [SimpleNamespace(name=f"best {number}", wait=None) for number in range(9)]
+        started = time.monotonic()
+        tracker._wait_for_uploads()
+        assert 0.2 < time.monotonic() - started < 1.2
 
 
 @pytest.mark.slow
