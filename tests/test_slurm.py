@@ -22,6 +22,7 @@ from PIL import Image
 CLUSTER = ROOT / "tests" / "helpers" / "slurm_cluster.sh"
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+PYTHONS = Path(sys.executable).parent
 MISSING = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 PATIENCE = 600  # seconds for any one thing: a start takes half a minute, and more where others work beside it
 STEPS = 12  # of an epoch
@@ -345,7 +346,7 @@ def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
     photos = Path(str(training[1]))
     with tarfile.open(f"{photos}.tar", "w") as tar:
         tar.add(photos, arcname=".")
-    staged = {"STAGE": "1", "LOCAL_DISK": str(tmp_path), "DALITUNE_DATA": str(photos), "HOLD_AFTER": IN_EPOCH_2}
+    staged = {"STAGE": "1", "LOCAL_DISK": str(tmp_path), "DALITUNE_DATA": f"{photos}/", "HOLD_AFTER": IN_EPOCH_2}
     job = lab.submit("train.sbatch", ["--gpus-per-node=2", "--nodelist=node1"], training[2:], **staged)
     job.is_held()
     lab.slurm("sbatch", "-p", "urgent", "--nodelist=node1", "--gpus-per-node=2", "-o", "urgent.out", "--wrap", "date")
@@ -357,6 +358,67 @@ def test_preempted_on_staged_photos(lab, training, undisturbed, tmp_path):
     assert f"data: {tmp_path}/dalitune-{job.number} " in job.text()
     assert not any(tmp_path.iterdir()), "the node's disk is left as it was"
     assert_same_training(job, undisturbed, processes=2)
+
+
+def test_what_is_staged_is_there_and_is_what_is_read(tmp_path):
+    def refused(*flags: str, data: str) -> str:
+        names = {"STAGE": "1", "DALITUNE_DATA": data, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{PYTHONS}:{PATH}"}
+        command = ["bash", "slurm/train.sbatch", *flags]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **names}, capture_output=True, text=True)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert f"no file {tmp_path}/photos.tar\n" in refused(data=f"{tmp_path}/photos/")
+    (tmp_path / "photos.tar").touch()
+    line = "error: data: other would be read in place of what STAGE=1 unpacks: leave one of the two out\n"
+    assert refused("--data", "other", data=f"{tmp_path}/photos") == line
+
+
+STANDINS = {
+    "srun": """
+        until [ -e "$DALITUNE_JOB_FOLDER/run/STOP" ]; do sleep 0.1; done
+        echo '{"state": "stopped", "exit_code": 2, "global_step": '"$STEPS"'}' >"$DALITUNE_JOB_FOLDER/run/status.json"
+    """,
+    "scontrol": '[ "$2" = hostnames ] && echo localhost; [ "$1" != requeue ]',  # which no site allows here
+}
+
+
+def test_with_standins_for_slurm_a_job_without_progress_is_not_requeued(tmp_path):
+    """Where the time is over before the first step, it would be started and stopped for ever."""
+    folder = tmp_path / "slurm-7"
+    (tmp_path / "bin").mkdir()
+    for name, lines in STANDINS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "runs" / "named").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "run").symlink_to(tmp_path / "runs" / "named")
+    for name in ("pipelines", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def attempt(number: int, steps: int) -> str:
+        names = {"STEPS": steps, "SLURM_RESTART_COUNT": number, "SLURM_JOB_ID": 7, "SLURM_NNODES": 1}
+        names |= {"SLURM_SUBMIT_DIR": tmp_path, "PATH": f"{tmp_path / 'bin'}:{PYTHONS}:{PATH}"}
+        environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(["bash", ROOT / "slurm" / "train.sbatch"], env=environment, **pipes) as job:
+            started = folder / ".started"
+            while not (started.exists() and started.read_text() == f"{number}\n"):
+                time.sleep(0.1)
+            time.sleep(1)
+            job.send_signal(signal.SIGUSR1)
+            said, _ = job.communicate(timeout=60)
+        return said
+
+    forbidden = "error: Slurm has not requeued the job: submit it again with --run named to go on\n"
+    for number, steps in enumerate((0, 0, 5, 5)):
+        said = attempt(number, steps)
+        if number % 2:
+            assert (
+                said == "error: not requeued, as the time limit came before a step was trained: give a longer --time\n"
+            )
+        else:
+            assert said == f"requeued, ahead of the time limit\n{forbidden}"
 
 
 def test_a_sweep_gives_each_task_its_run_and_refuses_bad_lines(lab, training):
