@@ -246,7 +246,7 @@ def _holds(file: BinaryIO, marker: bytes, tail: bytes, byte_size: int) -> bool:
 
 def _is_plainly_turned(photo: Image.Image) -> bool:
     """Whether every reader of an opened photo's EXIF data finds one orientation, or none (EXIF 2.32, section 4.6.4)."""
-    if isinstance(photo, TiffImageFile):  # Pillow's anyway
+    if photo.format not in ("JPEG", "PNG", "WEBP"):  # of others only Pillow reads it
         return True
     if isinstance(photo, JpegImageFile) and sum(content.startswith(EXIF) for _, content in photo.applist) > 1:
         return False

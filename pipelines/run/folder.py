@@ -20,7 +20,7 @@ from pipelines.data.dataset import Dataset, Split, load_dataset
 from pipelines.data.engines.factory import libraries
 from pipelines.data.known_photos import in_known_positions, keep_photos
 from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.errors import MachineError, UserError, write_error
+from pipelines.errors import MachineError, UserError
 from pipelines.files import atomic_write
 from pipelines.model.weights import read_weights
 from pipelines.run.resume import REFUSED, ask_for_the_same_photos, is_longer, other_result, spelled
@@ -131,7 +131,7 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or error
             line = f"run: cannot write into {self.folder} ({reason}): give another --run, or --runs DIR"
-            raise write_error(error, line) from None
+            raise UserError(line) from None
         try:
             beginning = "new" if overwrite or self._is_unbegun() else self._continuation(config)
         except UserError:
@@ -320,8 +320,7 @@ class RunFolder:
             raise
         except OSError as error:
             reason = error.strerror or error
-            line = f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR"
-            raise write_error(error, line) from None
+            raise UserError(f"runs: cannot make the folder {self.folder} ({reason}): give --runs DIR") from None
         # --overwrite was for this once: with it, --config RUN/config.yaml would empty the folder again.
         kept = replace(config, overwrite=False) if config.overwrite else config
         self._write("config.yaml", f"format: {FORMAT}\n{dump_yaml(kept)}")
