@@ -80,7 +80,7 @@ def read_weights(config: Config) -> Weights:
     if wanted == "none":
         return Weights(None, "random")
     if wanted in (None, "imagenet"):
-        return _imagenet_weights(config.arch, config.evaluation_size)
+        return _imagenet_weights(config)
     path = Path(os.path.expanduser(str(wanted)))
     if os.path.isdir(path):
         return read_run_weights(path, config.arch, named)
@@ -247,11 +247,12 @@ def count_classes(weights: Weights, arch: str) -> int:
     return len((weights.state or {}).get(f"{_expected(arch)[1]}.bias", ()))
 
 
-def _imagenet_weights(arch: str, image_size: int) -> Weights:
+def _imagenet_weights(config: Config) -> Weights:
     """torchvision's own file, through the folder where torch.hub keeps it; MachineError where it cannot be fetched.
 
     torch.hub would believe a file that lies there already, and unpickle whatever is in it.
     """
+    arch = config.arch
     default = models.get_model_weights(arch).DEFAULT
     name = default.url.rsplit("/", 1)[-1]
     prefix = name.rpartition("-")[2].partition(".")[0]  # of the file's SHA-256, by torch.hub's convention
@@ -265,7 +266,7 @@ def _imagenet_weights(arch: str, image_size: int) -> Weights:
         reason = getattr(error, "reason", None) or error
         raise MachineError(
             f"weights: cannot fetch the ImageNet weights of {arch} from {default.url} ({reason}): "
-            "give a state_dict file with --weights FILE or the variable DALITUNE_WEIGHTS, or --weights none"
+            f"{_other_weights(config)}, or --weights none"
         ) from None
     if not digest.startswith(prefix):
         raise UserError(
@@ -274,8 +275,20 @@ def _imagenet_weights(arch: str, image_size: int) -> Weights:
         )
     (size,), (resize,) = default.transforms().crop_size, default.transforms().resize_size
     note = f"weights: torchvision tests them at {size} pixels: --image_size {size} --resize {resize} for the same here"
-    notes = () if size == image_size else (note,)
+    notes = () if size == config.evaluation_size else (note,)
     return replace(read_weights_file(file, arch), source=f"imagenet ({name})", notes=notes)
+
+
+def _other_weights(config: Config) -> str:
+    """What to give in place of ImageNet's, of what would have an effect."""
+    file = "give a state_dict file with --weights FILE"
+    if config.arch != "resnet18":
+        return file
+    if config.weights is None:
+        return f"{file} or the variable DALITUNE_WEIGHTS"
+    if os.environ.get("DALITUNE_WEIGHTS"):
+        return 'DALITUNE_WEIGHTS stands in only where no weights are named: give --weights "$DALITUNE_WEIGHTS"'
+    return f"{file}, or --weights null and the variable DALITUNE_WEIGHTS"
 
 
 def read_run_weights(run: Path, arch: str, named: str) -> Weights:

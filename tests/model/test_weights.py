@@ -312,6 +312,21 @@ def test_without_a_network_one_line_names_the_url(offline):
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "variable", "advice"),
+    [
+        ({"weights": "imagenet"}, "there.pt", 'no weights are named: give --weights "$DALITUNE_WEIGHTS", or'),
+        ({"weights": "imagenet"}, "", "FILE, or --weights null and the variable DALITUNE_WEIGHTS, or --weights none"),
+        ({"arch": "resnet34"}, "there.pt", "give a state_dict file with --weights FILE, or --weights none"),
+    ],
+)
+def test_without_a_network_only_what_has_an_effect_is_advised(settings, variable, advice, offline, monkeypatch):
+    monkeypatch.setenv("DALITUNE_WEIGHTS", variable)
+    with pytest.raises(MachineError) as caught:
+        read_weights(Config(**settings))
+    assert advice in str(caught.value)
+
+
 @pytest.fixture
 def downloaded(tmp_path, offline, monkeypatch) -> Callable[[object], Path]:
     """downloaded(content): where torch.hub keeps its files lies a resnet18-f37072fd.pth, and its digest is right."""
