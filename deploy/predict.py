@@ -40,7 +40,7 @@ from pipelines.distributed.exits import run_script
 from pipelines.distributed.hardware import cpu_cores
 from pipelines.distributed.launch import start_processes
 from pipelines.errors import UserError, write_error
-from pipelines.files import begins_with, check_replaceable, csv_rows
+from pipelines.files import begins_with, check_apart, check_output, check_replaceable, csv_rows
 from pipelines.inference import Answer, explainer, find_photos, open_run, unsure_below
 from pipelines.run import figures
 from pipelines.run.heat import laid_over
@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     options = _parse(arguments)
     paths = find_photos(options.photos)
+    _check_no_photo(options.grid, paths)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("one process does it: start with python deploy/predict.py, without a launcher")
     device = torch.device("cpu") if options.cpu else start_processes().device
@@ -140,19 +141,26 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--csv - and --json - would both write to stdout")
     if options.eval_batch_per_device < 1:
         parser.error("--eval-batch-per-device must be at least 1")
-    if options.grid and not options.grid.parent.is_dir():
-        parser.error(f"--grid: there is no folder {options.grid.parent}")
     if options.explain:
         _prepare_folder(options.explain, options.photos)
+    csv, lines = (Path(output) if output and output != "-" else None for output in (options.csv, options.json))
+    check_apart({"--csv": csv, "--json": lines, "--grid": options.grid})
     # `--csv photos/*.jpg`, the name forgotten, names the first photo.
-    for output, is_own in (
-        (options.csv, begins_with(",".join(_COLUMNS))),
-        (options.json, begins_with('{"path": ')),
-        (options.grid, figures.is_own_picture),
-    ):
-        if output and output != "-":
-            check_replaceable(Path(output), is_own)
+    if csv:
+        check_replaceable(csv, begins_with(",".join(_COLUMNS)))
+    if lines:
+        check_replaceable(lines, begins_with('{"path": '))
+    if options.grid:
+        check_output(options.grid, figures.is_own_picture, "--grid")
     return options
+
+
+def _check_no_photo(picture: Path | None, paths: list[str]) -> None:
+    """UserError where it would replace one of the photos, as an earlier such picture that lies among them."""
+    if picture and picture.exists():
+        place = os.path.realpath(picture)
+        if any(os.path.basename(path) == picture.name and os.path.realpath(path) == place for path in paths):
+            raise UserError(f"--grid {picture}: it is one of the photos: give another name")
 
 
 def _prepare_folder(folder: Path, photos: list[str]) -> None:

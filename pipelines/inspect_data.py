@@ -28,10 +28,10 @@ from pipelines.data.plan import EvalPlan
 from pipelines.data.samples import locate
 from pipelines.data.shrink_pass import shrink_advice
 from pipelines.distributed.exits import run_script
-from pipelines.errors import UserError, write_error
-from pipelines.files import begins_with, check_replaceable
+from pipelines.errors import UserError
+from pipelines.files import STDOUT, begins_with, check_apart, check_output, check_replaceable, write_output
 from pipelines.run import figures
-from pipelines.text import check_printed, counted, printable
+from pipelines.text import check_printed, counted, printable, stdout_for_programs
 
 import numpy as np
 
@@ -52,21 +52,21 @@ def main(arguments: list[str]) -> None:
     sheet = options.sheet or index.with_suffix(".png")
     for path in (options.sheet, options.json):
         _check_outside(path, dataset.root)
+    check_apart({"--sheet": sheet, "--json": options.json})
+    if options.sheet:
+        check_output(sheet, figures.is_own_picture, "--sheet")
     check_replaceable(sheet, figures.is_own_picture)
-    if options.json and options.json != Path("-"):
-        check_replaceable(options.json, begins_with("{"))
+    if options.json and options.json != STDOUT:
+        check_output(options.json, begins_with('{\n  "data": '), "--json")
     facts = survey(dataset, options.class_names)
     drawn = figures.attempt("the contact sheet", lambda: save_sheet(sheet, dataset))
     text = json.dumps(facts | {"contact_sheet": str(sheet) if drawn else None}, indent=2)
-    if options.json and options.json != Path("-"):
-        try:
-            options.json.write_text(text + "\n", "utf-8")
-        except OSError as error:
-            line = f"{printable(options.json)}: cannot be written ({error.strerror}): give another --json FILE"
-            raise write_error(error, line) from None
-    print(text if options.json == Path("-") else "\n".join(_lines(dataset, facts)))
-    if drawn and options.json != Path("-"):
-        print(f"contact sheet: {printable(sheet)}")
+    with stdout_for_programs(options.json == STDOUT) as stdout:
+        if options.json:
+            write_output(options.json, text + "\n", stdout)
+        print("\n".join(_lines(dataset, facts)))
+        if drawn:
+            print(f"contact sheet: {printable(sheet)}")
     check_printed()
 
 
@@ -189,7 +189,7 @@ def _quantiles(values: np.ndarray) -> list[int]:
 
 
 def _check_outside(path: Path | None, root: Path) -> None:
-    if path and path != Path("-") and Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents:
+    if path and path != STDOUT and Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents:
         raise UserError(f"{printable(path)}: is in the folder of the photos: give a place elsewhere")
 
 

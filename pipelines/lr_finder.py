@@ -23,7 +23,7 @@ from pipelines.config import Config, ScriptParser, dump_yaml, parse_config
 from pipelines.data.loader import Step
 from pipelines.distributed.exits import run_script
 from pipelines.errors import StopAgreed, Stopped, UserError
-from pipelines.files import check_replaceable
+from pipelines.files import check_output
 from pipelines.model.optimizer import set_learning_rates
 from pipelines.run import figures
 from pipelines.text import printable
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("epochs: 0: nothing is trained by a learning rate: give --epochs, or another recipe")
     if not (options.highest > 0 and options.steps >= _FEWEST):
         raise UserError(f"lr_finder: --highest must be above 0, and --steps at least {_FEWEST}")
-    check_replaceable(options.picture, figures.is_own_picture)
+    check_output(options.picture, figures.is_own_picture, "--picture")
     try:
         curve = search(config, options.highest, options.steps)
     except Stopped:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TextIO
 
 if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
@@ -33,12 +33,12 @@ from pipelines.data.dataset import Dataset, Split, load_dataset, scan_dataset
 from pipelines.data.samples import locate
 from pipelines.distributed.exits import Terminated, run_script
 from pipelines.errors import MachineError, Stopped, UserError, write_error
-from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable, csv_rows
+from pipelines.files import ROOT, STDOUT, atomic_write, begins_with, check_output, csv_rows, write_output
 from pipelines.model.logistic_regression import folds_of
 from pipelines.run.folder import RunFolder
 from pipelines.run.significance import mean_interval
 from pipelines.run_files import read_description, read_rows, to_json
-from pipelines.text import check_printed, counted, printable
+from pipelines.text import check_printed, counted, printable, stdout_for_programs
 from pipelines.training.evaluation import BEST_BY
 
 import numpy as np
@@ -73,6 +73,12 @@ class Result:
 def main(arguments: list[str]) -> None:
     """All runs, one after the other, and their table. Raises UserError, MachineError, and Stopped after Ctrl-C."""
     options, flags = _parse(arguments)
+    with stdout_for_programs(options.json == STDOUT) as stdout:
+        _repeat(options, flags, stdout)
+    check_printed()
+
+
+def _repeat(options: argparse.Namespace, flags: list[str], stdout: TextIO) -> None:
     config, _ = parse_config(flags)
     trainings = _trainings(options, config)
     if options.folds > 1:
@@ -94,9 +100,7 @@ def main(arguments: list[str]) -> None:
     print(*lines, sep="\n")
     if options.json:
         content = {"repeated": config.run, **summary, "runs": [_as_json(each) for each in results]}
-        with atomic_write(options.json) as partial:
-            partial.write_text(to_json(content, indent=2) + "\n", "utf-8", "backslashreplace")
-    check_printed()
+        write_output(options.json, to_json(content, indent=2) + "\n", stdout)
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -104,15 +108,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = ScriptParser("python -m pipelines.repeat", __doc__)
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="1: the data's own split (default: 5)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="of each fold, from --seed on (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there; - is stdout")
     parser.add_argument("--launch", metavar="COMMAND", help="what starts train.py (default: this Python)")
     options, flags = parser.parse_known_args(arguments)
     if options.folds < 1 or options.seeds < 1 or options.folds * options.seeds < 2:
         parser.error("--folds and --seeds are 1 or more, and one run repeats nothing")
-    if options.json:
-        if not (options.json.parent.is_dir() and os.access(options.json.parent, os.W_OK)):
-            parser.error(f"--json: {options.json.parent} is no folder that can be written to")
-        check_replaceable(options.json, begins_with('{\n  "repeated": '))
+    if options.json and options.json != STDOUT:
+        check_output(options.json, begins_with('{\n  "repeated": '), "--json")
     return options, flags
 
 
@@ -218,7 +220,9 @@ def _train(command: Sequence[str], training: Training) -> None:
     is_asked = False
     with _hangup_asks_to_stop():
         try:
-            child = subprocess.Popen(command, start_new_session=True)  # Ctrl-C comes from here alone, and so once
+            # Ctrl-C comes from here alone, and so once. What it prints goes where this does.
+            stdout = 2 if sys.stdout is sys.stderr else None
+            child = subprocess.Popen(command, start_new_session=True, stdout=stdout)
         except OSError as error:
             raise UserError(f"--launch {printable(command[0])}: cannot be started ({error.strerror})") from None
         while child.returncode is None:

@@ -26,7 +26,7 @@ from pipelines.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_crop_m
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_processes
 from pipelines.errors import UserError
-from pipelines.files import check_replaceable
+from pipelines.files import check_output, check_replaceable
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder, refuse_links
 from pipelines.run_files import newest_progress, read_run_config, read_trained_config, what_auto_came_to
@@ -72,6 +72,8 @@ def main(arguments: list[str]) -> None:
     picture = options.figure or run.figures / f"step_{options.step}.png"
     if options.figure is None:
         refuse_links(run.folder, "figures")
+    else:
+        check_output(picture, figures.is_own_picture, "--figure")
     check_replaceable(picture, figures.is_own_picture)
     state = start_processes()
     dataset = open_dataset(state, replace(config, data=options.data or config.data), run.arrange)

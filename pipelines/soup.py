@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from pipelines.config import Config, ScriptParser
 from pipelines.distributed.exits import run_script
 from pipelines.errors import UserError, write_error
+from pipelines.files import check_makeable
 from pipelines.model.average import mean_of
 from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, read_run_weights
@@ -58,11 +59,13 @@ def main(arguments: list[str]) -> None:
     runs, out = options.runs, options.out
     if os.path.lexists(out):
         raise UserError(f"soup: {out} is there already, and is not overwritten: give another --out")
+    check_makeable(out.parent, "--out")
     descriptions = [read_description(run, "soup") for run in runs]
     first = descriptions[0]
     if options.last is None:
         if len(runs) < _FEWEST:
             raise UserError("soup: give several runs, or --last N for the last N checkpoints of one")
+        _check_differ(runs)
         _check_alike(runs, descriptions)
         sources, notes = list(runs), _on_beginnings(runs)
     else:
@@ -92,6 +95,15 @@ def main(arguments: list[str]) -> None:
         )
     print(*notes, sep="\n", end="\n" * bool(notes))
     print(f"nothing has tried it yet: accelerate launch evaluate.py {printable(out)}", flush=True)
+
+
+def _check_differ(runs: Sequence[Path]) -> None:
+    """UserError where one is named twice: the mean would have it twice, or be no mean."""
+    named: dict[Path, Path] = {}
+    for run in runs:
+        if (before := named.setdefault(run.resolve(), run)) is not run:
+            both = f"{run} is given twice" if before == run else f"{before} and {run} are one run"
+            raise UserError(f"soup: {both}: give each once")
 
 
 def _check_alike(runs: Sequence[Path], descriptions: Sequence[Description]) -> None:

@@ -5,8 +5,8 @@ import os
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from typing import Any, TextIO
 
 from pipelines.errors import MachineError
 
@@ -146,6 +146,16 @@ def _lasting(stream: Any) -> Any:
         stream.flush()
     options: dict[str, Any] = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
     return LastingStream(stream.buffer, stream.encoding, "backslashreplace", **options)
+
+
+@contextmanager
+def stdout_for_programs(is_for_them: bool) -> Iterator[TextIO]:
+    """Gives stdout. is_for_them: a program reads it, so that what is printed goes to stderr meanwhile."""
+    stdout = sys.stdout
+    if is_for_them:
+        stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    with redirect_stdout(sys.stderr) if is_for_them else nullcontext():
+        yield stdout
 
 
 def check_printed() -> None:

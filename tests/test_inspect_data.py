@@ -61,6 +61,7 @@ def test_the_report_tells_what_matters_before_a_training(messy: Path, tmp_path: 
 def test_the_same_for_programs(messy: Path, run_here) -> None:
     done = run_here(inspect_data, messy, "--json", "-")
     facts = json.loads(done.stdout)
+    assert "train: 12 photos, 2 classes: ant 10, bee 2" in done.stderr.splitlines()
     assert facts["splits"] == {"train": {"ant": 10, "bee": 2}, "val": {"ant": 2, "bee": 2}}
     assert facts["formats"] == {"JPEG": 15, "PNG": 1}
     assert facts["duplicates"] == [{"splits": ["train", "val"], "paths": ["Train/ant/00.jpg", "valid/bee/copy.jpg"]}]
@@ -94,7 +95,7 @@ def test_a_cache_below_the_folder_of_a_csv_file_is_no_mistake(messy: Path, monke
 def test_facts_that_cannot_be_written_are_one_line(messy: Path, tmp_path: Path, run_here) -> None:
     done = run_here(inspect_data, messy, "--json", tmp_path / "gone" / "facts.json")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "facts.json: cannot be written (No such file or directory): give another --json FILE" in done.stderr
+    assert f"--json: {tmp_path / 'gone'} is no folder that can be written to" in done.stderr
 
 
 def test_nothing_goes_into_the_folder_of_the_photos(messy: Path, tmp_path: Path, run_here) -> None:
@@ -106,3 +107,15 @@ def test_nothing_goes_into_the_folder_of_the_photos(messy: Path, tmp_path: Path,
     (tmp_path / "link").symlink_to(messy)
     assert run_here(inspect_data, messy, "--sheet", tmp_path / "link" / "x.png").returncode == 2
     assert contents(messy) == before
+
+
+def test_an_output_replaces_no_other_and_nothing_of_somebodys(messy: Path, tmp_path: Path, run_here) -> None:
+    done = run_here(inspect_data, messy, "--sheet", tmp_path / "x", "--json", tmp_path / "x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--sheet and --json are one file" in done.stderr
+    theirs = tmp_path / "package.json"
+    theirs.write_text('{"name": "theirs"}')
+    done = run_here(inspect_data, messy, "--json", theirs)
+    assert (done.returncode, theirs.read_text()) == (2, '{"name": "theirs"}')
+    for _ in range(2):
+        assert run_here(inspect_data, messy, "--json", tmp_path / "facts.json").returncode == 0

@@ -24,6 +24,7 @@ def test_the_suggestion_is_a_tenth_of_the_rate_of_the_lowest_loss():
         (["--highest", "0"], "--highest must be above 0"),
         (["--config", "configs/feature_extract.yaml"], "nothing is trained by a learning rate"),
         (["--nothing", "1"], "--nothing"),
+        (["--picture", "gone/x.png"], "--picture: gone is no folder that can be written to"),
     ],
 )
 def test_what_cannot_be_searched_is_one_line(flags, line, run_here, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from pipelines.errors import MachineError, Stopped, UserError
 from pipelines.repeat import Result, Training, _group, _without, table
 from pipelines.run.folder import RunFolder
 from pipelines.run_files import read_run_config
+from pipelines.text import stdout_for_programs
 from tests.helpers.run_files import DESCRIPTION
 from tests.helpers.runs import SMALL
 
@@ -218,6 +219,17 @@ def child(tmp_path: Path, text: str) -> list[str]:
     script = tmp_path / "child.py"
     script.write_text(text)
     return [sys.executable, str(script)]
+
+
+def test_what_runs_print_is_for_people_where_stdout_is_for_programs(tmp_path, capfd):
+    finished = Training(1, 0, tmp_path / "run", None)
+    RunFolder(finished.folder).create(Config())
+    RunFolder(finished.folder).write_status("finished", exit_code=0)
+    with stdout_for_programs(True) as stdout:
+        repeat._train(child(tmp_path, "print('an epoch')"), finished)
+        print("a table")
+        stdout.write("{}")
+    assert capfd.readouterr() == ("{}", "an epoch\na table\n")
 
 
 TRAINING = Training(1, 0, Path("runs/cv-fold1-seed0"), None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,10 +106,24 @@ def test_runs_are_averaged_into_a_run_folder(made, tmp_path, run_here):
 def test_equal_runs_give_the_same_bits_and_no_word_of_statistics(made, tmp_path, run_here):
     run = made("a", 1)
     (run / "config.yaml").unlink()  # weights and model.json are enough
-    said = succeeded(run_here(soup, run, run, "--out", tmp_path / "s"))
+    shutil.copytree(run, tmp_path / "b")
+    said = succeeded(run_here(soup, run, tmp_path / "b", "--out", tmp_path / "s"))
     assert same_bits(tmp_path / "s" / "best.pt", run / "best.pt")
     assert "BatchNorm" not in said
-    assert read_description(tmp_path / "s", "run")["average_of"] == ["a", "a"]
+    assert read_description(tmp_path / "s", "run")["average_of"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "line"), [("aa", "a is given twice"), ("aba", "a is given twice"), ("ac", "a and c are one run")]
+)
+def test_a_run_that_is_named_twice_is_refused(names, line, made, tmp_path, run_here, monkeypatch):
+    made("a", 1), made("b", 2)
+    monkeypatch.chdir(tmp_path / "runs")
+    Path("c").symlink_to("a")
+    done = run_here(soup, *names, "--out", "s")
+    assert done.returncode == 2
+    assert f"soup: {line}: give each once" in one_error_line(done)
+    assert sorted(os.listdir()) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +191,8 @@ def test_a_folder_that_is_there_is_left_alone(made, tmp_path, run_here):
     assert "b is there already, and is not overwritten" in one_error_line(done)
     assert (runs[1] / "best.pt").read_bytes() == before
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in one_error_line(run_here(soup, *runs, "--out", tmp_path / "file" / "s"))
+    told = one_error_line(run_here(soup, *runs, "--out", tmp_path / "file" / "s"))
+    assert f"{tmp_path / 'file'} is no folder that can be written to: give another --out" in told
 
 
 def test_a_stop_in_the_middle_leaves_nothing(made, tmp_path, run_here, monkeypatch):
@@ -288,7 +304,8 @@ def test_an_average_is_no_other_seed_of_its_runs(made, tmp_path, run_here):
 @pytest.mark.slow
 def test_an_average_of_one_run_answers_as_it_does(trained_run, answers_of_evaluate, tmp_path, run_here, monkeypatch):
     out = tmp_path / "s"
-    succeeded(run_here(soup, trained_run.folder, trained_run.folder, "--out", out))
+    shutil.copytree(trained_run.folder, tmp_path / "again")
+    succeeded(run_here(soup, trained_run.folder, tmp_path / "again", "--out", out))
     assert same_bits(out / "best.pt", trained_run.folder / "best.pt")
     described = json.loads((out / "model.json").read_text())
     # Its own temperature is not known, and confidences are only the same with the run's.
