@@ -6,16 +6,17 @@
     accelerate launch evaluate.py runs/NAME --explain                    # and where in a photo it finds its answers
 
 A folder CLASS/* or a CSV without splits is scored as a whole; of the run's own what was set aside from training. Every
-photo counts once, on any number of processes. `--json FILE` is for programs, the table for people.
+photo counts once, on any number of processes. `--json FILE` is for programs, the table for people; of `--json -`
+stdout is for programs, and stderr for people.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
@@ -35,17 +36,35 @@ from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.distributed.sync import on_main_process
 from pipelines.errors import UserError, write_error
-from pipelines.files import atomic_write, begins_with, check_replaceable
+from pipelines.files import (
+    STDOUT,
+    atomic_write,
+    begins_with,
+    check_apart,
+    check_output,
+    check_replaceable,
+    write_output,
+)
 from pipelines.model.gradcam import GradCam
 from pipelines.model.network import restore_model
 from pipelines.model.weights import Weights, count_classes, read_run_weights, read_weights_file
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
 from pipelines.run.heat import laid_over
-from pipelines.run.predictions import BEGINNING, write_predictions
+from pipelines.run.predictions import (
+    BEGINNING,
+    BEGINNING_OF_NOTE,
+    Source,
+    name_in_files,
+    note_beside,
+    note_source,
+    source_of,
+    source_of_split,
+    write_predictions,
+)
 from pipelines.run.resume import spelled
 from pipelines.run_files import Description, read_description, read_run_config, to_json
-from pipelines.text import check_printed, counted, listed, printable
+from pipelines.text import check_printed, counted, listed, printable, stdout_for_programs
 from pipelines.tracking.wandb import add_to_summary, check_tracked
 from pipelines.training.calibration import at_temperature, calibration_panels, reliability
 from pipelines.training.evaluation import Scores, answers_are_finite, confusion_matrix, predict, score
@@ -61,6 +80,12 @@ _DENSE_CLASSES = 250  # up to here --json has the whole confusion matrix
 def main(arguments: list[str]) -> None:
     """One evaluation. Raises UserError or MachineError."""
     options = _parse(arguments)
+    with stdout_for_programs(options.json == STDOUT) as stdout:
+        _evaluate(options, stdout)
+    check_printed()
+
+
+def _evaluate(options: argparse.Namespace, stdout: TextIO) -> None:
     run = _run_of(options.model)
     description = read_description(run, "model") if run and (run / "model.json").exists() else None
     options.model = run or options.model
@@ -68,9 +93,9 @@ def main(arguments: list[str]) -> None:
     folder = options.figures or (options.model / "figures" if options.model.is_dir() else Path("figures"))
     if folder.parent == options.model:
         refuse_links(options.model, "figures")
-    _check_writable(folder, options.json)
-    if options.json:
-        check_replaceable(options.json, begins_with('{\n  "split": '))
+    _make_folder(folder)
+    if options.json and options.json != STDOUT:
+        check_output(options.json, begins_with('{\n  "split": '), "--json")
     if options.tracker == "wandb":
         tracked = check_tracked(options.model, config)
     state = start_processes()
@@ -80,8 +105,14 @@ def main(arguments: list[str]) -> None:
     split = dataset.splits[split_name]
     if config.shrink and not has_room([split], config):
         split = replace(split, copies=ShrunkCopies(config.shrink))  # made in memory: each photo is read once
-    table = folder / f"predictions_{split_name}.csv"
+    pictures = ("confusion_matrix", "predictions", "calibration", "explanations")
+    named = name_in_files(split_name)
+    table = folder / f"predictions_{named}.csv"
+    matrix, grid, diagram, sheet = (folder / f"{name}_{named}.png" for name in pictures)
+    outputs = (table, note_beside(table), matrix, grid, diagram, sheet)
+    check_apart({"--json": options.json} | {path.name: path for path in outputs})
     check_replaceable(table, begins_with(BEGINNING))
+    check_replaceable(note_beside(table), begins_with(BEGINNING_OF_NOTE))
     weights, notes = _read_weights(options, config.arch, dataset, split)
     classes = weights.classes or ()
     labels = map_labels(split, classes)
@@ -128,7 +159,8 @@ def main(arguments: list[str]) -> None:
         facts = {"split": printable(split_name), "world_size": accelerator.num_processes, "classes": names}
         facts |= {"test_flips": config.test_flips, "temperature": temperature}
         facts |= {"without_temperature": {"loss": before.loss, "ece": before.ece}}
-        _write_json(options.json, facts | {"dataset_fingerprint": dataset.fingerprint} | _as_json(scores))
+        facts |= {"dataset_fingerprint": dataset.fingerprint} | _as_json(scores)
+        write_output(options.json, to_json(facts, indent=2) + "\n", stdout)
     without = f"; without the run's temperature {temperature:g} {before.ece:.4f}, and a loss of {before.loss:.4f}"
     _print_scores(scores, names, without if temperature != 1 else "")
     if options.tracker == "wandb":
@@ -141,11 +173,7 @@ def main(arguments: list[str]) -> None:
         found |= {"top5": scores.topk[5]} if 5 in scores.topk and len(classes) > 5 else {}
         found |= {"photos": scores.count, "split": printable(split_name)}
         add_to_summary(options.model, tracked, {f"test/{key}": value for key, value in found.items()})
-    pictures = ("confusion_matrix", "predictions", "calibration")
-    matrix, grid, diagram = (folder / f"{name}_{split_name}.png" for name in pictures)
-    with atomic_write(table) as partial:
-        write_predictions(records, split, classes, partial)
-    print(f"all answers:      {printable(table)}")
+    _save_answers(table, records, split, classes, source_of_split(dataset, split))
     if figures.attempt(matrix.name, lambda: figures.save_confusion_matrix(matrix, scores.confusion_pairs, names)):
         print(f"confusion matrix: {printable(matrix)}")
     panels = calibration_panels(before.described(), after.described() if temperature != 1 else None, temperature)
@@ -154,7 +182,6 @@ def main(arguments: list[str]) -> None:
     if figures.attempt(grid.name, lambda: _save_predictions(grid, records, split, names, config)):
         print(f"predictions:      {printable(grid)}", flush=True)
     if cam:
-        sheet = folder / f"explanations_{split_name}.png"
 
         def heat_of(image: np.ndarray, label: int) -> np.ndarray:
             square = network_input(image[None], mean, std, accelerator.device)
@@ -162,7 +189,6 @@ def main(arguments: list[str]) -> None:
 
         if figures.attempt(sheet.name, lambda: _save_explanations(sheet, records, split, names, config, heat_of)):
             print(f"where it looks:   {printable(sheet)}", flush=True)
-    check_printed()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -170,7 +196,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a state_dict file")
     parser.add_argument("--data", help="folder or CSV; default: the run's own")
     parser.add_argument("--split", help="which split (default: val, or all of what has no splits)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores there; - is stdout")
     parser.add_argument(
         "--tracker", choices=("wandb", "none"), default="none", help="wandb: add test/* to the run's summary"
     )
@@ -229,16 +255,15 @@ def _read_config(options: argparse.Namespace, description: Description | None) -
     return config
 
 
-def _check_writable(figures_folder: Path, json_file: Path | None) -> None:
+def _make_folder(figures_folder: Path) -> None:
     """An evaluation may take an hour: what cannot be written in the end is said at the start."""
     try:
         figures_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         line = f"{figures_folder}: cannot be made ({error.strerror}): give --figures DIR"
         raise write_error(error, line) from None
-    for folder in (figures_folder, json_file.parent if json_file else figures_folder):
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"{folder}: not a folder that can be written to: give another --figures DIR or --json FILE")
+    if not os.access(figures_folder, os.W_OK):
+        raise UserError(f"{figures_folder}: not a folder that can be written to: give another --figures DIR")
 
 
 def _choose_split(dataset: Dataset, options: argparse.Namespace) -> tuple[Dataset, str]:
@@ -294,6 +319,20 @@ def _read_weights(options: argparse.Namespace, arch: str, dataset: Dataset, spli
     return replace(weights, classes=chosen), [*weights.notes, note]
 
 
+def _save_answers(table: Path, records: np.ndarray, split: Split, classes: Sequence[str], source: Source) -> None:
+    """The table, and beside it which photos it is of; says where it replaces one of others."""
+    before = source_of(table) if table.exists() else None
+    try:
+        with atomic_write(table) as partial:
+            write_predictions(records, split, classes, partial)
+        note_source(table, source)
+    except OSError as error:
+        line = f"{table}: cannot be written ({error.strerror}): give --figures DIR"
+        raise write_error(error, line) from None
+    told = " (those that were there were to other photos)" if before and before.is_other_than(source) else ""
+    print(f"all answers:      {printable(table)}{told}")
+
+
 def _save_predictions(path: Path, records: np.ndarray, split: Split, names: list[str], config: Config) -> None:
     """The worst mistakes first, then the right answers that were closest to being wrong."""
     right = records["predicted"] == records["label"]
@@ -326,18 +365,13 @@ def _save_explanations(
     figures.save_explanations(path, np.stack(images), np.stack(heated), predicted, true, remarks)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in content.items()}
-    with atomic_write(path) as partial:
-        partial.write_text(to_json(plain, indent=2) + "\n", "utf-8", "backslashreplace")
-
-
 def _as_json(scores: Scores) -> dict[str, Any]:
     """All of them; the confusion matrix as a whole, or of many classes its entries that are not 0."""
     content = asdict(scores)
-    if len(scores.per_class) <= _DENSE_CLASSES:
-        content["confusion_matrix"] = confusion_matrix(content.pop("confusion_pairs"), len(scores.per_class))
-    return content
+    pairs = content.pop("confusion_pairs")
+    if len(scores.per_class) > _DENSE_CLASSES:
+        return content | {"confusion_pairs": pairs.tolist()}
+    return content | {"confusion_matrix": confusion_matrix(pairs, len(scores.per_class)).tolist()}
 
 
 def _print_scores(scores: Scores, names: list[str], without_temperature: str) -> None:

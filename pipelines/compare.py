@@ -10,29 +10,39 @@ needs no tracker: it reads run folders.
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TextIO
 
 if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.distributed.exits import run_script
-from pipelines.errors import UserError, write_error
-from pipelines.files import atomic_write, begins_with, check_replaceable
+from pipelines.errors import UserError
+from pipelines.files import STDOUT, begins_with, check_apart, check_output, write_output
 from pipelines.report import photo_address
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder
 from pipelines.run.pairing import Pairing, pair
-from pipelines.run.predictions import Predictions, predictions_of, read_predictions
+from pipelines.run.predictions import (
+    Predictions,
+    Source,
+    name_in_files,
+    predictions_of,
+    read_predictions,
+    source_of,
+    source_of_run,
+)
 from pipelines.run.resume import REFUSED
 from pipelines.run.significance import LEVEL, mean_interval
 from pipelines.run_files import Description, read_description, read_run_config, read_status, to_json
-from pipelines.text import check_printed, counted, listed, printable
+from pipelines.text import check_printed, counted, listed, printable, stdout_for_programs
 from pipelines.training.evaluation import BEST_BY
 
 _NOT_COMPARED = {"run", "runs", "overwrite", "prepare", "compare_to"}
@@ -92,38 +102,59 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="the plot (default: comparison.png beside the runs)")
     parser.add_argument("--split", metavar="NAME", help="by figures/predictions_NAME.csv (default: predictions.csv)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there; - is stdout")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it there, for a browser")
     options = parser.parse_args(arguments)
-    named = [read_run(folder) for folder in options.runs if (folder / "config.yaml").is_file()]
+    with stdout_for_programs(options.json == STDOUT) as stdout:
+        _compare(options, stdout)
+    check_printed()
+
+
+def _compare(options: argparse.Namespace, stdout: TextIO) -> None:
+    folders, passed_over = _folders(options.runs)
+    named = [read_run(folder) for folder in folders]
     names = Counter(run.name for run in named)
     named = [replace(run, name=str(run.folder)) if names[run.name] > 1 else run for run in named]
     if not named:
         raise UserError("compare: none of these is a run folder with a config.yaml (trained runs stand in runs/)")
     path = options.figure or options.runs[0].resolve().parent / "comparison.png"
-    check_replaceable(path, figures.is_own_picture)
-    if options.json:
-        check_replaceable(options.json, begins_with('{\n  "compared": '))
+    check_apart({"--figure": path, "--json": options.json, "--html": options.html})
+    check_output(path, figures.is_own_picture, "--figure")
+    if options.json and options.json != STDOUT:
+        check_output(options.json, begins_with('{\n  "compared": '), "--json")
     if options.html:
-        check_replaceable(options.html, begins_with(_PAGE.read_text("utf-8").partition("\n")[0]))
+        check_output(options.html, begins_with(_PAGE.read_text("utf-8").partition("\n")[0]), "--html")
     common = {run.best_by for run in named}
     order = common.pop() if len(common) == 1 else "val/top1"
     runs = sorted(named, key=lambda run: -run.best.get(order, -1.0))
     print("\n".join(comparison_table(runs)))
     sides, notes = read_sides(named, options.split)
     pairings = [pair(sides[0].predictions, side.predictions, _level(sides)) for side in sides[1:]]
-    notes += notes_on(sides, pairings, options.split)
+    notes = passed_over + notes + notes_on(sides, pairings, options.split)
     lines = [*sides_table(sides), *(found.verdict(sides[0].name, side.name) for found, side in _pairs(sides, pairings))]
     print(*[""][: len(lines + notes)], *lines, *notes, sep="\n")
     content = _content(runs, sides, pairings, lines, notes)
     if options.json:
-        _write(options.json, to_json(content, indent=2) + "\n")
+        write_output(options.json, to_json(content, indent=2) + "\n", stdout)
     if options.html:
-        _write(options.html, _page(content, runs, named[0]))
+        write_output(options.html, _page(content, runs, sides), stdout)
         print(f"page: {printable(options.html)}")
     if figures.attempt(path.name, lambda: figures.save_comparison(path, {run.name: run.rows for run in runs})):
         print(f"\nplot: {printable(path)}", flush=True)
-    check_printed()
+
+
+def _folders(named: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The run folders, each once, and a line on folders that are none; files, as runs/* may name, are no runs.
+    UserError where a name is of nothing: a misspelled first run would not be what the others are compared with."""
+    found, others = dict[str, Path](), list[str]()
+    for folder in named:
+        if not os.path.lexists(folder):
+            raise UserError(f"compare: there is no {folder}: give run folders (trained runs stand in runs/)")
+        if os.path.isfile(folder / "config.yaml"):
+            found.setdefault(os.path.realpath(folder), folder)
+        elif not os.path.isfile(folder):
+            others.append(str(folder))
+    return [*found.values()], [f"passed over, without a config.yaml: {listed(others)}"] if others else []
 
 
 def read_run(folder: Path) -> Run:
@@ -139,10 +170,11 @@ def read_run(folder: Path) -> Run:
 
 @dataclass(frozen=True)
 class Side:
-    """Runs of one recipe, of different seeds, with the predictions of each."""
+    """Runs of one recipe, of different seeds, with the predictions of each, and which photos these are of."""
 
     runs: list[Run]
     predictions: list[Predictions]
+    sources: list[Source]
 
     @property
     def name(self) -> str:
@@ -155,7 +187,7 @@ def read_sides(runs: Sequence[Run], split: str | None) -> tuple[list[Side], list
     """The recipes of `runs`, in order, and a line on runs without predictions, which are in none, and on old ones."""
     sides: dict[tuple[str, ...], list[Side]] = {}
     order, without, stale = list[Side](), list[str](), list[str]()
-    name = f"figures/predictions_{split}.csv" if split else "predictions.csv"
+    name = f"figures/predictions_{name_in_files(split)}.csv" if split else "predictions.csv"
     for run in runs:
         own = predictions_of(run.folder, split)
         if not own.exists():
@@ -174,11 +206,12 @@ def read_sides(runs: Sequence[Run], split: str | None) -> tuple[list[Side], list
         alike = sides.setdefault(key, [])
         side = next((side for side in alike if seed not in [each.settings["seed"] for each in side.runs]), None)
         if side is None:  # the same seed again: another version of the code, say
-            side = Side([], [])
+            side = Side([], [], [])
             alike.append(side)
             order.append(side)
         side.runs.append(run)
         side.predictions.append(found)
+        side.sources.append(source_of(own) or source_of_run(run.folder) or Source("", ""))
         best = run.folder / "best.pt"
         if own.parent != run.folder and best.exists() and best.stat().st_mtime > own.stat().st_mtime:
             stale.append(run.name)
@@ -215,8 +248,10 @@ def notes_on(sides: Sequence[Side], pairings: Sequence[Pairing], split: str | No
         notes.append(told)
     if pairings and split in (None, "val"):
         notes.append("these photos have chosen each run's best epoch: --split compares on others")
-    if len({run.settings["dataset"] for side in sides for run in side.runs} - {_ABSENT}) > 1:
-        notes.append("the runs are of different data: photos of one path and label are taken for the same")
+    sources = [source for side in sides for source in side.sources]
+    if any(one.is_other_than(other) for one, other in combinations(sources, 2)):
+        told = listed(list(dict.fromkeys(source.data for source in sources if source.data)))
+        notes.append(f"answers to different data ({told}): photos of one path and label are taken for the same")
     if left_out := max((found.left_out for found in pairings), default=0):
         notes.append(f"left out: {counted(left_out, 'photo')} of other labels in other runs")
     return notes
@@ -295,8 +330,9 @@ def _differing(first: Side, second: Side, pairing: Pairing, photo: int) -> dict[
     }
 
 
-def _page(content: dict[str, Any], runs: Sequence[Run], first: Run) -> str:
-    """The page: the same, the table, the curves, and as many photos as it may have, where the first run has them."""
+def _page(content: dict[str, Any], runs: Sequence[Run], sides: Sequence[Side]) -> str:
+    """The page: the same, the table, the curves, and as many photos as it may have, where the first run has answered
+    them."""
     of_the_page = {
         "table": _cells(runs),
         "curves": {printable(run.name): _curves(run) for run in runs},
@@ -308,7 +344,8 @@ def _page(content: dict[str, Any], runs: Sequence[Run], first: Run) -> str:
         for photo in comparison["differing"]:
             path = photo["path"]
             if path not in shown:
-                own = first.description
+                first, source = sides[0].runs[0], sides[0].sources[0]
+                own: Description | None = first.description and {**first.description, "data": source.data}
                 shown[path] = photo_address(own, first.folder, path, _PICTURE) if own else ""
             photo["picture"] = shown[path]
     # Within a script, "<" might end it; JSON may spell it so.
@@ -321,14 +358,6 @@ def _curves(run: Run) -> dict[str, list[list[float]]]:
         rows = [[row["epoch"], row[key]] for row in run.rows if row.get(key) is not None]
         found[key] = rows[:: max(1, -(-len(rows) // _CURVE))]
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with atomic_write(path) as partial:
-            partial.write_bytes(text.encode())
-    except OSError as error:
-        raise write_error(error, f"{path}: cannot be written ({error.strerror}): give another name") from None
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:

@@ -31,7 +31,7 @@ from pipelines.errors import MachineError, UserError
 from pipelines.files import ROOT, atomic_write, begins_with, check_replaceable
 from pipelines.inference import read_preprocess
 from pipelines.run.folder import RunFolder
-from pipelines.run.predictions import Predictions, predictions_of, read_predictions
+from pipelines.run.predictions import Predictions, predictions_of, read_predictions, source_of, source_of_run
 from pipelines.run.resume import spelled
 from pipelines.run_files import Description, read_description, read_run_config
 from pipelines.text import counted, listed, printable
@@ -84,8 +84,8 @@ def page_of(folder: Path) -> str:
     """The page's HTML. UserError where a file of the run is damaged."""
     description = read_description(folder, "report")
     rows, own = RunFolder(folder).read_metrics(), predictions_of(folder)
-    is_large = own.exists() and own.stat().st_size > _LARGEST_ANSWERS
-    answers = read_predictions(own) if own.exists() and not is_large else None
+    fault = _why_left_out(own, folder)
+    answers = read_predictions(own) if own.exists() and not fault else None
     deadline = time.monotonic() + _SECONDS
 
     def photo(path: str) -> str:
@@ -100,11 +100,7 @@ def page_of(folder: Path) -> str:
         *_curves(rows, best_by),
         *_calibration(folder, description),
         *_classes(folder, description, answers),
-        *(
-            [f'<p class="quiet">{own.name} is too large for a page: no recall, confusions and photos.</p>']
-            if is_large
-            else []
-        ),
+        *([f'<p class="quiet">{own.name} is {fault}: no recall, confusions and photos.</p>'] if fault else []),
         *(_confusions(answers, description["classes"]) if answers and len(answers) else []),
         *(_photos(answers, description["classes"], photo) if answers and len(answers) else []),
         *_settings(settings),
@@ -112,6 +108,16 @@ def page_of(folder: Path) -> str:
     ]
     name = _text(folder.resolve().name)  # last, as it may be BODY
     return _PAGE.read_text("utf-8").replace("BODY", "\n".join(parts), 1).replace("TITLE", name, 1)
+
+
+def _why_left_out(answers: Path, folder: Path) -> str:
+    """ "" where the file is not there, or can be shown."""
+    if not answers.exists():
+        return ""
+    source, trained = source_of(answers), source_of_run(folder)
+    if source and trained and source.is_other_than(trained):
+        return "of other photos than the run's"
+    return "too large for a page" if answers.stat().st_size > _LARGEST_ANSWERS else ""
 
 
 def photo_address(description: Description, folder: Path, path: str, side: int) -> str:

@@ -1,8 +1,6 @@
 """Runs on this disk side by side: what differs, what was reached, how long it took; which is better, photo by photo."""
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +9,8 @@ from typing import Any
 import train
 from pipelines import compare
 from pipelines.config import Config, dump_yaml
-from pipelines.errors import MachineError, UserError
-from pipelines.run.predictions import read_predictions
-from pipelines.run.review_file import AllPhotos, write_review
+from pipelines.run.pairing import compared_with
+from pipelines.run.predictions import Source, note_source, read_predictions
 from pipelines.run.significance import difference_interval, mcnemar
 from pipelines.tracking.tracking import Tracking
 from tests.helpers.run_files import DESCRIPTION
@@ -123,6 +120,37 @@ def test_no_run_and_a_damaged_one_are_one_line(runs, run_here):
     assert "slow/metrics.jsonl, line 1 is damaged" in done.stderr
 
 
+def test_what_is_passed_over_is_said_and_a_name_of_nothing_refused(runs, run_here, tmp_path):
+    done = run_here(compare, runs / "slow", *sorted(runs.iterdir()), "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    told = f"passed over, without a config.yaml: {runs / 'empty'}"
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert told in done.stdout.splitlines()
+    assert found["notes"][0] == told
+    assert sorted(run["run"] for run in found["runs"]) == ["fast", "slow"], "each once, and no word of notes.txt"
+    done = run_here(compare, runs / "slwo", runs / "fast")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"compare: there is no {runs / 'slwo'}: give run folders" in done.stderr
+
+
+def test_stdout_is_for_programs_where_json_is_to_go_there(runs, run_here):
+    done = run_here(compare, *sorted(runs.iterdir()), "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert [run["run"] for run in json.loads(done.stdout)["runs"]] == ["fast", "slow"]
+    assert f"plot: {runs / 'comparison.png'}" in done.stderr
+
+
+def test_outputs_that_cannot_be_are_told_before_a_comparison(runs, run_here, tmp_path):
+    for flags, line in (
+        (["--json", tmp_path / "x", "--html", tmp_path / "x"], "--json and --html are one file"),
+        (["--figure", tmp_path / "gone" / "x.png"], "--figure: "),
+        (["--html", "-"], "--html -: this is not for stdout"),
+    ):
+        done = run_here(compare, runs / "slow", *flags)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert line in one_error_line(done)
+
+
 # By photo
 
 
@@ -228,6 +256,47 @@ def test_another_split_is_compared_by_what_evaluate_has_left(answered, run_here,
     assert "evaluated before best.pt was last written, maybe of other weights: A" in said
 
 
+def test_answers_to_different_photos_are_told(answered, run_here, tmp_path):
+    """By what evaluate.py has noted beside them; of an earlier version by the runs' own data."""
+    runs = [answered("A", [1]), answered("B", [3], lr=0.2)]
+    files = [run / "figures" / "predictions_test.csv" for run in runs]
+    for file in files:
+        file.parent.mkdir()
+        shutil.copy(file.parent.parent / "predictions.csv", file)
+    other = json.loads((runs[1] / "model.json").read_text()) | {"dataset_fingerprint": "abd"}
+
+    def told(*flags: str) -> bool:
+        said, _ = compared(run_here, tmp_path / "found.json", *runs, *flags)
+        return "photos of one path and label are taken for the same" in said
+
+    assert not told("--split", "test")
+    (runs[1] / "model.json").write_text(json.dumps(other))
+    assert told("--split", "test")
+    for one, two, is_told in (("0a", "0a", False), ("0a", "0b", True)):
+        for file, data, split in zip(files, ("/x", "/y"), (one, two), strict=True):
+            note_source(file, Source(data, data, split))
+        assert told("--split", "test") == is_told
+    assert "answers to different data (/x, /y)" in compared(run_here, tmp_path / "f.json", *runs, "--split=test")[0]
+    assert told(), "of the validation photos the runs know"
+    assert "answers to different data" in compared_with(*runs)[0]
+
+
+def test_the_page_has_the_photos_that_were_answered(answered, run_here, tmp_path, photo_folder):
+    runs, elsewhere = [answered("A", [1]), answered("B", [3], lr=0.2)], photo_folder({"test": {"ant": 3, "bee": 3}})
+    for run in runs:
+        (run / "figures").mkdir()
+        text = (run / "predictions.csv").read_text().replace("val/", "test/").replace(",val,", ",test,")
+        file = run / "figures" / "predictions_test.csv"
+        file.write_text(text)
+        note_source(file, Source(str(elsewhere), "abe", "0a"))
+    done = run_here(compare, *runs, "--split", "test", "--html", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    content = (tmp_path / "page.html").read_text().partition('application/json">')[2].partition("</script>")[0]
+    differing = json.loads(content)["comparisons"][0]["differing"]
+    assert [photo["path"] for photo in differing] == ["test/ant/00.jpg", "test/ant/01.jpg"]
+    assert all(photo["picture"] for photo in differing)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [
@@ -311,16 +380,3 @@ def test_the_page_sorts_filters_and_draws_with_nothing_from_outside(width, answe
         assert page.evaluate("document.documentElement.scrollWidth") == width
     assert not faults
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-
-
-@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, MachineError), (errno.EACCES, UserError)])
-def test_a_full_disk_is_the_machines_and_a_forbidden_name_the_users(monkeypatch, tmp_path, number, kind):
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(kind, match=r"page\.html: cannot be written"):
-        compare._write(tmp_path / "page.html", "")
-    with pytest.raises(kind, match=r"photos\.csv: cannot be written"):
-        write_review(tmp_path / "photos.csv", AllPhotos([]), {}, str(tmp_path))
-    assert not list(tmp_path.iterdir())

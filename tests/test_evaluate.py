@@ -13,7 +13,7 @@ from pipelines.data.dataset import load_dataset, scan_dataset
 from pipelines.inference import open_run
 from pipelines.run import figures
 from pipelines.run.folder import describe_model
-from pipelines.run.predictions import read_predictions
+from pipelines.run.predictions import predictions_of, read_predictions, source_of
 from tests.helpers.runs import run_script
 
 import numpy as np
@@ -152,7 +152,7 @@ def test_names_that_are_no_text_and_a_class_that_val_lacks(make_run, photo_folde
     assert found["majority_top1"] == 0.75
     pictures = {path.name for path in (run / "figures").iterdir()}
     answers = {"predictions_val.csv", "predictions_val.png"}
-    assert pictures == {"calibration_val.png", "confusion_matrix_val.png", *answers}
+    assert pictures == {"calibration_val.png", "confusion_matrix_val.png", "predictions_val.json", *answers}
     answers_of_all = read_predictions(run / "figures" / "predictions_val.csv")
     assert (len(answers_of_all), int(answers_of_all.right.sum())) == (found["count"], found["correct"])
     assert set(answers_of_all.classes) == set(found["classes"])
@@ -294,4 +294,32 @@ def test_an_output_that_cannot_be_is_refused_before_the_evaluation(make_run, fla
     (tmp_path / "file").write_text("of somebody")
     done = run_here(evaluate, make_run(flat({"ant": 1, "bee": 1})), "--json", tmp_path / "file" / "scores.json")
     assert done.returncode == 2
-    assert f"{tmp_path / 'file'}: not a folder that can be written to" in done.stderr
+    assert f"--json: {tmp_path / 'file'} is no folder that can be written to" in done.stderr
+
+
+def test_a_split_of_any_name_is_scored_and_its_answers_say_of_which_photos(
+    make_run, flat, run_here, tmp_path: Path
+) -> None:
+    data = flat({"ant": 4, "bee": 4})
+    run = make_run(data)
+    (tmp_path / "photos").symlink_to(data)
+    photos = [path.relative_to(data) for path in sorted(data.glob("*/*.jpg"))]
+    rows = [f"photos/{path},{path.parent},hold/out\n" for path in photos]
+    table = tmp_path / "held.csv"
+    for number, count in enumerate((8, 7)):
+        table.write_text("path,label,split\n" + "".join(rows[:count]))
+        done = run_here(evaluate, run, "--data", table, "--split", "hold/out", "--json", "-")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert (found["split"], found["count"]) == ("hold/out", count)
+        answers = run / "figures" / "predictions_hold%2Fout.csv"
+        assert answers == predictions_of(run, "hold/out")
+        assert f"all answers:      {answers}" in done.stderr
+        assert ("(those that were there were to other photos)" in done.stderr) == bool(number)
+        assert (source := source_of(answers))
+        assert (source.data, source.dataset) == (str(table), found["dataset_fingerprint"])
+    same = answers.with_suffix(".json")
+    same.unlink()
+    done = run_here(evaluate, run, "--data", table, "--split", "hold/out", "--json", same)
+    assert done.returncode == 2
+    assert f"--json and {same.name} are one file" in done.stderr

@@ -13,7 +13,7 @@ from typing import Any
 import train
 from pipelines import report
 from pipelines.config import Config, dump_yaml, parse_config
-from pipelines.run.predictions import read_predictions
+from pipelines.run.predictions import Source, note_source, read_predictions
 from pipelines.training.evaluation import wilson_interval
 from tests.helpers.run_files import DESCRIPTION
 from tests.helpers.runs import SMALL, succeeded
@@ -270,3 +270,15 @@ def test_the_page_fits_a_screen_and_loads_nothing(width, scheme, run, run_here):
         assert ground == ("rgb(246, 247, 248)" if scheme == "light" else "rgb(20, 24, 28)")
     assert not faults
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_answers_to_other_photos_are_not_shown(run, run_here):
+    folder = run()
+    answers = folder / "figures" / "predictions_val.csv"
+    answers.parent.mkdir()
+    (folder / "predictions.csv").rename(answers)
+    for fingerprint, is_shown in (("abc", True), ("abd", False)):
+        note_source(answers, Source("/others", fingerprint, "0a"))
+        succeeded(run_here(report, folder))
+        page = (folder / "report.html").read_text()
+        assert ("predictions_val.csv is of other photos than the run's" in page) != is_shown

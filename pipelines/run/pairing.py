@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.errors import UserError
-from pipelines.run.predictions import Predictions, predictions_of, read_predictions
+from pipelines.run.predictions import Predictions, predictions_of, read_predictions, source_of, source_of_run
 from pipelines.run.significance import (
     LEVEL,
     difference_interval,
@@ -135,10 +135,14 @@ def check_compared(config: Config) -> None:
 def compared_with(other: Path, run: Path) -> tuple[str, dict[str, Any]]:
     """The verdict on a run beside another one, and the figures as a tracker's summary has them. UserError where either
     has no predictions."""
-    there, here = (read_predictions(predictions_of(folder)) for folder in (other, run))
+    files = [predictions_of(folder) for folder in (other, run)]
+    there, here = map(read_predictions, files)
+    sources = [source_of(file) or source_of_run(folder) for file, folder in zip(files, (other, run), strict=True)]
     found = pair([there], [here])
     one, two = (printable(folder.resolve().name) for folder in (other, run))
     verdict = found.verdict(one, two)
+    if sources[0] and sources[1] and sources[0].is_other_than(sources[1]):
+        verdict += "; answers to different data: photos of one path and label are taken for the same"
     figures = {"to": one, "photos": found.photos, "difference": found.difference, "p": found.p, "verdict": verdict}
     figures |= {"only_there": found.only_one[0], "only_here": found.only_one[1]}
     figures |= dict(zip(("low", "high"), found.interval, strict=True))

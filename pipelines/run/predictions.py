@@ -8,16 +8,21 @@ keeps more of it in memory than numbers and paths.
 """
 
 import csv
+import json
 import math
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
-from pipelines.data.dataset import Split
+from pipelines.data.dataset import Dataset, Split
 from pipelines.errors import UserError
-from pipelines.run_files import refuse_what_is_no_file
+from pipelines.files import atomic_write, file_digest
+from pipelines.run_files import read_description, read_texts, refuse_what_is_no_file, to_json
 from pipelines.text import printable, spelled
 
 import numpy as np
@@ -25,7 +30,10 @@ import numpy as np
 MOST_ANSWERS = 5
 _FIRST = ("path", "split", "label", "answer", "probability", "loss")
 BEGINNING = ",".join(_FIRST)  # of such a file
+BEGINNING_OF_NOTE = '{\n  "data": '
 _ROWS = 1 << 14  # made at once
+_UNFIT = re.compile(r'[\x00-\x1f\x7f"*/:<>?\\|%\udc80-\udcff]')  # some file system refuses them; % spells them
+_LONGEST = 160  # bytes of a name in a file's name, which has more around it
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +61,83 @@ class Predictions:
         return self.answers[:, 0] == self.labels
 
 
+@dataclass(frozen=True)
+class Source:
+    """Which photos answers are to, and "" for what is not known. data: the folder or CSV file. dataset: fingerprint of
+    the data set; split: that of the split alone."""
+
+    data: str
+    dataset: str
+    split: str = ""
+
+    def is_other_than(self, other: "Source") -> bool:
+        """Whether the photos are known not to be the same."""
+        known = ((one, its) for one, its in ((self.split, other.split), (self.dataset, other.dataset)) if one and its)
+        return next((one != its for one, its in known), False)
+
+
+def source_of_run(run: Path) -> Source | None:
+    """What a run was trained on; None before its model.json is there. UserError where that is damaged."""
+    if not (run / "model.json").exists():
+        return None
+    description = read_description(run, "model")
+    return Source(description["data"], description["dataset_fingerprint"])
+
+
+def source_of_split(dataset: Dataset, split: Split) -> Source:
+    """That of a split, which goes by its photos' paths below the root, labels, byte sizes and edges."""
+    present, labels = np.unique(split.labels, return_inverse=True)
+    names = [split.classes[label] for label in present.tolist()]
+    digest = blake2b(json.dumps([len(split), names]).encode(), digest_size=16)
+    first, last = int(split.path_offsets[0]), int(split.path_offsets[-1])
+    columns = np.diff(split.path_offsets), split.path_blob[first:last], labels.astype(np.int32), split.signatures
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).data)
+    return Source(str(dataset.data), dataset.fingerprint, digest.hexdigest())
+
+
+def source_of(file: Path) -> Source | None:
+    """Of a run's predictions.csv, and of a file that evaluate.py has left. None where an earlier version has left it,
+    or it is another than was left."""
+    if file.name == "predictions.csv":
+        return source_of_run(file.parent)
+    with suppress(OSError, UserError):  # somebody's own file may have that name
+        found = read_texts(note_beside(file))
+        if found.get("digest") == file_digest(file):
+            return Source(*(found.get(name, "") for name in ("data", "dataset_fingerprint", "split_fingerprint")))
+    return None
+
+
+def note_source(file: Path, source: Source) -> None:
+    """Writes beside a file of `write_predictions` which photos it is of."""
+    content = {"data": source.data, "dataset_fingerprint": source.dataset, "split_fingerprint": source.split}
+    with atomic_write(note_beside(file)) as partial:
+        text = to_json(content | {"digest": file_digest(file)}, indent=2)
+        partial.write_text(f"{text}\n", "utf-8", "backslashreplace")
+
+
+def note_beside(file: Path) -> Path:
+    """Where it is noted which photos a file of answers is of."""
+    return file.with_suffix(".json")
+
+
+def name_in_files(split: str) -> str:
+    """What stands for a split in the name of a file, as any file system takes it: no two splits have one.
+
+    A CSV file may call a split anything: a letter that some system refuses is spelled as in a URL, `hold%2Fout`, and
+    what is too long is cut, with a digest of all of it.
+    """
+    name = _UNFIT.sub(lambda letter: f"%{ord(letter[0]) & 0xFF:02X}", split)
+    whole = name.encode("utf-8", "surrogatepass")
+    if len(whole) <= _LONGEST:
+        return name
+    return f"{whole[: _LONGEST - 18].decode('utf-8', 'ignore')}%~{blake2b(whole, digest_size=8).hexdigest()}"
+
+
 def predictions_of(run: Path, split: str | None = None) -> Path:
     """The file that says what a run answers to a split, as evaluate.py has left it; None: to its validation photos,
     which of a run of an earlier version evaluate.py has left, too."""
-    own, evaluated = run / "predictions.csv", run / "figures" / f"predictions_{split or 'val'}.csv"
+    own, evaluated = run / "predictions.csv", run / "figures" / f"predictions_{name_in_files(split or 'val')}.csv"
     return evaluated if split or (evaluated.exists() and not own.exists()) else own
 
 

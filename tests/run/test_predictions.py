@@ -1,12 +1,22 @@
 """What a model answers to each photo, as a file: what is written is read again, and what is foreign is refused."""
 
 import os
+import shutil
 from pathlib import Path
 
 from pipelines.data.dataset import Split, load_dataset, scan_dataset
 from pipelines.errors import UserError
+from pipelines.files import atomic_write
 from pipelines.run.folder import RunFolder
-from pipelines.run.predictions import read_predictions, write_predictions
+from pipelines.run.predictions import (
+    Source,
+    note_source,
+    predictions_of,
+    read_predictions,
+    source_of,
+    source_of_split,
+    write_predictions,
+)
 from pipelines.text import spelled
 from pipelines.training.evaluation import RECORD
 
@@ -132,3 +142,50 @@ def test_a_run_has_the_predictions_of_its_weights_or_none(tmp_path, monkeypatch)
 
 def no_space(_: Path) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_split_of_any_name_has_a_file_of_its_own(tmp_path):
+    names = ["val", "Käfer 1.2", "hold/out", "hold%2Fout", "hold\\out", "hold-out", "a\0", "a\n", 'a<>:"|?*', "\udce4"]
+    names += ["x" * 160, "x" * 161, "x" * 5000, "x" * 4999 + "y", "ü" * 200, "/" * 80]
+    found = [predictions_of(tmp_path, name) for name in names]
+    assert len({os.path.normcase(file) for file in found}) == len(names)
+    assert [file.name for file in found[:3]] == [
+        "predictions_val.csv",
+        "predictions_Käfer 1.2.csv",
+        "predictions_hold%2Fout.csv",
+    ]
+    (tmp_path / "figures").mkdir()
+    for file in found:
+        assert file.parent == tmp_path / "figures"
+        assert not set(file.name) & set('/\\<>:"|?*\0\n')
+        with atomic_write(file) as partial:
+            partial.write_text("")
+
+
+def test_answers_say_which_photos_they_are_to(photo_folder, tmp_path):
+    counts = {"test": {"ant": 2, "bee": 1}, "train": {"ant": 1, "bee": 1}}
+    data, others = photo_folder(counts), tmp_path / "others"
+    shutil.copytree(data, others)
+    whole, file = load_dataset(scan_dataset(data, tmp_path, 0.2)), tmp_path / "predictions_test.csv"
+    split = whole.splits["test"]
+    write_predictions(records_of(3, [1, 0], [0.75, 0.25]), split, ("ant", "bee"), file)
+    assert source_of(file) is None, "as of an earlier version"
+    note_source(file, source := source_of_split(whole, split))
+    assert (source.data, source.dataset, source_of(file)) == (str(data), whole.fingerprint, source)
+    (others / "train" / "cat").mkdir()
+    shutil.copy(others / "train/bee/00.jpg", others / "train/cat/00.jpg")
+
+    def again() -> Source:
+        dataset = load_dataset(scan_dataset(others, tmp_path, 0.2))
+        return source_of_split(dataset, dataset.splits["test"])
+
+    assert again().dataset != source.dataset
+    assert not again().is_other_than(source), "other training photos, another class and place"
+    shutil.copy(others / "test/ant/00.jpg", others / "test/ant/01.jpg")
+    assert again().is_other_than(source), "another photo of this name"
+    assert source.is_other_than(Source("", "abc"))
+    assert not source.is_other_than(Source("", "", ""))
+    file.write_text(HEADER + ROW)
+    assert source_of(file) is None, "another file has been put there"
+    file.with_suffix(".json").write_text('{"split": "test", "count": 3}')
+    assert source_of(file) is None, "somebody's scores"
