@@ -771,7 +771,12 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{name}: given more than once; give it once")
-    return {key: None if _means_null(key, value) else value for key, value in vars(given).items()}
+    return {key: setting_of_text(key, value) for key, value in vars(given).items()}
+
+
+def setting_of_text(key: str, text: str) -> str | None:
+    """What a flag's text says of the setting `key`: None where that may be null and the text is a word for it."""
+    return None if _means_null(key, text) else text
 
 
 def _with_underscores(argument: str) -> str:

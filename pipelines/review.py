@@ -8,18 +8,20 @@ keep, drop, or relabel, to what stands in new_label. Nothing is written into the
 """
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     import pipelines.early_interrupt  # noqa: F401
 
 from pipelines.cache import cache_folder
-from pipelines.config import Config, ScriptParser
+from pipelines.config import Config, ScriptParser, setting_of_text
 from pipelines.data.appearance import Appearance, alike, copies, likeness, look_at, thumbnail
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, Split
 from pipelines.data.engines.factory import agree_on_engine
 from pipelines.data.headers import FAULTS
 from pipelines.data.open import open_dataset
@@ -27,14 +29,21 @@ from pipelines.data.preprocess import choose_crop_mode
 from pipelines.distributed.exits import run_script
 from pipelines.distributed.launch import start_accelerator, start_processes
 from pipelines.errors import UserError, write_error
-from pipelines.files import check_replaceable
+from pipelines.files import check_makeable, check_replaceable
 from pipelines.model.feature_store import FeatureStore
 from pipelines.model.label_errors import LabelErrors, far_out, label_errors, outlier_distances
 from pipelines.model.network import build_model
 from pipelines.model.weights import Weights, read_weights
 from pipelines.run import figures
 from pipelines.run.folder import refuse_links
-from pipelines.run.predictions import predictions_of, read_predictions
+from pipelines.run.predictions import (
+    Source,
+    predictions_of,
+    read_predictions,
+    source_of,
+    source_of_run,
+    source_of_split,
+)
 from pipelines.run.review_file import AllPhotos, Found, check_names, check_unedited, order_of, write_review
 from pipelines.run_files import read_run_config, read_trained_config
 from pipelines.text import check_printed, counted, printable, spelled
@@ -82,9 +91,13 @@ def main(arguments: list[str]) -> None:
     """One review. Raises UserError where the run, its photos or its weights are not there."""
     options = _parse(arguments)
     run: Path = options.run
-    given = {"data": options.data, "weights": options.weights}
     config = read_trained_config(run) or read_run_config(run)
-    config = replace(config, **{key: value for key, value in given.items() if value is not None})
+    own = source_of_run(run)
+    # The settings may have a path that was below another folder than this.
+    data = own.data if options.data is None and own and os.path.exists(own.data) else options.data
+    given = {"data": data, "weights": options.weights}
+    named: Any = {key: setting_of_text(key, text) for key, text in given.items() if text is not None}
+    config = replace(config, **named)
     if options.out is None:
         refuse_links(run, "review")
     folder: Path = options.out or run / "review"
@@ -93,6 +106,7 @@ def main(arguments: list[str]) -> None:
     check_unedited(table)
     for sheet in sheets.values():
         check_replaceable(sheet, figures.is_own_picture)
+    check_makeable(folder, "--out")
     state = start_processes()
     if state.num_processes > 1:
         raise UserError("review: it is for one process: start it with python -m pipelines.review")
@@ -101,7 +115,9 @@ def main(arguments: list[str]) -> None:
     # A run's own folder may lie there, as beside a CSV file: the training has written into it too.
     if options.out and (root == folder.resolve() or root in folder.resolve().parents):
         raise UserError(f"{printable(folder)}: is in the folder of the photos: give an --out elsewhere")
-    found = review(run, config, dataset, state)
+    if own and data is None and own.is_other_than(Source("", dataset.fingerprint)):
+        raise UserError(f"{own.data} is not there, and {dataset.data} has other photos: give the run's own with --data")
+    found = review(run, config, dataset, state, read_weights(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,18 +137,23 @@ def main(arguments: list[str]) -> None:
     check_printed()
 
 
-def review(run: Path, config: Config, dataset: Dataset, state: PartialState) -> Review:
-    """What is found of all photos of `dataset`, that of `run`. config: the run's."""
+def review(run: Path, config: Config, dataset: Dataset, state: PartialState, weights: Weights) -> Review:
+    """What is found of all photos of `dataset`. config: that of `run`; weights: what it began with."""
     photos = AllPhotos([*dataset.splits.values()])
     check_names(photos)
     lines = [f"photos: {printable(dataset.data)}: " + ", ".join(f"{len(s)} {printable(s.name)}" for s in photos.splits)]
+    trained = source_of_run(run)
+    if trained and trained.is_other_than(Source("", dataset.fingerprint)):
+        is_same_place = trained.data == str(dataset.data)
+        told = "the photos have changed since the training" if is_same_place else "the run has trained on other photos"
+        lines.append(f"{printable(dataset.data)}: {told}")
     looks = [look_at(split, f"looking at {printable(split.name)}") for split in photos.splits]
     findings: dict[str, list[Found]] = {name: [] for name in _TITLES}
     lines += _find_by_looks(photos, looks, config, findings)
     _find_copies(photos, looks, findings)
-    by_network, told = _by_network(run, config, dataset, photos, state)
+    by_network, notes = _by_network(run, config, dataset, photos, state, weights)
     findings |= by_network
-    return Review(photos, findings, [*lines, *told])
+    return Review(photos, findings, [*lines, *notes])
 
 
 def _find_by_looks(
@@ -173,16 +194,15 @@ def _find_copies(photos: AllPhotos, looks: list[Appearance], findings: dict[str,
 
 
 def _by_network(
-    run: Path, config: Config, dataset: Dataset, photos: AllPhotos, state: PartialState
+    run: Path, config: Config, dataset: Dataset, photos: AllPhotos, state: PartialState, weights: Weights
 ) -> tuple[dict[str, list[Found]], list[str]]:
     """Likely wrong labels and outliers; and lines."""
     findings: dict[str, list[Found]] = {"wrong_label": [], "outlier": []}
     doubts, notes = dict[int, LabelErrors](), list[str]()
     for number, split in enumerate(photos.splits):
         if split.name != "train":
-            doubts[number], line = _by_predictions(run, dataset, number, photos)
-            notes.append(line)
-    weights = read_weights(config)
+            doubts[number], told = _by_predictions(run, dataset, number, photos)
+            notes += told
     if "train" not in dataset.splits or weights.state is None:
         why = (
             "the run began with random weights (--weights names others)"
@@ -218,17 +238,18 @@ def _by_network(
     return findings, notes
 
 
-def _by_predictions(run: Path, dataset: Dataset, number: int, photos: AllPhotos) -> tuple[LabelErrors, str]:
-    """By what the run's best weights answer to a split that they were not trained on."""
+def _by_predictions(run: Path, dataset: Dataset, number: int, photos: AllPhotos) -> tuple[LabelErrors, list[str]]:
+    """By what the run's best weights answer to a split that they were not trained on; and lines."""
     split, first = photos.splits[number], photos.first(number)
     name = printable(split.name)
-    nothing = LabelErrors(np.full(len(split), -1), np.full(len(split), np.nan))
-    file = predictions_of(run, None if split.name == "val" else split.name)
-    if not file.exists():
-        return nothing, (
-            f"wrong labels of {name}: not looked for: `accelerate launch evaluate.py {printable(run)} --split {name}` "
-            f"makes {printable(file.name)}"
-        )
+    file, notes = _answers_to(run, dataset, split)
+    if file is None:
+        nothing = LabelErrors(np.full(len(split), -1), np.full(len(split), np.nan))
+        trained, data = source_of_run(run), str(dataset.data)
+        flags = [*(["--data", data] if trained and trained.data != data else []), "--split", split.name]
+        command = printable(shlex.join(["accelerate", "launch", "evaluate.py", str(run), *flags]))
+        answers = printable(predictions_of(run, split.name).name)
+        return nothing, [*notes, f"wrong labels of {name}: not looked for: `{command}` makes {answers}"]
     found = read_predictions(file)
     classes = {spelled(each): at for at, each in enumerate(split.classes)}
     places = {spelled(photos.path(first + index)): index for index in range(len(split))}
@@ -243,9 +264,22 @@ def _by_predictions(run: Path, dataset: Dataset, number: int, photos: AllPhotos)
                     probabilities[index, of_class[answer]] = probability
             own[index] = np.exp(-found.losses[row])
     known = int(np.isfinite(own).sum())
-    return label_errors(split.labels, probabilities, own), (
-        f"wrong labels of {name}: by {printable(file)}, which knows {known} of {counted(len(split), 'photo')}"
-    )
+    told = f"wrong labels of {name}: by {printable(file)}, which knows {known} of {counted(len(split), 'photo')}"
+    return label_errors(split.labels, probabilities, own), [*notes, told]
+
+
+def _answers_to(run: Path, dataset: Dataset, split: Split) -> tuple[Path | None, list[str]]:
+    """The file of the run's answers to a split; and a line on each that is of other photos."""
+    wanted, notes = source_of_split(dataset, split), list[str]()
+    for file in (*([run / "predictions.csv"] if split.name == "val" else []), predictions_of(run, split.name)):
+        if not file.exists():
+            continue
+        source = source_of(file)
+        if source and source.is_other_than(wanted):
+            notes.append(f"not by {printable(file)}, which is of other photos, of {printable(source.data)}")
+        elif source or not notes:  # one that says nothing of its photos is of the run's own
+            return file, notes
+    return None, notes
 
 
 def _features(
@@ -296,7 +330,7 @@ def _save_sheet(sheet: Path, name: str, found: Review, lines: dict[int, int]) ->
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ScriptParser("python -m pipelines.review", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--data", help="where the photos are (default: the run's own)")
+    parser.add_argument("--data", help="where the photos are (default: where the run found its own)")
     parser.add_argument("--weights", help="of the body whose features are looked at (default: that the run began with)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where photos.csv and sheets go (default: RUN/review)")
     return parser.parse_args(arguments)
