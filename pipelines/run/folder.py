@@ -53,7 +53,7 @@ _OWN_FOLDERS = {
     "checkpoints": r"epoch-\d+-step-\d+|\.unfinished",
     "figures": r"\.?(train_batch|step_\d+|head_penalty|curves|per_class"
     r"|(calibration|confusion_matrix|predictions|explanations).*)\.png(\.\w+)*"
-    r"|\.?predictions_.*\.csv(\.tmp)?",
+    r"|\.?predictions_.*\.(csv|json)(\.tmp)?",
     "export": r"README\.md|confusion_matrix\.png|model\..+",
     "dvclive": ".*",
     "tensorboard": ".*",

@@ -199,6 +199,7 @@ def test_overwrite_removes_only_what_a_run_has_written(run, capsys):
     ]
     ours += ["checkpoints/epoch-0001-step-00000005/state.pt", "checkpoints/.unfinished/x", "tensorboard/events"]
     ours += ["figures/curves.png", "figures/predictions_test.png", "figures/explanations_val.png"]
+    ours += ["figures/predictions_test.csv", "figures/predictions_test.json"]
     ours += ["export/model.onnx", "export/README.md"]
     ours += [".export-abc/model.onnx"]
     theirs = ["thesis.tex", "figures/mine.png", "export/notes.txt", "checkpoints/epoch-old/x", "notes/best.pt"]
