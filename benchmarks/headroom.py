@@ -77,8 +77,9 @@ class Training:
         return train_loader(self.config, split, labels, self.state, engine, micro_batch)
 
     def steps(self, loader: Loader) -> Iterator[Step]:
-        """Epoch after epoch, all of whole steps."""
-        return (step for epoch in count() for step in loader.epoch(epoch))
+        """Epoch after epoch, whole steps alone."""
+        whole = min(self.config.batch_size, len(self.split))
+        return (step for epoch in count() for step in loader.epoch(epoch) if step.size == whole)
 
     def resident(self, loader: Loader) -> Iterator[Step]:
         """One step's batches again and again: what the loop could do if photos cost nothing."""

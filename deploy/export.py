@@ -51,7 +51,8 @@ _TOLERANCE = 0.001  # of the photos: so many are closer to a tie than one grey l
 _IR_VERSION = 10  # what onnxruntime reads since 1.18
 
 # In ONNX's own notation. onnxruntime's Resize is Pillow's filter, rounded otherwise: at most one grey level apart, in a
-# hundredth of the pixels of ants and bees. N x H x W x 3, as its optimiser breaks a Resize between two transposes.
+# hundredth of the pixels of ants and bees; exclude_outside, as what lies beside a photo would count as black. N x H x W
+# x 3, as its optimiser breaks a Resize between two transposes.
 _CENTRE = """
     rows = Shape <start = 1, end = 2> (pictures)
     columns = Shape <start = 2, end = 3> (pictures)
@@ -61,7 +62,7 @@ _CENTRE = """
     resized_rows = Div (wanted_rows, shorter)
     resized_columns = Div (wanted_columns, shorter)
     sizes = Concat <axis = 0> (photos, resized_rows, resized_columns, three)
-    resized = Resize <mode = "linear", antialias = 1> (pictures, no_roi, no_scales, sizes)
+    resized = Resize <mode = "linear", antialias = 1, exclude_outside = 1> (pictures, no_roi, no_scales, sizes)
     resized_size = Concat <axis = 0> (resized_rows, resized_columns)
     surplus = Sub (resized_size, square)
     surplus_as_float = Cast <to = 1> (surplus)
@@ -74,7 +75,7 @@ _OF_CENTRE = """int64[1] shorter_side = {{{resize}}}, int64[2] rows_and_columns 
     """
 _SQUASH = """
     sizes = Concat <axis = 0> (photos, square, three)
-    cropped = Resize <mode = "linear", antialias = 1> (pictures, no_roi, no_scales, sizes)"""
+    cropped = Resize <mode = "linear", antialias = 1, exclude_outside = 1> (pictures, no_roi, no_scales, sizes)"""
 _PREPROCESS = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 preprocess (uint8[n, height, width, 3] pictures) => (float[n, 3, {size}, {size}] normalised)
@@ -427,7 +428,8 @@ preprocess = transforms.Compose([
     transforms.ToTensor(),
     transforms.Normalize({mean}, {std}),
 ])
-photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg"))
+{composing}photo = photo.convert("RGB"){unshrunk}
 with torch.inference_mode():
     {logits}{over_temperature}
 print(classes[logits.argmax()])
@@ -484,6 +486,14 @@ def _facts(
         "recipe": _recipe(config),
         "versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
         "transparency": "ignored" if preprocess.transparency == "ignored" else f"on {preprocess.transparency}",
+        "composing": ""
+        if preprocess.transparency == "ignored"
+        else "if photo.has_transparency_data:\n"
+        f'    ground = Image.new("RGBA", photo.size, "{preprocess.transparency}")\n'
+        '    photo = Image.alpha_composite(ground, photo.convert("RGBA"))\n',
+        "unshrunk": "  # not shrunk first, as above, nor is it in the graph: answers differ a little"
+        if preprocess.shrink
+        else "",
         **_geometry(preprocess),
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),

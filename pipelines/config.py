@@ -52,6 +52,7 @@ def _without_nul(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
+Folder = Annotated[Text, AfterValidator(os.path.expanduser)]  # as the shell does only where ~ begins a word
 # Torchvision's networks whose last layer is linear and whose weights want ImageNet's mean and deviation.
 Arch = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
@@ -122,7 +123,7 @@ class Config:
     # pydantic's regular expressions are Rust's: $ is the very end, and a final newline does not pass.
     run: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")] = None
     """name of the run's folder; null: RECIPE-TIME-4 letters"""
-    runs: Text = "runs"
+    runs: Folder = "runs"
     """the folder that holds all runs"""
     overwrite: bool = False
     """start anew where a run of this name exists"""
@@ -148,7 +149,7 @@ class Config:
     each one that has photos"""
     skip_bad_files: bool = False
     """leave out files that cannot be read, instead of stopping"""
-    cache_gb: Annotated[float, Field(ge=0)] = 4
+    cache_gb: Annotated[float, Field(ge=0, le=1e6)] = 4
     """most gigabytes of cached features, which are what frozen stages make of photos, for later runs on the same views,
     and as many of shrunk photos; the longest unused go first; 0: none are kept or looked for"""
 
@@ -230,7 +231,7 @@ class Config:
     """the engine that decodes; auto: DALI on an NVIDIA GPU, else nvImageCodec, each where it works; else Pillow"""
     loader_threads: Annotated[int | None, Field(ge=1)] = None
     """decoding threads of a process; null: chosen from the cores"""
-    memory_gb: Annotated[float, Field(ge=0)] = 0
+    memory_gb: Annotated[float, Field(ge=0, le=1e6)] = 0
     """most gigabytes of a node in which photos stay decoded, so that later epochs decode the others only; 0: none do"""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
     """micro-batches kept ready"""
@@ -239,7 +240,7 @@ class Config:
     """torchvision's network; of a ResNet, ResNeXt or Wide ResNet each stage can be frozen, of others the whole body"""
     weights: Literal["imagenet", "none"] | Text | None = None
     """first weights: `imagenet` through torchvision, `none` (random), a file with a state_dict or a finished run's
-    folder; null: DALITUNE_WEIGHTS, or else imagenet"""
+    folder; null: imagenet, or of a resnet18 the file DALITUNE_WEIGHTS, where that is set"""
     mode: Literal["finetune", "feature_extract"] = "finetune"
     """finetune trains body and head, feature_extract only the head"""
     freeze: Freeze = "none"
@@ -358,7 +359,7 @@ class Config:
     """have W&B send an alert when the run ends, fails or is stopped to be requeued"""
     log_model: Literal["never", "best", "end"] = "best"
     """when the best weights go to W&B: each time they improve, once at the end, or never"""
-    compare_to: Text | None = None
+    compare_to: Folder | None = None
     """folder of another run: in the end it is said, and put into the tracker's summary, which of the two is better, by
     the photos that both have answered; null: none"""
 
@@ -374,6 +375,8 @@ class Config:
             "teacher: null": (self.teacher is None, ("teacher_weight", "teacher_temperature")),
             "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
             f"schedule: {self.schedule}": (True, [key for key, of in _OF_SCHEDULE.items() if self.schedule not in of]),
+            f"tracker: {self.tracker}": (self.tracker != "wandb", ("tags", "group", "log_model")),
+            "tracker: none": (self.tracker == "none", ("project", "tags", "group", "log_model")),
             "freeze_epochs: 0": (self.freeze_epochs == 0, ("unfreeze",)),
             "freeze: layer3": (self.freeze == "layer3", ("layer_decay", "unfreeze")),
             "mode: feature_extract": (self.mode == "feature_extract", _OF_BODY),
@@ -666,7 +669,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"{path}: is of format {_shown(number)}, and this version of dalitune reads up to {FORMAT}: use "
             "the version that wrote it, or a newer one"
         )
-    return _known(values, path)
+    known = _known(values, path)
+    # As with flags, Python's None is null too; YAML's own words are ~ and null.
+    return {key: setting_of_text(key, value) if isinstance(value, str) else value for key, value in known.items()}
 
 
 def _known(values: dict[str, Any], source: object) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def training_report(checked: Checked, components: Components) -> list[str]:
         *([components.start.reason] if components.start.reason and schedule.epochs else []),
         *(without_effect_by_auto(checked.config, components.resolved_config) if schedule.epochs else []),
         *unfreezing_report(schedule),
+        *_schedule_report(components.resolved_config),
         *_setup_report(checked, components),
         *components.features.report(),
         *store_report(components.features, components.validation_features),
@@ -107,6 +108,15 @@ def teacher_report(checked: Checked, components: Components) -> list[str]:
             known = "it is not known which photos it was trained on"
         lines.append(f"teacher: {known}: where it has seen some that validate here, their accuracy promises too much")
     return [*lines, *answers.report(), *store_report(answers)]
+
+
+def _schedule_report(config: Config) -> list[str]:
+    """Where a schedule of steps has its first one behind the end, as with fewer `--epochs` than its recipe has."""
+    assert config.epochs != "auto"
+    if config.schedule != "step" or not 0 < config.epochs <= config.step_epochs:
+        return []
+    epochs = counted(config.epochs, "epoch")
+    return [f"schedule: step lowers no rate within {epochs}, as its first step comes after {config.step_epochs}"]
 
 
 def unfreezing_report(schedule: Schedule) -> list[str]:
