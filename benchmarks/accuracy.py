@@ -14,7 +14,8 @@ evaluate.py look at the best weights of each run again, with each of the given f
 Every run is `accelerate launch train.py` (or tutorial.py beside this file) in a process of its own, and a line of
 --out, with its settings, versions and commit. Recipes and changes take turns within a seed, so that a busy hour of the
 machine meets all of them. A run that is in --out already is not run again, so an interrupted benchmark goes on where
-it was.
+it was; one of another recipe of the name, or of other photos or weights of the environment, is. What code, versions and
+machine the rows are of is printed above the table.
 
 `best` is of the best evaluation, with ema_decay of the weights or their average; `last` is of the last one, with
 ema_decay of the average. `balanced` is the mean recall of the classes. `seconds` are those of the whole command on the
@@ -56,7 +57,13 @@ def main() -> None:
     several: dict[str, Any] = {"nargs": "*", "default": [], "type": _settings}
     parser.add_argument("--set", **several, metavar="KEY=VALUE", help="settings on top of every recipe")
     parser.add_argument("--vary", **several, metavar="CHANGE", help="beside each recipe: KEY=VALUE, or several")
-    parser.add_argument("--evaluate", nargs="*", default=[], metavar="FLAGS", help="of evaluate.py, in quotes")
+    parser.add_argument(
+        "--evaluate",
+        nargs="*",
+        default=[],
+        metavar="FLAGS",
+        help='of evaluate.py, in quotes; a single one with a blank: " --test-flips"',
+    )
     parser.add_argument("--out", type=Path, default=Path("accuracy.jsonl"), help="JSON lines, one a run")
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of this suite's runs")
     parser.add_argument("--tutorial", action="store_true", help="beside tutorial.py; --data has train/ and val/ then")
@@ -71,9 +78,11 @@ def main() -> None:
     ]
     known, rows = _read(options.out), []
     for recipe, change, seed in tqdm(wanted, unit="run", disable=None):
-        settings = [] if recipe in TUTORIAL else [*options.set, *shlex.split(change)]
+        given = [*options.set, change]
+        settings = [] if recipe in TUTORIAL else [word for words in given for word in shlex.split(words)]
         precision = "no" if recipe in TUTORIAL else options.precision
         key = {"recipe": recipe, "seed": seed, "data": options.data, "set": settings, "precision": precision}
+        key["inputs"] = inputs(recipe)
         # The tutorial's script leaves no run to evaluate.
         again = [] if recipe in TUTORIAL else ["", *options.evaluate] if options.evaluate else []
         row = next((row for row in known if key.items() <= row.items() and {*again} <= {*row["evaluated"]}), None)
@@ -84,9 +93,7 @@ def main() -> None:
             name = f"{recipe} {change}".strip()
             tqdm.write(f"{name} seed {seed}: best {row['best']:.4f}, last {row['last']:.4f}, {row['seconds']:.0f} s")
         rows.append(row | {"change": change})
-    print(
-        f"\n{shlex.join(['python', *sys.argv])}\n{machine()}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
-    )
+    print(f"\n{shlex.join(['python', *sys.argv])}", *origins(rows), sep="\n")
     print(table([row for row in rows if not row["change"]], recipes))
     for recipe in [recipe for recipe in recipes if options.vary and recipe not in TUTORIAL]:
         of_recipe = [row for row in rows if row["recipe"] == recipe]
@@ -94,6 +101,31 @@ def main() -> None:
     for recipe in [recipe for recipe in recipes if options.evaluate and recipe not in TUTORIAL]:
         of_recipe = [row for row in rows if row["recipe"] == recipe]
         print(f"\n{recipe}, evaluated again:\n{table_of_evaluations(of_recipe, options.evaluate)}")
+
+
+def inputs(recipe: str) -> dict[str, str | None]:
+    """What a run depends on and its flags do not tell: the recipe's text, and what the environment names."""
+    text = None if recipe in TUTORIAL else _recipe_file(recipe).read_text(encoding="utf-8")
+    return {"recipe": text} | {name: os.environ.get(name) for name in ("DALITUNE_DATA", "DALITUNE_WEIGHTS")}
+
+
+def origins(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines on the machines, versions and commits that rows are of."""
+    found: dict[str, int] = {}
+    for row in rows:
+        of_row = ", ".join(f"{name} {version}" for name, version in row.get("versions", {}).items())
+        line = f"{row.get('hardware')}; commit {row.get('commit')}; {of_row}"
+        found[line] = found.get(line, 0) + 1
+    if len(found) == 1:
+        return [*found]
+    return [
+        "these are not all of one machine, code and versions:",
+        *(f"{count}: {line}" for line, count in found.items()),
+    ]
+
+
+def _recipe_file(recipe: str) -> Path:
+    return Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
 
 
 def _settings(words: str) -> str:
@@ -112,8 +144,7 @@ def _run(
         if recipe in TUTORIAL:
             command = [sys.executable, str(ROOT / "benchmarks" / "tutorial.py"), TUTORIAL[recipe], *flags]
         else:
-            config = Path(recipe) if recipe.endswith(".yaml") else ROOT / "configs" / f"{recipe}.yaml"
-            flags += [f"--config={config}", f"--runs={runs}", "--run=run", "--tracker=none"]
+            flags += [f"--config={_recipe_file(recipe)}", f"--runs={runs}", "--run=run", "--tracker=none"]
             # Each run pays for its own features, unless --set says otherwise, as shrink wants a cache.
             chosen = {"cache_gb": "0"} | dict(pair.split("=", 1) for pair in settings)
             flags += [f"--{key}={value}" for key, value in chosen.items()]

@@ -670,8 +670,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
             "the version that wrote it, or a newer one"
         )
     known = _known(values, path)
-    # As with flags, Python's None is null too; YAML's own words are ~ and null.
-    return {key: setting_of_text(key, value) if isinstance(value, str) else value for key, value in known.items()}
+    # YAML's own words for it are ~ and null; quoted, they are text.
+    is_none = {key for key, value in known.items() if str(value).lower() == "none" and _means_null(key, "none")}
+    return {key: None if key in is_none else value for key, value in known.items()}
 
 
 def _known(values: dict[str, Any], source: object) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
-from benchmarks import accuracy, affine, forward, gpu, loader, review, tutorial
+from benchmarks import accuracy, affine, forward, gpu, headroom, loader, review, tutorial
 from pipelines.distributed.hardware import machine
 from pipelines.model.label_errors import LabelErrors
 
@@ -18,7 +20,10 @@ from PIL import Image
 
 def row(recipe: str, best: float, *, processor: float = 100.0, seed: int = 0) -> dict:
     key = {"recipe": recipe, "seed": seed, "data": None, "set": []}
+    if not recipe.endswith(".yaml"):
+        key["inputs"] = accuracy.inputs(recipe)
     return key | {
+        "hardware": machine(),
         "best": best,
         "last": best,
         "last_balanced": 0.5,
@@ -180,6 +185,44 @@ def test_runs_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):
     assert "accuracy.py --recipes finetune --seeds 3" in printed
     assert machine() in printed
     assert "| `finetune` | 3 |" in printed
+
+
+def test_what_runs_of_another_recipe_or_version_have_reached_is_not_told_as_todays(tmp_path, monkeypatch, capsys):
+    recipe, asked = tmp_path / "own.yaml", []
+
+    def run(recipe, seed, data, settings, *_):
+        asked.append(settings)
+        return row(recipe, 0.5, seed=seed) | {"set": settings, "commit": f"c{len(asked)}"}
+
+    monkeypatch.setattr(accuracy, "_run", run)
+    command = [
+        "accuracy.py",
+        "--recipes",
+        str(recipe),
+        "--out",
+        str(tmp_path / "out"),
+        "--set",
+        "lr=1 lr_body=2",
+        "x=3",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--seeds", "1"])
+    for text, runs in (("epochs: 1\n", 1), ("epochs: 1\n", 1), ("epochs: 2\n", 2)):
+        recipe.write_text(text)
+        accuracy.main()
+        assert len(asked) == runs
+    monkeypatch.setenv("DALITUNE_WEIGHTS", "others.pth")
+    accuracy.main()
+    assert asked == [["lr=1", "lr_body=2", "x=3"]] * 3
+    assert f"{machine()}; commit c3; " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--seeds", "2"])
+    accuracy.main()
+    assert "these are not all of one machine, code and versions:\n1: " in capsys.readouterr().out
+
+
+def test_steps_of_the_headroom_are_whole_ones():
+    training = SimpleNamespace(config=SimpleNamespace(batch_size=16), split=range(20))
+    loader = SimpleNamespace(epoch=lambda _: [SimpleNamespace(size=16), SimpleNamespace(size=4)])
+    assert [step.size for step in islice(headroom.Training.steps(training, loader), 3)] == [16, 16, 16]
 
 
 def test_processor_seconds_are_those_of_the_ended_children():

@@ -10,7 +10,7 @@ from typing import Any
 from pipelines import config as config_module
 from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
-from pipelines.training.report import without_effect, without_effect_by_auto
+from pipelines.training.report import _schedule_report, without_effect, without_effect_by_auto
 from tests.helpers.paths import ROOT
 
 import pytest
@@ -573,11 +573,30 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
         ({"epochs": 0, "head_init": "fitted", "mixup_alpha": 0.2}, "mixup_alpha (epochs: 0)"),
         ({"epochs": 0, "head_init": "fitted", "augment": "strong"}, "augment (epochs: 0)"),
         ({"tracker": "mlflow", "project": "p", "tags": "a"}, "tags (tracker: mlflow)"),
-        ({"tracker": "none", "group": "g", "project": "p"}, "group (tracker: none), project (tracker: none)"),
+        ({"tracker": "none", "group": "g", "project": "p"}, "project (tracker: none), group (tracker: none)"),
     ],
 )
 def test_what_plays_no_part_is_said(settings, line):
     assert without_effect(Config(**settings)) == ([f"without effect: {line}"] if line else [])
+
+
+@pytest.mark.parametrize(("epochs", "is_said"), [(0, False), (7, True), (8, False)])
+def test_a_schedule_whose_first_step_never_comes_is_said(epochs, is_said):
+    config = Config(schedule="step", step_epochs=7, epochs=epochs, head_init="fitted" if not epochs else "uniform")
+    line = "schedule: step lowers no rate within 7 epochs, as its first step comes after 7"
+    assert _schedule_report(config) == ([line] if is_said else [])
+
+
+def test_folders_that_a_recipe_names_are_found_from_home(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config = parse_config(["--config", recipe("runs: ~/runs\ncompare_to: ~/runs/a\n")])[0]
+    assert (config.runs, config.compare_to) == (str(tmp_path / "runs"), str(tmp_path / "runs" / "a"))
+
+
+def test_pythons_none_is_null_in_a_recipe_where_a_flag_says_so(recipe):
+    config = parse_config(["--config", recipe("group: None\nteacher: none\nweights: none\nproject: nonesuch\n")])[0]
+    assert (config.group, config.teacher, config.weights, config.project) == (None, None, "none", "nonesuch")
 
 
 @pytest.mark.parametrize(("come_to", "is_idle"), [("layer3", True), ("none", False)])

@@ -574,7 +574,9 @@ def test_what_an_agent_of_the_sweep_starts_is_accepted(monkeypatch):
     assert recipe == "finetune"
     assert sweep["early_terminate"]["min_iter"] < config.epochs
     assert all(getattr(config, name) == given["value"] for name, given in chosen.items())
-    assert create_sweep_command(sweep["command"])[-4:] == ["accelerate", "launch", "${program}", "${args}"]
+    # One process: with several GPUs each agent would take all of them.
+    launch = ["accelerate", "launch", "--num_processes", "1", "${program}", "${args}"]
+    assert create_sweep_command(sweep["command"])[-6:] == launch
 
     # No two tasks meet in one folder: it has the name of the agent's run, also in a Slurm array.
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")
