@@ -106,7 +106,7 @@ def train(folder: Path, mode: str, seed: int, epochs: int) -> dict[str, float]:
         "val": T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), normalise]),
     }
     photos = {split: datasets.ImageFolder(folder / split, transform) for split, transform in transforms.items()}
-    loaders = {split: DataLoader(photos[split], batch_size=4, shuffle=True) for split in photos}
+    loaders = {split: DataLoader(photos[split], batch_size=4, shuffle=True, num_workers=4) for split in photos}
 
     network = models.resnet18()
     network.load_state_dict(read_weights(Config()).state or {})

@@ -10,7 +10,8 @@ from typing import Any
 from pipelines import config as config_module
 from pipelines.config import GROUPS, SCHEMA, Config, dump_yaml, parse_config, settings_page
 from pipelines.errors import UserError
-from pipelines.training.report import _schedule_report, without_effect, without_effect_by_auto
+from pipelines.model.weights import Weights
+from pipelines.training.report import _schedule_report, head_report, without_effect, without_effect_by_auto
 from tests.helpers.paths import ROOT
 
 import pytest
@@ -585,6 +586,13 @@ def test_a_schedule_whose_first_step_never_comes_is_said(epochs, is_said):
     config = Config(schedule="step", step_epochs=7, epochs=epochs, head_init="fitted" if not epochs else "uniform")
     line = "schedule: step lowers no rate within 7 epochs, as its first step comes after 7"
     assert _schedule_report(config) == ([line] if is_said else [])
+
+
+def test_a_head_that_the_weights_bring_is_said_where_another_was_asked_for():
+    weights = Weights(None, "runs/a")
+    line = "head: the one of runs/a, for the same classes: head_init zeros plays no part"
+    for has_own_head in (True, False):
+        assert head_report(Config(head_init="zeros"), "", weights, has_own_head) == [line] * has_own_head
 
 
 def test_folders_that_a_recipe_names_are_found_from_home(recipe, monkeypatch, tmp_path):

@@ -212,7 +212,8 @@ def input_report(checked: Checked, components: Components, row: Mapping[str, flo
 def head_report(config: Config, unfitted: str, weights: Weights, has_own_head: bool) -> list[str]:
     """unfitted: why no head is fitted. has_own_head: whether the weights' own head is for these classes."""
     if not config.may_fit_head:
-        return []
+        own = f"head: the one of {weights.source}, for the same classes: head_init {config.head_init} plays no part"
+        return [own] if has_own_head else []
     if unfitted:
         return [f"head: not fitted, as {unfitted}: it is {'the one of the weights' if has_own_head else 'zeros'}"]
     return [f"head: fitted anew, in place of the one of {weights.source}"] if has_own_head else []
