@@ -23,6 +23,7 @@ import base64
 import io
 import ipaddress
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -82,6 +83,9 @@ _FILES = 4096  # open at a time, where the system allows it
 _SHOWN = 5  # classes of an answer
 _PAGE = Path(__file__).resolve().with_name("page.html")
 _POLICY = "default-src 'self' 'unsafe-inline'; img-src blob: data:; base-uri 'none'; form-action 'none'"
+_HOST = r"[\w-]+(?:\.[\w-]+)*\.?|\[[\da-f:.]+\]"  # a name, or an address
+_PORTS = {"http": 80, "https": 443}
+_PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"  # this machine, the last where a server listens by IPv6 and IPv4
 _MESSAGES = {
     "empty file": "The file is empty.",
     "not an image of a known format": "This is no JPEG, PNG, WebP, AVIF, BMP, TIFF or PPM photo.",
@@ -113,12 +117,11 @@ def main(arguments: list[str]) -> None:
         facts["unsure"] = unsure
         print(unsure_line(unsure), flush=True)
     listener = _listen(options.host, options.port)
-    names = _names(options.host, listener, options.allow_host)
+    names = _names(options.host, listener.getsockname()[0], options.allow_host)
     _allow_files()
     with tempfile.TemporaryDirectory(prefix="dalitune-") as folder, suppress(KeyboardInterrupt, Terminated):
-        server = make_server(
-            classifier, facts, Path(folder), names=names, origins=options.allow_origin, prefix=options.prefix
-        )
+        allowed = {"proxied": options.allow_host, "origins": options.allow_origin}
+        server = make_server(classifier, facts, Path(folder), names=names, prefix=options.prefix, **allowed)
         address = _address(options.host, listener.getsockname()[1], options.prefix)
         mirrored = ", each photo with its mirror image" if classifier.test_flips else ""
         server.greeting = f"{facts['name']} ({options.weights}{mirrored}): {address}   Ctrl-C ends it"
@@ -157,18 +160,35 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--prefix", default="", help="path below which a reverse proxy has it, such as /photos")
     options = parser.parse_args(arguments)
     options.host = options.host.strip("[]")
-    options.allow_host = [_host_of(name) or name for name in options.allow_host]
+    options.allow_host = [_name_in(text) for text in options.allow_host]
+    options.allow_origin = [_origin_in(text) for text in options.allow_origin]
     options.prefix = "/" + options.prefix.strip("/") if options.prefix.strip("/") else ""
-    for origin in options.allow_origin:
-        try:
-            parts = urlsplit(origin)
-        except ValueError:  # as `http://[`
-            parts = urlsplit("")
-        if origin != "null" and (origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc):
-            raise UserError(
-                f"--allow-origin {origin}: an origin is scheme, host and maybe port, as https://photos.example"
-            )
     return options
+
+
+def _name_in(text: str) -> str:
+    """A value of --allow-host without its port, as `_host_of` has it. Raises UserError."""
+    bracketed = f"[{text}]" if text.count(":") > 1 and "[" not in text else text
+    host = _host_of(bracketed)
+    if not host or not re.fullmatch(rf"({_HOST})(:\d+)?", bracketed.lower(), re.ASCII):
+        raise UserError(
+            f"--allow-host {printable(text)}: a name is one host's, in a browser's letters, "
+            "as photos.example or xn--bcher-kva.example"
+        )
+    return host
+
+
+def _origin_in(text: str) -> str:
+    """A value of --allow-origin as a browser sends it, without its scheme's own port. Raises UserError."""
+    if text == "null":
+        return text
+    match = re.fullmatch(rf"([a-z][a-z\d+.-]*)://({_HOST})(?::(\d+))?", text.lower(), re.ASCII)
+    if not match or not 0 < int(match[3] or 1) < 65536:
+        raise UserError(
+            f"--allow-origin {printable(text)}: an origin is scheme, host and maybe port, as https://photos.example"
+        )
+    scheme, host, port = match.groups()
+    return f"{scheme}://{host}:{int(port)}" if port and int(port) != _PORTS.get(scheme) else f"{scheme}://{host}"
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -181,11 +201,19 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}, port {port} ({reason}): give another --host or --port") from None
 
 
-def _names(host: str, listener: socket.socket, given: Sequence[str]) -> frozenset[str] | None:
-    """The hosts that a request may name; None: any. A website can give a name of its own the address 127.0.0.1."""
-    if not _is_loopback(listener.getsockname()[0]):
-        return frozenset({*given, "localhost", "*addresses*"}) if given else None
-    return frozenset({*given, "localhost", host.lower()})
+def _names(host: str, address: str, given: Sequence[str]) -> frozenset[str] | None:
+    """The hosts that a request may name; None: any. A website can give a name of its own the address 127.0.0.1.
+
+    address: what `host` stands for.
+    """
+    own = {"localhost", _plain(host)}
+    if not _is_loopback(address):
+        return frozenset({*given, *own, _plain(socket.gethostname()), "*addresses*"}) if given else None
+    return frozenset({*given, *own})
+
+
+def _plain(host: str) -> str:
+    return host.lower().rstrip(".")
 
 
 def _is_loopback(host: str) -> bool:
@@ -245,12 +273,14 @@ def make_server(
     folder: Path,
     *,
     names: frozenset[str] | None = frozenset({"localhost"}),
+    proxied: Sequence[str] = (),
     origins: Sequence[str] = (),
     prefix: str = "",
 ) -> Any:
     """A uvicorn server with `decoders`, which its caller closes. folder: where an upload lies until it is answered.
 
-    names: hosts that a request may name. origins: of websites that may ask. prefix: of all paths, "" or "/path".
+    names: hosts that a request may name. proxied: those of them that a proxy's pages have, whatever host it names.
+    origins: of websites that may ask. prefix: of all paths, "" or "/path".
     """
     from deploy.connections import Connection
 
@@ -277,9 +307,10 @@ def make_server(
             self.decoders.close()  # what waits is answered now
             await super().shutdown(sockets)
 
-    app = _make_app(classifier, facts, folder, Server.decoders, explain, names, origins, prefix)
+    app = _make_app(classifier, facts, folder, Server.decoders, explain, names, proxied, origins, prefix)
     settings: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off", "ws": "none"}
     settings |= {"http": Connection, "timeout_keep_alive": 5, "timeout_graceful_shutdown": 1}
+    settings["forwarded_allow_ips"] = os.environ.get("FORWARDED_ALLOW_IPS", _PROXIES)  # uvicorn's own variable
     return Server(uvicorn.Config(app, server_header=False, **settings))
 
 
@@ -290,6 +321,7 @@ def _make_app(
     decoders: Decoders,
     explain: Explain | None,
     names: frozenset[str] | None,
+    proxied: Sequence[str],
     origins: Sequence[str],
     prefix: str,
 ) -> Any:
@@ -423,7 +455,7 @@ def _make_app(
             if path != "/health" and not _is_named(host, names):
                 told = "The server does not know itself by this name: start it with --allow-host NAME."
                 app = refusal(421, "unknown host", told)
-            elif path in ("/model", "/classify") and not _is_own(request.headers, origins, names or ()):
+            elif path not in ("", "/", "/health") and not _is_own(request.headers, origins, proxied):
                 told = "Another website asks: start the server with --allow-origin ORIGIN where that is meant."
                 app = refusal(403, "another website", told)
             await app(scope, receive, send)
@@ -475,7 +507,7 @@ def _is_named(header: str, names: frozenset[str] | None) -> bool:
     return _is_loopback(host or "")
 
 
-def _is_own(headers: Mapping[str, str], origins: Collection[str], names: Collection[str]) -> bool:
+def _is_own(headers: Mapping[str, str], origins: Collection[str], proxied: Collection[str]) -> bool:
     """Whether no browser says that another website asks (Fetch Metadata; the Fetch standard's Origin header)."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if origin in origins or site == "same-origin":
@@ -489,7 +521,7 @@ def _is_own(headers: Mapping[str, str], origins: Collection[str], names: Collect
     except ValueError:  # as `http://[`
         return False
     # Behind a proxy Host may be another; but each port of this machine is a website of its own.
-    is_a_name = asked.hostname in names and asked.hostname != "localhost" and not _is_loopback(asked.hostname or "")
+    is_a_name = asked.hostname in proxied and asked.hostname != "localhost" and not _is_loopback(asked.hostname or "")
     return asked.netloc.lower() == headers.get("host", "").lower() or is_a_name
 
 
