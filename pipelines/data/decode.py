@@ -256,7 +256,8 @@ def _to_rgb(picture: Image.Image, white: int | None, transparency: str) -> Image
 
 def split_of(paths: Sequence[str], preprocess: Preprocess) -> Split:
     """Any files as a split without labels; `inspect_at` fills in sizes and faults as the files' turn comes."""
-    names = [os.fsencode(os.path.abspath(path)) for path in paths]
+    # Not `abspath`, which takes `link/..` for the folder that the link is in.
+    names = [os.fsencode(path if os.path.isabs(path) else os.path.join(os.getcwd(), path)) for path in paths]
     count = len(names)
     return Split(
         name="",

@@ -294,6 +294,18 @@ def test_libtiff_says_nothing_itself(tmp_path: Path, capfd, compression: str) ->
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_what_lies_above_a_link_is_above_its_target(tmp_path: Path, monkeypatch) -> None:
+    preprocess = Preprocess(resize=256, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
+    (tmp_path / "far" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    for folder, grey in ((tmp_path, 0), (tmp_path / "far", 200)):
+        Image.new("RGB", (20, 20), (grey,) * 3).save(folder / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    for path in ("link/../photo.png", str(tmp_path / "link" / ".." / "photo.png")):
+        assert view_of_file(path, preprocess).min() == 200
+
+
 SIDE = 2_896  # pixels: as large as a photo may be whose bytes are hardly any
 ACCEPTED: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: solid("JPEG", SIDE, progressive=True),
