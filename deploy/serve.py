@@ -20,6 +20,7 @@ under a name of the server's own.
 import argparse
 import asyncio
 import base64
+import errno
 import io
 import ipaddress
 import os
@@ -32,7 +33,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from io import FileIO
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -339,23 +340,23 @@ def _make_app(
     page = _PAGE.read_text("utf-8")
     stored: Counter[str] = Counter()  # bytes, by address
     sizes: Counter[Path] = Counter()  # the same by upload
-    room = min(_STORED, shutil.disk_usage(folder).free // 2)
 
     def refusal(status: int, error: str, message: str) -> JSONResponse:
         headers = {"Retry-After": "1"} if status == 503 else None
         return JSONResponse({"error": error, "message": message}, status, headers)
 
-    def open_upload(path: Path) -> FileIO:
+    def open_upload(path: Path) -> BufferedWriter:
         try:
-            return open(path, "xb", buffering=0)
+            return open(path, "xb")
         except FileNotFoundError:  # what cleans the temporary folder has taken ours
             folder.mkdir(0o700)
-            return open(path, "xb", buffering=0)
+            return open(path, "xb")
 
     async def store(request: Request, path: Path, address: str) -> int:
         """Writes the body's first MAX_BYTES and returns its whole length: a refusal is read once all is sent."""
         length, start, buffer = 0, anyio.current_time(), bytearray()
         with anyio.fail_after(min(_SECONDS, _GRACE)) as limit, open_upload(path) as file:
+            room = min(_STORED, (shutil.disk_usage(folder).free + stored.total()) // 2)
             async for chunk in request.stream():
                 length += len(chunk)
                 limit.deadline = start + min(_SECONDS, _GRACE + length / _RATE)
@@ -363,6 +364,8 @@ def _make_app(
                     stored[address] += len(chunk)
                     sizes[path] += len(chunk)
                     is_little = stored[address] <= _LITTLE * room
+                    if sizes[path] > _SHARE * room:  # no other upload's end would help
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     if stored[address] > _SHARE * room or (stored.total() > room and not is_little):
                         raise Busy
                     buffer += chunk

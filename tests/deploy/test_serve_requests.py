@@ -1,9 +1,12 @@
 """Who may ask the page, under which name, and what a disk holds: without a trained run, and without a network."""
 
 import asyncio
+import json
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 
 from deploy import serve
@@ -157,6 +160,45 @@ def test_names_and_origins_that_no_browser_sends_are_refused(flag, value):
     with pytest.raises(UserError, match=f"^--allow-{flag} ") as refused:
         _parsed(f"--allow-{flag}", "good.example" if flag == "host" else "https://good.example", value)
     assert "photos.example" in str(refused.value)
+
+
+# What is stored
+
+
+def _limited_files(size: int) -> AbstractContextManager:
+    """In it a file takes `size` bytes: of a write that goes beyond them a part, as a disk does that becomes full."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited()
+
+
+@pytest.mark.parametrize("length", [100_000, 300_000])  # less and more than what is in memory of an upload
+def test_what_a_disk_takes_in_part_is_not_stored(start, tmp_path, length):
+    ask = start()
+    with _limited_files(65_536):
+        status, answer = ask("POST", "/classify", bytes(length))
+    assert (status, json.loads(answer)["error"]) == (507, "no room")
+    assert ask.decoders.asked == []
+    assert ask("POST", "/classify", bytes(length))[0] == 200
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_room_is_what_the_disk_has_now(start, monkeypatch):
+    disk = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    ask = start()
+    for free, status in ((0, 507), (100_000, 507), (400_000, 200), (100_000, 507), (2**40, 200)):
+        disk.free = free
+        assert ask("POST", "/classify", bytes(100_000))[0] == status
 
 
 # Addresses
