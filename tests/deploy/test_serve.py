@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploy import connections, decoding, serve
 from pipelines.data.decode import pixels_of_file
@@ -637,6 +638,36 @@ def test_a_person_gives_photos_and_reads_their_classes(exported_run, one_server,
         page.get_by_text("2 photos", exact=True).wait_for()
         first = exported_run.evaluated[photos[0]][0]
         assert page.locator(".answer").all_inner_texts() == [first, first]
+
+        # Switched on while a photo waits for its answer, which it was asked for without a map.
+        page.get_by_text("Clear").click()
+        held: list[Any] = []
+        page.route(re.compile("/classify$"), lambda route: held.append(route))
+        page.locator("#choose").set_input_files(photos[0])
+        for _ in range(500):
+            if not held:
+                page.wait_for_timeout(20)
+        page.get_by_text("Show where in a photo it finds its answer").click()
+        held[0].continue_()
+        page.locator(".has-heat").wait_for()
+        page.get_by_text("1 photo", exact=True).wait_for()
+
+        # A second question that fails leaves the answer to the first.
+        page.get_by_text("Clear").click()
+        page.get_by_text("Show where in a photo it finds its answer").click()
+        page.unroute_all()
+        page.route(re.compile("explain=1$"), lambda route: route.abort())
+        page.locator("#choose").set_input_files(photos[0])
+        page.get_by_text("1 photo", exact=True).wait_for()
+        with page.expect_event("requestfailed"):
+            page.get_by_text("Show where in a photo it finds its answer").click()
+        page.get_by_text("1 photo", exact=True).wait_for()
+        assert (cards.get_attribute("class") or "").split() == ["card"]
+        assert page.locator(".answer").inner_text() == first
+        page.unroute_all()
+        for _ in range(2):  # off and on: it is asked again
+            page.get_by_text("Show where in a photo it finds its answer").click()
+        page.locator(".has-heat").wait_for()
         browser.close()
     elsewhere = [url for url in asked if not url.startswith((f"http://127.0.0.1:{one_server.port}/", "blob:", "data:"))]
     assert (elsewhere, errors) == ([], [])
