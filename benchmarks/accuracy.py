@@ -84,7 +84,7 @@ def main() -> None:
         key = {"recipe": recipe, "seed": seed, "data": options.data, "set": settings, "precision": precision}
         key["inputs"] = inputs(recipe)
         # The tutorial's script leaves no run to evaluate.
-        again = [] if recipe in TUTORIAL else ["", *options.evaluate] if options.evaluate else []
+        again = ["", *options.evaluate] if options.evaluate and recipe not in TUTORIAL else []
         row = next((row for row in known if key.items() <= row.items() and {*again} <= {*row["evaluated"]}), None)
         if row is None:
             row = key | _run(recipe, seed, options.data, settings, precision, again)

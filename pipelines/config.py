@@ -375,8 +375,10 @@ class Config:
             "teacher: null": (self.teacher is None, ("teacher_weight", "teacher_temperature")),
             "weight_decay: 0": (self.weight_decay == 0, ("weight_decay_on",)),
             f"schedule: {self.schedule}": (True, [key for key, of in _OF_SCHEDULE.items() if self.schedule not in of]),
-            f"tracker: {self.tracker}": (self.tracker != "wandb", ("tags", "group", "log_model")),
-            "tracker: none": (self.tracker == "none", ("project", "tags", "group", "log_model")),
+            f"tracker: {self.tracker}": (
+                self.tracker != "wandb",
+                (*(["project"] if self.tracker == "none" else []), "tags", "group", "log_model"),
+            ),
             "freeze_epochs: 0": (self.freeze_epochs == 0, ("unfreeze",)),
             "freeze: layer3": (self.freeze == "layer3", ("layer_decay", "unfreeze")),
             "mode: feature_extract": (self.mode == "feature_extract", _OF_BODY),

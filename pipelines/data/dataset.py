@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from threading import Event
@@ -120,6 +121,7 @@ class Split:
         blob = np.frombuffer(b"".join(paths), np.uint8)
         return replace(self, path_blob=blob, path_offsets=offsets, memory=None, **columns)
 
+    @cached_property
     def path_keys(self) -> np.ndarray:
         """uint64 [N], 0 where signature and time tell one photo from all others.
 

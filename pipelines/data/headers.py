@@ -258,11 +258,13 @@ def _is_plainly_turned(photo: Image.Image) -> bool:
     order: Literal["little", "big"] = "little" if tags[:2] == b"II" else "big"
     first = int.from_bytes(tags[4:8], order)
     count = int.from_bytes(tags[first : first + 2], order)
-    entries = [tags[at : at + 12] for at in range(first + 2, min(first + 2 + 12 * count, len(tags)), 12)]
+    end = first + 2 + 12 * count
+    if len(tags) < end:
+        return False
+    entries = [tags[at : at + 12] for at in range(first + 2, end, 12)]
     found = [entry for entry in entries if int.from_bytes(entry[:2], order) == _ORIENTATION]
-    is_whole = len(tags) >= first + 2 + 12 * count
     is_short = all(entry[2:8] == (3).to_bytes(2, order) + (1).to_bytes(4, order) for entry in found)
-    return is_whole and len(found) <= 1 and is_short
+    return len(found) <= 1 and is_short
 
 
 def exif_orientation(photo: Image.Image) -> int:

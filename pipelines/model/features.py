@@ -221,7 +221,7 @@ class FrozenFeatures:
             split.signatures,
             split.mtimes,
             split.faults,
-            split.path_keys(),
+            split.path_keys,
             *(row for each in others for row in np.atleast_2d(each)),
         ]
         flips = [views.flips, ~views.flips][: self._copies]

@@ -177,8 +177,8 @@ def fits(
     is_penalised = torch.ones_like(variances)
     is_penalised[-1] = 0
     point = torch.zeros(len(variances), classes).double()
-    turned: torch.Tensor | None = torch.cat([x @ axes, torch.ones_like(share)], dim=1)
     del x
+    turned: torch.Tensor | None = None
     for penalty in penalties:
         if turned is None:
             x = features[:, chosen].flatten(0, 1).double().sub_(centre)
