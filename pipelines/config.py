@@ -97,7 +97,7 @@ _OF_EPOCHS = (
     *("vertical_flip_probability", "quarter_turns", "brightness", "contrast", "saturation", "hue", "erase_probability"),
     *("rotation", "shear", "translation", "grey_probability", "blur_probability", "mixup_alpha", "cutmix_alpha"),
     *("label_smoothing", "dropout", "drop_path", "augment", "teacher", "teacher_weight", "teacher_temperature"),
-    *("sampler", "patience"),
+    *("sampler", "patience", "batchnorm", "compile"),
 )
 # What augment light stands for: fastai's aug_transforms turn by up to 10 degrees and light by up to 0.2 as well.
 LIGHT = {"rotation": 10.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}

@@ -573,6 +573,8 @@ def test_the_old_name_of_the_pillow_engine_is_taken(tmp_path):
         ({"teacher": "runs/a", "label_smoothing": 0.1, "class_weights": "balanced"}, None),
         ({"epochs": 0, "head_init": "fitted", "mixup_alpha": 0.2}, "mixup_alpha (epochs: 0)"),
         ({"epochs": 0, "head_init": "fitted", "augment": "strong"}, "augment (epochs: 0)"),
+        ({"epochs": 0, "head_init": "fitted", "batchnorm": "train"}, "batchnorm (epochs: 0)"),
+        ({"epochs": 0, "head_init": "fitted", "compile": True}, "compile (epochs: 0)"),
         ({"tracker": "mlflow", "project": "p", "tags": "a"}, "tags (tracker: mlflow)"),
         ({"tracker": "none", "group": "g", "project": "p"}, "project (tracker: none), group (tracker: none)"),
     ],

@@ -111,10 +111,15 @@ def test_a_runs_own_recipe_goes_on_with_it_whoever_gave_the_name(start, tmp_path
     recipe = folder / "config.yaml"
     assert "resumed at step 5" in succeeded(run_here(train, "--config", recipe, "--epochs", 2))
     told = f"a new run with the settings of {folder}: --runs {folder.parent} --run {folder.name} goes on with that one"
-    others = {"other": ["--run", "other"], folder.name: ["--runs", tmp_path / "elsewhere"], "": ["--run", "null"]}
+    others = {
+        "other": ["--run", "other"],
+        folder.name: ["--runs", tmp_path / "elsewhere"],
+        "": ["--run", "null", "--overwrite"],
+    }
     for name, flags in others.items():
         said = succeeded(run_here(train, "--config", recipe, *flags, "--max-steps", 1))
         assert told in said, name
+        assert ("overwrite: plays no part without --run" in said) == ("--overwrite" in flags)
     said = succeeded(run_here(train, "--config", recipe, "--run", "other"))
     assert told.replace("a new run", str(folder.parent / "other")) in said
 

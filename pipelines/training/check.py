@@ -71,6 +71,9 @@ def check(arguments: list[str]) -> Checked | None:
     state = start_processes()
     on_main_process(state, partial(check_tracker, config))
     name = config.run or on_main_process(state, lambda: new_run_name(recipe, config.runs))
+    if config.overwrite and not config.run:
+        line = f"overwrite: plays no part without --run: {printable(name)} is a new run"
+        on_main_process(state, partial(print, line, flush=True))
     config = replace(config, run=name)  # with which its config.yaml goes on with it
     run = RunFolder(Path(config.runs) / name, writes=state.is_main_process, not_named=not_named(arguments))
     beginning = "new" if config.prepare else on_main_process(state, partial(run.beginning, config))
