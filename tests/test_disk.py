@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import train
 from pipelines.config import Config
@@ -56,6 +58,23 @@ def test_no_space_for_metrics_leaves_no_half_row(small_disk):
         [run.append_metrics(row) for _ in range(200)]
     assert set(map(str, run.read_metrics())) == {str(row)}
     run.close()
+
+
+@pytest.mark.parametrize("call", [1, 5])  # before the first best weights; in the last epoch's last step
+def test_a_run_whose_folder_somebody_removes_ends_with_a_line(call, photos, tmp_path, run_here, monkeypatch):
+    folder, update, calls = tmp_path / "runs" / "r", train.update, iter(range(1, 100))
+
+    def removed(*arguments: Any) -> Any:
+        if next(calls) == call:
+            shutil.rmtree(folder)
+        return update(*arguments)
+
+    monkeypatch.setattr(train, "update", removed)
+    flags = ["--data", photos, "--runs", folder.parent, "--run", "r", "--epochs", "1", "--batch-size", "4"]
+    done = run_here(train, *SMALL, *flags)
+    assert done.returncode == 3
+    assert "cannot be saved, as its folder is no longer there" in one_error_line(done)
+    assert not folder.exists()
 
 
 def test_a_run_goes_on_where_there_is_no_space_for_pictures(photos, tmp_path, run_here, small_disk, monkeypatch):

@@ -212,7 +212,8 @@ class Checkpoints:
         target, unfinished = self._folder / name, self._folder / ".unfinished"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            self._folder.mkdir(exist_ok=True)  # a run's folder that is gone is not made anew
+            unfinished.mkdir()
             with open(unfinished / _STATE, "wb") as file:
                 torch.save(dict(state), file)
             for path in self._run.best_files():

@@ -523,8 +523,11 @@ def _size_and_time(path: str) -> str:
 
 
 def cannot_save(path: Path, error: Exception) -> MachineError:
-    """What a full disk ends a run with. `path` is what should have been saved, in a folder that exists."""
-    free = shutil.disk_usage(path.parent).free
+    """What a full disk ends a run with, or a folder that somebody has removed. `path` is what should be saved."""
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:
+        return MachineError(f"{path}: cannot be saved, as its folder is no longer there")
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
     return MachineError(
         f"{path}: cannot be saved ({reason}; {free / 2**20:.0f} MiB free): what was saved before is whole"
