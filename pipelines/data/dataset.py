@@ -251,7 +251,7 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str 
     "train" becomes "val". class_names: "top" or "path", as in `layout.list_folder`. Raises UserError where `data` is
     not made of labelled photos, MachineError where `cache` cannot be written.
     """
-    data = Path(os.path.abspath(os.path.expanduser(data)))
+    data = _absolute(data)
     is_folder = os.path.isdir(data)
     if not is_folder and os.path.exists(data) and not os.path.isfile(data):  # reading a pipe would wait for ever
         raise UserError(f"{printable(data)}: neither a folder nor a file; {WANTED}")
@@ -292,6 +292,13 @@ def scan_dataset(data: Path, cache: Path, val_fraction: float, class_names: str 
     with suppress(OSError):
         os.utime(index_file, ns=(time.time_ns(), index_file.stat().st_mtime_ns))  # it is used, and as old as it was
     return index_file
+
+
+def _absolute(data: Path) -> Path:
+    """As `abspath`, but that `link/..` is what the system takes for it, the folder above the one that link leads to."""
+    parts = data.expanduser().parts
+    above = len(parts) - parts[::-1].index("..") if ".." in parts else 0
+    return Path(os.path.abspath(os.path.join(os.path.realpath(os.path.join("", *parts[:above])), *parts[above:])))
 
 
 def load_dataset(index_file: Path, transparency: str = "white") -> Dataset:

@@ -118,6 +118,19 @@ def test_a_folder_is_read_as_image_folder_reads_it(tmp_path: Path) -> None:
     assert dataset.splits["train"].class_counts() == {"B": 2, "a": 2, "b": 4, "linked": 4}
 
 
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_what_is_above_a_link_is_above_where_it_leads_to(tmp_path: Path, monkeypatch, is_absolute: bool) -> None:
+    make_folder(tmp_path / "disk" / "photos" / "train", {"a": 2, "b": 2})
+    (tmp_path / "disk" / "work").mkdir()
+    make_folder(tmp_path / "home" / "photos" / "train", {"other": 2, "yet another": 2})
+    (tmp_path / "home" / "link").symlink_to(tmp_path / "disk" / "work")
+    monkeypatch.chdir(tmp_path / "home")
+    given = Path("link", "..", "photos")
+    dataset = scan(Path.cwd() / given if is_absolute else given, tmp_path)
+    assert dataset.splits["train"].classes == ("a", "b")
+    assert dataset.data == tmp_path.resolve() / "disk" / "photos"
+
+
 @given(
     st.dictionaries(
         st.text(st.sampled_from("aAbZé0. _-"), min_size=1, max_size=4).filter(lambda name: name[0] != "."),  # hidden
