@@ -43,8 +43,10 @@ def start_processes() -> PartialState:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or each process would warn that it is not set
     # Accelerator() asks for the CPU by the same variable; the group that is opened here is the one it finds.
     state = PartialState(cpu=cpu_is_asked_for(), **group)
-    if state.device.type == "cpu":
-        # The launcher sets OMP_NUM_THREADS to 1 unless it is told otherwise, which leaves all other cores idle.
+    # Without a launcher OMP_NUM_THREADS is a person's. A launcher sets it to 1 unless it is told otherwise, and all
+    # other cores would be idle.
+    is_launched = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if state.device.type == "cpu" and (is_launched or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(threads)
     return state
 

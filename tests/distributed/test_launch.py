@@ -107,6 +107,26 @@ def test_what_a_usual_launch_sets_is_accepted(monkeypatch):
     assert start_processes().num_processes == 1
 
 
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, [6]),
+        ({"OMP_NUM_THREADS": "1"}, []),  # as a person has asked for
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, [6]),  # as Accelerate's launcher has set it
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "LOCAL_WORLD_SIZE": "2"}, [3]),
+    ],
+)
+def test_all_cores_compute_unless_a_person_says_otherwise(monkeypatch, variables, threads):
+    made = list[int]()
+    monkeypatch.setattr(torch, "set_num_threads", made.append)
+    monkeypatch.setattr("pipelines.distributed.launch.cpu_cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    start_processes()
+    assert made == threads
+
+
 def test_more_processes_than_devices_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)  # a stand-in: no GPU is here
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
