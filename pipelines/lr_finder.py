@@ -98,6 +98,8 @@ def search(config: Config, highest: float, steps: int) -> Curve:
         built = build_network(checked)
         with Session(checked) as session, tqdm(total=steps, desc="search", unit="step", disable=None) as progress:
             components, model = build(checked, built, session)
+            if components.start.reason:  # of which rates are a part
+                print(components.start.reason, flush=True)
             if components.start.head_restarts:
                 components.network.reset_head()
             components.network.train()

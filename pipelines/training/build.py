@@ -127,7 +127,7 @@ def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Comp
     head_row: dict[str, Any] = {}
     met: set[int] = set()  # photos that fitting could not decode
     if saved:
-        start = Start(saved.get("freeze", config.freeze), saved.get("head_restarts", False))
+        start = Start(saved.get("freeze", config.freeze), saved.get("head_restarts", False), saved.get("lr_scale", 1.0))
     else:
         if built.head_is_fitted:
             head_row, met = fit_head(
@@ -141,7 +141,7 @@ def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Comp
     schedule = Schedule(chosen, checked.steps_per_epoch)
 
     # The loaders are not prepared by Accelerate: the plan shards.
-    optimizer = accelerator.prepare(make_optimizer(network, config))
+    optimizer = accelerator.prepare(make_optimizer(network, chosen))
     model = trained_together(network, accelerator, config)
     sizes = {name: split.sizes for name, split in photos.items()}
     teacher = checked.teacher and checked.teacher.to(accelerator.device)
@@ -162,7 +162,7 @@ def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Comp
         kept["limit"] -= answers.bytes
     features = FrozenFeatures(network, training, accelerator, **kept)
     facts = describe_run(accelerator, checked.dataset, network, checked.engine)
-    facts |= {"epochs": schedule.config.epochs}
+    facts |= {"epochs": schedule.config.epochs, "lr_scale": start.lr_scale}
     facts |= {"frozen_up_to": "layer4" if config.mode == "feature_extract" else start.freeze}
     decisions = {
         "first_weights": checked.first_weights,
@@ -176,6 +176,7 @@ def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Comp
         "epochs": chosen.epochs,
         "head_is_fitted": built.head_is_fitted,
         "head_restarts": start.head_restarts,
+        "lr_scale": start.lr_scale,
     }
     components = Components(
         *(chosen, start, facts, decisions, head_row, network, optimizer, schedule),

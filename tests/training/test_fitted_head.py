@@ -199,7 +199,10 @@ def test_freeze_auto_goes_by_the_folds(settings, row, unfitted, freeze, why):
     assert (why in fitted.reason and fitted.reason.startswith(f"freeze: {freeze}, ")) if why else not fitted.reason
     assert auto.reason.endswith("starts again at zeros") == auto.head_restarts
     assert not fitted.head_restarts
-    assert auto.head_restarts == bool(row and settings.get("mode") != "feature_extract")
+    stays = "right on 95.0%" in auto.reason
+    assert auto.head_restarts == bool(row and settings.get("mode") != "feature_extract" and not stays)
+    assert auto.reason.endswith("; the head stays as it is fitted, and rates are 0.1 times lr and lr_body") == stays
+    assert (fitted.lr_scale, auto.lr_scale) == (1.0, 0.1 if stays else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +261,7 @@ def test_freeze_auto_trains_what_it_says_also_after_a_resume(
     """threshold: from where on the folds are right on nearly all, so that both outcomes are met."""
     monkeypatch.setattr("pipelines.training.fitted_head._RIGHT_ON_NEARLY_ALL", threshold)
     run = command[-2] / f"auto-{frozen}"
-    command = [*with_other(command, freeze="auto", lr="0.01"), run.name]
+    command = [*with_other(command, freeze="auto", lr="0.01", head_init="auto"), run.name]
     said = succeeded(run_here(train, *command, "--epochs", "1"))
     assert said.count(f"\nfreeze: {frozen}, as the fitted head is right on ") == 1
     assert "freeze: auto" in said, "config.yaml keeps what was asked for"
@@ -273,3 +276,10 @@ def test_freeze_auto_trains_what_it_says_also_after_a_resume(
     after = torch.load(newest(run) / "state.pt", weights_only=True)["model"]
     moved = {name.split(".")[1] for name, value in after.items() if not torch.equal(value, before[name])}
     assert {"conv1", "layer1", "layer4"} & moved == trained
+    fitted, *_, last = val_rows(run)
+    rates = [row["lr/head"] for row in train_rows(run)]
+    if frozen == "layer3":  # the head stays, and what is trained moves slowly
+        assert max(rates) <= 0.001
+        assert last["val/loss"] == pytest.approx(fitted["val/loss"], rel=0.2)
+    else:
+        assert max(rates) > 0.005
