@@ -259,7 +259,7 @@ class Config:
     """first weights of a new head: uniform in +-1/sqrt(features), as PyTorch's own; zeros, with which all seeds begin
     alike (Kolesnikov et al. 2020); fitted before the training: logistic regression on what the body makes of the
     training photos as validation sees them, with flip_probability of their mirror images too (Kumar et al. 2022); auto:
-    fitted and evaluated; then it stays, and rates are a tenth of lr and lr_body, where it makes freeze auto layer3, and
+    fitted and evaluated; then it stays, at 0.1 of lr and 0.3 of lr_body, where its folds make freeze auto layer3, and
     zeros where else some of the body is trained; with random weights zeros from the start"""
     channels_last: bool = True
     """keep tensors in channels-last memory"""
@@ -307,7 +307,7 @@ class Config:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """the update rule"""
     lr: Annotated[float, Field(gt=0)] = 0.01
-    """learning rate of the head; a tenth of it, as of lr_body, where head_init auto has a fitted head stay"""
+    """learning rate of the head"""
     lr_body: Annotated[float | None, Field(gt=0)] = None
     """learning rate of the body; null: that of the head"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0

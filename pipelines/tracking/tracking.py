@@ -173,12 +173,12 @@ class Tracking:
 
 def describe_run(
     accelerator: Accelerator, dataset: Dataset, network: TransferModel, engine: str
-) -> dict[str, str | float | bool | None]:
+) -> dict[str, str | int | bool | None]:
     """What explains a difference between runs besides their settings, flat. All processes must call it."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     all_parameters, trained_parameters = parameter_counts(network)
-    facts: dict[str, str | float | bool | None] = {
+    facts: dict[str, str | int | bool | None] = {
         "world_size": accelerator.num_processes,
         "devices": ", ".join(sorted(set(gather_object([name])))),
         "precision": accelerator.mixed_precision,

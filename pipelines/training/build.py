@@ -127,7 +127,8 @@ def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Comp
     head_row: dict[str, Any] = {}
     met: set[int] = set()  # photos that fitting could not decode
     if saved:
-        start = Start(saved.get("freeze", config.freeze), saved.get("head_restarts", False), saved.get("lr_scale", 1.0))
+        restarted, refined = saved.get("head_restarts", False), saved.get("refines_head", False)
+        start = Start(saved.get("freeze", config.freeze), restarted, refined)
     else:
         if built.head_is_fitted:
             head_row, met = fit_head(
@@ -162,7 +163,7 @@ def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Comp
         kept["limit"] -= answers.bytes
     features = FrozenFeatures(network, training, accelerator, **kept)
     facts = describe_run(accelerator, checked.dataset, network, checked.engine)
-    facts |= {"epochs": schedule.config.epochs, "lr_scale": start.lr_scale}
+    facts |= {"epochs": schedule.config.epochs, "refines_head": start.refines_head}
     facts |= {"frozen_up_to": "layer4" if config.mode == "feature_extract" else start.freeze}
     decisions = {
         "first_weights": checked.first_weights,
@@ -176,7 +177,7 @@ def build(checked: Checked, built: InitialModel, session: Session) -> tuple[Comp
         "epochs": chosen.epochs,
         "head_is_fitted": built.head_is_fitted,
         "head_restarts": start.head_restarts,
-        "lr_scale": start.lr_scale,
+        "refines_head": start.refines_head,
     }
     components = Components(
         *(chosen, start, facts, decisions, head_row, network, optimizer, schedule),

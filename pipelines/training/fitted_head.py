@@ -30,20 +30,21 @@ _VIEWS = 4  # of a photo that frozen stages see: held-out losses were no better 
 # For `epochs: auto`. Held-out losses of ants and bees with layer4 alone were no better after 16 (docs/recipes.md).
 LONG, SHORT, LEAST_STEPS = 16, 8, 128
 _RIGHT_ON_NEARLY_ALL = 0.95  # of what is held out
-# Of a training that refines a head that is right on nearly all (docs/recipes.md), as in Kumar et al. 2022.
-_LR_SCALE = 0.1
+# Of the rates, where a head that is right on nearly all is refined, as in Kumar et al. 2022: the least held-out loss of
+# what was tried on ants and bees (docs/recipes.md).
+_OF_LR, _OF_LR_BODY = 0.1, 0.3
 
 
 @dataclass(frozen=True)
 class Start:
     """What a training starts with: up to which stage the body is frozen, as the setting `freeze` has it; whether the
-    head restarts at zeros, a fitted one having been evaluated; what all rates are multiplied by; and a line on what
-    `auto` has come to, or "".
+    head restarts at zeros, a fitted one having been evaluated; whether it stays instead, and is refined at low rates;
+    and a line on what `auto` has come to, or "".
     """
 
     freeze: Freeze
     head_restarts: bool = False
-    lr_scale: float = 1.0
+    refines_head: bool = False
     reason: str = ""
 
 
@@ -129,8 +130,8 @@ def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) ->
     if not (config.head_init == "auto" and row and config.mode == "finetune"):
         return Start(freeze, reason=reason)
     if config.freeze == "auto" and row.get("head/top1", 0.0) >= _RIGHT_ON_NEARLY_ALL and freeze == "layer3":
-        scale = f"the head stays as it is fitted, and rates are {_LR_SCALE:g} times lr and lr_body"
-        return Start(freeze, lr_scale=_LR_SCALE, reason=f"{reason}; {scale}")
+        stays = f"the head stays as it is fitted, and rates are {_OF_LR:g} times lr and {_OF_LR_BODY:g} times lr_body"
+        return Start(freeze, refines_head=True, reason=f"{reason}; {stays}")
     again = "the head, once it is evaluated, starts again at zeros"
     return Start(freeze, head_restarts=True, reason="; ".join(filter(None, [reason, again])))
 
@@ -157,9 +158,11 @@ def resolved(
         epochs = max(epochs, (config.grow_epochs or 0) + 1)
         joining = joining_epochs(replace(config, freeze=start.freeze)).values()
         epochs = max([epochs, *(first + 1 for first in joining)])
-    rates: Any = {"lr": config.lr, "lr_body": config.lr_body, "min_lr": config.min_lr}
-    rates = {key: rate and rate * start.lr_scale for key, rate in rates.items()}
-    return replace(config, freeze=start.freeze, views_per_photo=views, epochs=epochs, **rates)
+    config = replace(config, freeze=start.freeze, views_per_photo=views, epochs=epochs)
+    if not start.refines_head:
+        return config
+    lr_body = config.lr if config.lr_body is None else config.lr_body
+    return replace(config, lr=_OF_LR * config.lr, lr_body=_OF_LR_BODY * lr_body, min_lr=_OF_LR * config.min_lr)
 
 
 def _chosen_freeze(config: Config, row: Mapping[str, Any], why_not_fitted: str) -> tuple[Freeze, str]:

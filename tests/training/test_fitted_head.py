@@ -201,8 +201,8 @@ def test_freeze_auto_goes_by_the_folds(settings, row, unfitted, freeze, why):
     assert not fitted.head_restarts
     stays = "right on 95.0%" in auto.reason
     assert auto.head_restarts == bool(row and settings.get("mode") != "feature_extract" and not stays)
-    assert auto.reason.endswith("; the head stays as it is fitted, and rates are 0.1 times lr and lr_body") == stays
-    assert (fitted.lr_scale, auto.lr_scale) == (1.0, 0.1 if stays else 1.0)
+    assert ("the head stays as it is fitted, and rates are 0.1 times lr and 0.3 times lr_" in auto.reason) == stays
+    assert (fitted.refines_head, auto.refines_head) == (False, stays)
 
 
 @pytest.mark.parametrize(
