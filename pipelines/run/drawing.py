@@ -226,7 +226,7 @@ def save_lr_search(path: Path, rates: np.ndarray, losses: np.ndarray, suggestion
         panel.axvline(suggestion, color=VERMILION, lw=1.2, label=f"suggested: {suggestion:.2g}")
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.set_xlabel("learning rate of the head")
+        panel.set_xlabel("--lr")
         panel.set_title("loss", pad=20)
         panel.grid(True)
         panel.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.97), ncols=2).set_in_layout(False)
