@@ -129,7 +129,7 @@ def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) ->
     freeze, reason = _chosen_freeze(config, row, why_not_fitted)
     if not (config.head_init == "auto" and row and config.mode == "finetune"):
         return Start(freeze, reason=reason)
-    if config.freeze == "auto" and row.get("head/top1", 0.0) >= _RIGHT_ON_NEARLY_ALL and freeze == "layer3":
+    if config.freeze == "auto" and freeze == "layer3" and "head/top1" in row:  # by its folds, not for want of them
         stays = f"the head stays as it is fitted, and rates are {_OF_LR:g} times lr and {_OF_LR_BODY:g} times lr_body"
         return Start(freeze, refines_head=True, reason=f"{reason}; {stays}")
     again = "the head, once it is evaluated, starts again at zeros"
