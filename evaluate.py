@@ -124,7 +124,8 @@ def _evaluate(options: argparse.Namespace, stdout: TextIO) -> None:
         known = description["dataset_fingerprint"] if description else dataset.fingerprint
         is_drawn = dataset.val_fraction is not None and split_name in ("train", "val")
         is_divided_otherwise = is_drawn and dataset.fingerprint != known
-        scored = _what_is_scored(dataset, split, "here" if is_divided_otherwise else "from training")
+        aside = ("here" if is_divided_otherwise else "from training") if is_drawn else None
+        scored = _what_is_scored(dataset, split, aside)
         print(f"{printable(weights.source)} on {printable(dataset.root)}, {scored}")
         for note in notes + spelling_notes(split, classes):
             print(note)
@@ -281,10 +282,12 @@ def _choose_split(dataset: Dataset, options: argparse.Namespace) -> tuple[Datase
     return whole, "all"
 
 
-def _what_is_scored(dataset: Dataset, split: Split, aside: str) -> str:
-    """The split, and how many photos of how many. aside: from what a drawn "val" is set aside, or where."""
+def _what_is_scored(dataset: Dataset, split: Split, aside: str | None) -> str:
+    """The split, and how many photos of how many. aside: from what a drawn "val" is set aside, or where; None: the
+    split was there.
+    """
     count, total = len(split), sum(map(len, dataset.splits.values()))
-    if dataset.val_fraction is None or split.name not in ("train", "val"):
+    if aside is None:
         return f"split {printable(split.name)}: {count} of {counted(total, 'photo')}"
     part = f"set aside {aside}" if split.name == "val" else "not set aside"
     are = "is" if count == 1 else "are"

@@ -160,6 +160,8 @@ def main(arguments: list[str]) -> None:
             (run / "export").mkdir(exist_ok=True)
             for file in folder.iterdir():
                 os.replace(file, run / "export" / file.name)
+            if not has_matrix:  # that of an earlier export is of other photos
+                (run / "export" / "confusion_matrix.png").unlink(missing_ok=True)
     except OSError as error:
         raise MachineError(f"{run}: cannot be written to ({error.strerror or error})") from None
     print(printable(f"{run / 'export'}: {', '.join(sorted(file.name for file in (run / 'export').iterdir()))}"))

@@ -168,6 +168,8 @@ def test_elsewhere_photos_are_given(copied_run, exported_run, network_graph, run
     assert done.returncode == 2
     assert "validation photos are not on this machine: give some with --photos FOLDER" in done.stderr
     photos = list(exported_run.evaluated)[:2]
+    (copied_run / "export").mkdir()
+    (copied_run / "export" / "confusion_matrix.png").write_bytes(b"an earlier export's, of other photos")
     done = run_here(export, copied_run, "--photos", *photos, copied_run / "model.json")
     assert done.returncode == 0, done.stderr
     assert "the same top-1 as PyTorch on 2 of 2 photos" in done.stdout
