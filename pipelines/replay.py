@@ -29,7 +29,7 @@ from pipelines.errors import UserError
 from pipelines.files import check_output, check_replaceable
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder, refuse_links
-from pipelines.run_files import newest_progress, read_run_config, read_trained_config, what_auto_came_to
+from pipelines.run_files import newest_progress, own_photos, read_run_config, read_trained_config, what_auto_came_to
 from pipelines.text import check_printed, counted, printable
 
 import numpy as np
@@ -76,7 +76,8 @@ def main(arguments: list[str]) -> None:
         check_output(picture, figures.is_own_picture, "--figure")
     check_replaceable(picture, figures.is_own_picture)
     state = start_processes()
-    dataset = open_dataset(state, replace(config, data=options.data or config.data), run.arrange)
+    data = (own_photos(run.folder) or config.data) if options.data is None else options.data
+    dataset = open_dataset(state, replace(config, data=data), run.arrange)
     if "train" not in dataset.splits:
         raise UserError(f"replay: {dataset.root} has no split 'train': give --data")
     split = dataset.splits["train"]

@@ -8,7 +8,6 @@ keep, drop, or relabel, to what stands in new_label. Nothing is written into the
 """
 
 import argparse
-import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -45,7 +44,7 @@ from pipelines.run.predictions import (
     source_of_split,
 )
 from pipelines.run.review_file import AllPhotos, Found, check_names, check_unedited, order_of, write_review
-from pipelines.run_files import read_run_config, read_trained_config
+from pipelines.run_files import own_photos, read_run_config, read_trained_config
 from pipelines.text import check_printed, counted, printable, spelled
 from pipelines.training.held_out import (
     Features,
@@ -92,9 +91,7 @@ def main(arguments: list[str]) -> None:
     options = _parse(arguments)
     run: Path = options.run
     config = read_trained_config(run) or read_run_config(run)
-    own = source_of_run(run)
-    # The settings may have a path that was below another folder than this.
-    data = own.data if options.data is None and own and os.path.exists(own.data) else options.data
+    own, data = source_of_run(run), own_photos(run) if options.data is None else options.data
     given = {"data": data, "weights": options.weights}
     named: Any = {key: setting_of_text(key, text) for key, text in given.items() if text is not None}
     config = replace(config, **named)

@@ -78,3 +78,12 @@ def test_what_cannot_be_replayed_is_one_line(flags, run_here, tmp_path, photos):
         done = run_here(replay, *arguments)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert told in done.stderr
+
+
+def test_photos_that_the_run_has_found_from_another_folder(flags, photos, run_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    flags[flags.index("--data") + 1] = photos.name
+    succeeded(run_here(train, *flags, "--max-steps", "2"))
+    assert read_run_config(tmp_path / "r").data == photos.name
+    monkeypatch.chdir(tmp_path / "r")
+    assert succeeded(run_here(replay, tmp_path / "r", "--step", "1"))
