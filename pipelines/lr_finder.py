@@ -78,6 +78,10 @@ def main(arguments: list[str]) -> None:
         print("freeze_epochs plays no part in a search: the body was trained with the head")
     print(f"the loss is lowest, {curve.losses.min():.3f}, at a rate of {_BELOW_LOWEST * lr:.2g}; a tenth of that:")
     print(f"--lr {lr:.2g}{body}")
+    if (lowest := int(np.argmin(curve.losses))) == len(curve.losses) - 1:
+        print("the loss still fell at the last step: more --steps, or a higher --highest, would tell where it ends")
+    elif lowest == 0:
+        print("the loss was lowest at the first step, so this suggests nothing: give more --steps")
     draw = partial(figures.save_lr_search, options.picture, curve.rates, curve.losses, lr)
     if figures.attempt(options.picture.name, draw):
         print(f"picture: {printable(options.picture)}")

@@ -43,10 +43,25 @@ def test_a_search_leaves_a_picture_and_nothing_else(photos, run_here, tmp_path, 
     (tmp_path / "temporary").mkdir()
     settings = [*SMALL, "--data", photos, "--batch-size", 4, "--lr", "0.1", "--lr-body", "0.05", "--epochs", 1]
     said = succeeded(run_here(lr_finder, *settings, "--steps", 12))
-    found = re.search(r"at a rate of (\S+); a tenth of that:\n--lr (\S+) --lr_body (\S+)\npicture: lr_finder.png", said)
+    found = re.search(r"at a rate of (\S+); a tenth of that:\n--lr (\S+) --lr_body (\S+)\n", said)
     assert found, said
+    assert said.endswith("picture: lr_finder.png\n")
     lowest, lr, body = map(float, found.groups())
     assert (lr, body) == (pytest.approx(lowest / 10, rel=0.05), pytest.approx(lr / 2, rel=0.05))
     assert sorted(os.listdir(tmp_path)) == ["lr_finder.png", "temporary"]
     assert set(os.listdir(tmp_path / "temporary")) <= {f"torchinductor_{getuser()}"}, "PyTorch's own cache"
     Image.open(tmp_path / "lr_finder.png").verify()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [([3.0, 2, 1], "the loss still fell at the last step"), ([1.0, 2, 3], "this suggests nothing"), ([2.0, 1, 3], "")],
+)
+def test_a_lowest_loss_at_an_end_of_the_rise_is_said(losses, told, run_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    curve = lr_finder.Curve(np.array([1e-4, 1e-3, 1e-2]), np.array(losses))
+    monkeypatch.setattr(lr_finder, "search", lambda *_: curve)
+    said = succeeded(run_here(lr_finder, *SMALL))
+    assert told in said
+    assert ("at the last step" in said or "at the first step" in said) == bool(told)

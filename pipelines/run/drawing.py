@@ -178,7 +178,7 @@ def save_curves(
             _line(top1, x, _column(rows, best_by), color=ORANGE, label="balanced", linestyle="--")
         if np.isfinite(scores).any():
             best = int(np.nanargmax(scores))
-            top1.plot(x[best], scores[best], "*", color=VERMILION, markersize=11, label="best")
+            top1.plot(x[best], scores[best], "*", color=VERMILION, markersize=11)  # the title names it
             accuracy = f"{accuracy}: best {scores[best]:.3f} at {unit} {x[best]:g}"
         head, body = _column(rows, "lr/head"), _column(rows, "lr/body")
         _line(rate, x, head, color=BLUE, label="head")
@@ -414,7 +414,8 @@ def _line(panel: Axes, x: np.ndarray, y: np.ndarray, *, color: str, label: str, 
 
 
 def _finish_panel(panel: Axes, name: str, unit: str) -> None:
-    panel.set_title(name, pad=20)
+    # Room for the legend, of three in a row.
+    panel.set_title(name, pad=20 if len(panel.get_legend_handles_labels()[1]) <= 3 else 36)
     panel.set_xlabel(unit)
     panel.grid(True)
     panel.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))

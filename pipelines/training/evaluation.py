@@ -128,7 +128,10 @@ def answers_are_finite(records: np.ndarray) -> bool:
 
 
 def balanced_top1(records: np.ndarray, classes: int) -> float:
-    """Balanced accuracy: the mean recall of the classes that have photos, as a fraction (Brodersen et al. 2010)."""
+    """Balanced accuracy: the mean recall of the classes that have photos, as a fraction (Brodersen et al. 2010).
+    NaN for a network that has diverged."""
+    if not answers_are_finite(records):
+        return math.nan
     photos, right, _ = _class_counts(records["predicted"], records["label"], classes)
     has_photos = photos > 0
     return float((right[has_photos] / photos[has_photos]).mean()) if has_photos.any() else 0.0

@@ -50,7 +50,7 @@ def test_no_accuracy_is_made_of_answers_that_are_no_numbers():
     records = np.zeros(4, RECORD)
     records["confidence"] = [0.5, 0.5, np.nan, 0.5]
     row = validation_row(records, 9)
-    assert all(np.isnan(row[key]) for key in ("val/top1", "val/top5", "val/ece"))
+    assert all(np.isnan(row[key]) for key in ("val/top1", "val/balanced_top1", "val/top5", "val/ece"))
 
 
 @pytest.fixture
