@@ -130,7 +130,9 @@ def chosen_start(config: Config, row: Mapping[str, Any], why_not_fitted: str) ->
     if not (config.head_init == "auto" and row and config.mode == "finetune"):
         return Start(freeze, reason=reason)
     if config.freeze == "auto" and freeze == "layer3" and "head/top1" in row:  # by its folds, not for want of them
-        stays = f"the head stays as it is fitted, and rates are {_OF_LR:g} times lr and {_OF_LR_BODY:g} times lr_body"
+        of_head = "lr and min_lr" if config.min_lr else "lr"
+        rates = f"{_OF_LR:g} times {of_head} and {_OF_LR_BODY:g} times lr_body"
+        stays = f"the head stays as it is fitted, and rates are {rates}"
         return Start(freeze, refines_head=True, reason=f"{reason}; {stays}")
     again = "the head, once it is evaluated, starts again at zeros"
     return Start(freeze, head_restarts=True, reason="; ".join(filter(None, [reason, again])))
