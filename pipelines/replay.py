@@ -29,7 +29,8 @@ from pipelines.errors import UserError
 from pipelines.files import check_output, check_replaceable
 from pipelines.run import figures
 from pipelines.run.folder import RunFolder, refuse_links
-from pipelines.run_files import newest_progress, own_photos, read_run_config, read_trained_config, what_auto_came_to
+from pipelines.run.predictions import own_photos
+from pipelines.run_files import newest_progress, read_run_config, read_trained_config, what_auto_came_to
 from pipelines.text import check_printed, counted, printable
 
 import numpy as np

@@ -37,6 +37,7 @@ from pipelines.run import figures
 from pipelines.run.folder import refuse_links
 from pipelines.run.predictions import (
     Source,
+    own_photos,
     predictions_of,
     read_predictions,
     source_of,
@@ -44,7 +45,7 @@ from pipelines.run.predictions import (
     source_of_split,
 )
 from pipelines.run.review_file import AllPhotos, Found, check_names, check_unedited, order_of, write_review
-from pipelines.run_files import own_photos, read_run_config, read_trained_config
+from pipelines.run_files import read_run_config, read_trained_config
 from pipelines.text import check_printed, counted, printable, spelled
 from pipelines.training.held_out import (
     Features,

@@ -5,7 +5,6 @@ What an older version did not write is filled in with what it meant then; a newe
 
 import json
 import math
-import os
 import re
 import stat
 from collections.abc import Mapping
@@ -228,15 +227,6 @@ def read_description(run: Path, named: str) -> Description:
     except UserError as error:
         raise UserError(f"{named}: {error}") from None
     return description
-
-
-def own_photos(run: Path) -> str | None:
-    """The folder or CSV file a run was trained on, as model.json has it: the settings may have a path that was below
-    another folder than this. None before there is a model.json, and where nothing lies there. UserError where it is
-    damaged.
-    """
-    data: str = read_description(run, "model")["data"] if (run / "model.json").exists() else ""
-    return data if data and os.path.exists(data) else None
 
 
 def read_status(run: Path) -> Status | None:

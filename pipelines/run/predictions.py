@@ -84,6 +84,15 @@ def source_of_run(run: Path) -> Source | None:
     return Source(description["data"], description["dataset_fingerprint"])
 
 
+def own_photos(run: Path) -> str | None:
+    """The folder or CSV file a run was trained on, as model.json has it: the settings may have a path that was below
+    another folder than this. None before there is a model.json, and where nothing lies there. UserError where it is
+    damaged.
+    """
+    own = source_of_run(run)
+    return own.data if own and os.path.exists(own.data) else None
+
+
 def source_of_split(dataset: Dataset, split: Split) -> Source:
     """That of a split, which goes by its photos' paths below the root, labels, byte sizes and edges."""
     present, labels = np.unique(split.labels, return_inverse=True)
